@@ -1,0 +1,189 @@
+"""Settings of PruneSID, and the model configurations that carry them."""
+
+import math
+import numbers
+from typing import Any
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from transformers import LlavaConfig, PretrainedConfig
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_budget(value: Any, name: str = "prunesid_config.budget") -> None:
+    """Raise a `ValueError` unless `value` is a count of tokens, a share of them, or None."""
+    is_count = _is_integer(value) and value >= 1
+    is_share = _is_number(value) and not _is_integer(value) and 0 < value <= 1
+    if not (value is None or is_count or is_share):
+        raise ValueError(
+            f"{name} must be a positive integer (tokens kept of each encoded view), a float in (0, 1] (share of its "
+            f"tokens) or None (off), got {value!r}. Write for example {name.split('.')[-1]}=64."
+        )
+
+
+def _one_of(*choices: str):
+    return lambda value: value in choices, "one of " + ", ".join(repr(choice) for choice in choices)
+
+
+def _optional_count():
+    return lambda value: value is None or (_is_integer(value) and value >= 1), "a positive integer or None"
+
+
+# field: (is it valid?, what is valid)
+_RULES = {
+    "num_groups": _optional_count(),
+    "layer": (_is_integer, "an integer index into the tower's hidden states, for example -2"),
+    "nms_lambda": (
+        lambda value: value is None or value == "auto" or (_is_number(value) and value > 0),
+        "a positive number, 'auto' or None (N/32)",
+    ),
+    "dynamic": (lambda value: isinstance(value, bool), "True or False"),
+    "reference_information": (
+        lambda value: value is None or (_is_number(value) and 0 < value <= 2),
+        "a number in (0, 2] (the mean information score of a set of images) or None",
+    ),
+    "min_budget": _optional_count(),
+    "max_budget": _optional_count(),
+    "score": _one_of("component", "cls_attention"),
+    "center": _one_of("tokens", "features"),
+    "quota": _one_of("proportional", "bounded"),
+    "keep_cls": (lambda value: isinstance(value, bool), "True or False"),
+    "grouping": _one_of("psca", "kmeans", "random"),
+    "seed": (_is_integer, "an integer"),
+}
+
+
+class PruneSIDConfig(PretrainedConfig):
+    r"""
+    How visual tokens are chosen (PruneSID, ICLR 2026). The defaults are the paper's settings for LLaVA-1.5.
+
+    Args:
+        budget (`int`, `float` or `None`, defaults to 64):
+            N. An int is the number of tokens kept of each encoded view (image, crop or frame); a float in (0, 1] is the
+            share kept; None switches compression off. A budget of at least the view's own tokens is off as well.
+        num_groups (`int`, *optional*):
+            K, the number of PSCA groups. Default: N/4 (section 4.3, table 6).
+        layer (`int`, defaults to -2):
+            Index into the vision tower's hidden states of the features that tokens are compared by (figure 4).
+        nms_lambda (`float` or `"auto"`, *optional*):
+            Scale of the NMS threshold tau = lambda * rho. Default: N/32 (section 3.3), tuned for CLIP towers. `"auto"`
+            (ours) takes the smallest threshold of each image at which NMS leaves at least N tokens.
+        dynamic (`bool`, defaults to `False`):
+            Give each image N' = N * phi / `reference_information` tokens, where phi = 1 - rho is its information score
+            (section 3.4, equation 7).
+        reference_information (`float`, *optional*):
+            The mean information score over a set of typical images; the mean budget over that set is then N. Required
+            by `dynamic`.
+        min_budget, max_budget (`int`, *optional*):
+            Bounds of a dynamic budget, in tokens.
+        score (`"component"` or `"cls_attention"`, defaults to `"component"`):
+            What ranks the tokens of a group: |V| of equation 3, or the attention that the CLS token pays (the authors'
+            release).
+        center (`"tokens"` or `"features"`, defaults to `"tokens"`):
+            Axis whose mean is removed before the decomposition: over tokens (equation 1), or over features (release).
+        quota (`"proportional"` or `"bounded"`, defaults to `"proportional"`):
+            Group quotas: proportional to the survivors (section 3.3), or bounded from below and above (release).
+        keep_cls (`bool`, defaults to `False`):
+            Let the tower's CLS token be one of the N (release).
+        grouping (`"psca"`, `"kmeans"` or `"random"`, defaults to `"psca"`):
+            How tokens are grouped (table 5).
+        seed (`int`, defaults to 0):
+            Seed of the random grouping and of the start of k-means.
+
+    Raises:
+        `ValueError`: for an unknown name or an invalid value, at construction and at every later assignment.
+    """
+
+    model_type = "prunesid"
+
+    budget: int | float | None = 64
+    num_groups: int | None = None
+    layer: int = -2
+    nms_lambda: int | float | str | None = None
+    dynamic: bool = False
+    reference_information: int | float | None = None
+    min_budget: int | None = None
+    max_budget: int | None = None
+    score: str = "component"
+    center: str = "tokens"
+    quota: str = "proportional"
+    keep_cls: bool = False
+    grouping: str = "psca"
+    seed: int = 0
+
+    def __post_init__(self, **kwargs):
+        for name in kwargs:
+            self._check_name(name)
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def __setattr__(self, name, value):
+        self._check_name(name)
+        if name == "budget":
+            check_budget(value)
+        elif name in _RULES:
+            is_valid, description = _RULES[name]
+            if not is_valid(value):
+                raise ValueError(f"prunesid_config.{name} must be {description}, got {value!r}.")
+        super().__setattr__(name, value)
+
+    def _check_name(self, name):
+        # Everything that Transformers itself gives a configuration is an attribute of the class, or one of these two.
+        known = name.startswith("_") or hasattr(type(self), name)
+        if not known and name not in ("attn_implementation", "experts_implementation"):
+            fields = ", ".join(sorted(["budget", *_RULES]))
+            raise ValueError(f"prunesid_config has no field {name!r}. Its fields are: {fields}.")
+
+    def check(self) -> None:
+        """Raise a `ValueError` for fields that contradict each other. Runs at construction and before each use."""
+        if self.min_budget is not None and self.max_budget is not None and self.min_budget > self.max_budget:
+            raise ValueError(
+                f"prunesid_config.min_budget={self.min_budget} exceeds max_budget={self.max_budget}. Swap them."
+            )
+        if self.dynamic and self.reference_information is None:
+            raise ValueError(
+                "prunesid_config.dynamic=True needs reference_information, the mean information score of typical "
+                "images, got None. `scripts/calibrate.py` measures it."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings alone, without the fields that Transformers gives to every configuration."""
+        fields = {"budget": self.budget, **{name: getattr(self, name) for name in _RULES}}
+        return {"model_type": self.model_type, "transformers_version": transformers.__version__, **fields}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class _NestsPruneSIDConfig:
+    """Mixin of the model configurations: `prunesid_config` may be assigned as a dict, None or a `PruneSIDConfig`."""
+
+    def __setattr__(self, name, value):
+        if name == "prunesid_config" and (value is None or isinstance(value, dict)):
+            value = PruneSIDConfig(**(value or {}))
+        super().__setattr__(name, value)
+
+
+@strict
+class PruneSIDLlavaConfig(_NestsPruneSIDConfig, LlavaConfig):
+    r"""
+    [`LlavaConfig`] with a nested [`PruneSIDConfig`].
+
+    Args:
+        prunesid_config (`dict` or `PruneSIDConfig`, *optional*):
+            How visual tokens are chosen. A dict passed to `from_pretrained` is merged into the saved one.
+    """
+
+    model_type = "prunesid_llava"
+
+    prunesid_config: dict | PretrainedConfig | None = None
+
+
+__all__ = ["PruneSIDConfig", "PruneSIDLlavaConfig"]

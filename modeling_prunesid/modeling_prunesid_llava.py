@@ -1,0 +1,280 @@
+"""LLaVA-1.5 with PruneSID: tokens are chosen from the tower's features, and only the kept ones are projected."""
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
+from .configuration_prunesid import PruneSIDLlavaConfig
+from .hub_prunesid import HubModelMixin, register_class_name
+from .tower_prunesid import resolve_layer, run_tower
+from .views_prunesid import choose_tokens, requested_budgets
+
+
+class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
+    """
+    Modifications:
+        - `get_image_features` returns the features of the kept tokens alone, with their indices.
+        - `forward` drops the placeholders of the other tokens from the prompt.
+    """
+
+    config: PruneSIDLlavaConfig
+    config_class = PruneSIDLlavaConfig
+    _auto_class = "AutoModel"
+    _auto_map = {"AutoModel": "PruneSIDLlavaModel"}
+
+    def __init__(self, config: PruneSIDLlavaConfig):
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Encodes images, keeps N tokens of each and projects these.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`).
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`.
+
+        Returns:
+            Upstream's output, whose `pooler_output` is a list of `(N, hidden_size)` for each image. Where tokens were
+            dropped it also has `keep_indices`, a list of `(N,)` ascending indices into upstream's T tokens (-1 is a CLS
+            token that upstream leaves out), and `num_placeholders`, T of each image.
+
+        Raises:
+            `ValueError`: for an invalid budget or layer, or a tower that cannot give what the configuration asks for.
+        """
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        settings, tower = self.config.prunesid_config, self.vision_tower
+        patch_size, (height, width) = tower.config.patch_size, pixel_values.shape[-2:]
+        num_patches, num_images = (height // patch_size) * (width // patch_size), len(pixel_values)
+        budgets = requested_budgets(settings, num_visual_tokens, num_images, num_patches)
+        if budgets is None:
+            return super().get_image_features(
+                pixel_values=pixel_values,
+                vision_feature_layer=layer,
+                vision_feature_select_strategy=strategy,
+                image_sizes=image_sizes,
+                return_dict=True,
+                **kwargs,
+            )
+        if image_sizes is not None:
+            raise ValueError(
+                f"image_sizes={image_sizes!r} are for towers without a fixed grid (Pixtral), which PruneSID for LLaVA "
+                "does not compress. Set prunesid_config.budget=None for them."
+            )
+
+        num_layers = tower.config.num_hidden_layers
+        layers = [layer] if isinstance(layer, int) else layer
+        layers = [resolve_layer(index, num_layers, "vision_feature_layer") for index in layers]
+        selection_layer = resolve_layer(settings.layer, num_layers, "prunesid_config.layer")
+        states = run_tower(
+            tower,
+            pixel_values,
+            [*layers, selection_layer],
+            cls_attention_layer=selection_layer if settings.score == "cls_attention" else None,
+            **kwargs,
+        )
+
+        features = torch.cat([states.hidden_states[index] for index in layers], dim=-1)
+        # CLS and register tokens come before the patches. Upstream's "default" leaves the first one out; what it feeds
+        # to the language model is kept, within the budget.
+        num_prefix = features.shape[1] - num_patches
+        first = 1 if strategy == "default" and num_prefix and not settings.keep_cls else 0
+        kept_patches = choose_tokens(
+            settings,
+            states.hidden_states[selection_layer][:, num_prefix:],
+            budgets,
+            is_dynamic=settings.dynamic and num_visual_tokens is None,
+            extra_kept=num_prefix - first,
+            cls_attention=None if states.cls_attention is None else states.cls_attention[:, num_prefix:],
+        )
+        prefix = torch.arange(first, num_prefix, device=features.device)
+        kept = [torch.cat([prefix, patches.to(features.device) + num_prefix]) for patches in kept_patches]
+        image_features = self.multi_modal_projector(torch.cat([view[rows] for view, rows in zip(features, kept)]))
+
+        dropped_by_upstream = 1 if strategy == "default" and num_prefix else 0
+        outputs = states.outputs
+        outputs.pooler_output = list(image_features.split([len(rows) for rows in kept]))
+        outputs["keep_indices"] = [rows - dropped_by_upstream for rows in kept]
+        outputs["num_placeholders"] = [features.shape[1] - dropped_by_upstream] * num_images
+        return outputs
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | LlavaModelOutputWithPast:
+        r"""
+        Upstream's `forward` on the shortened prompt.
+
+        Args:
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`.
+
+        Raises:
+            `ValueError`: if the prompt has neither T nor N placeholders for each image.
+        """
+        return self.forward_compressed(
+            super().forward,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+
+
+class PruneSIDLlavaForConditionalGeneration(
+    CompressedGenerationMixin, HubModelMixin, LlavaForConditionalGeneration, GenerationMixin
+):
+    """
+    Modifications:
+        - `forward` and `generate` shorten the prompt at their entrance, labels included.
+        - the output of `forward` has `keep_mask`, which maps its logits to the columns of the full prompt.
+    """
+
+    config: PruneSIDLlavaConfig
+    config_class = PruneSIDLlavaConfig
+    _auto_class = "AutoModelForImageTextToText"
+    _auto_map = {
+        "AutoModel": "PruneSIDLlavaAutoModel",
+        "AutoModelForImageTextToText": "PruneSIDLlavaForConditionalGeneration",
+        "AutoModelForMultimodalLM": "PruneSIDLlavaForConditionalGeneration",
+    }
+
+    def __init__(self, config: PruneSIDLlavaConfig):
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = PruneSIDLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See [`PruneSIDLlavaModel.get_image_features`]."""
+        return self.model.get_image_features(
+            pixel_values=pixel_values,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | LlavaCausalLMOutputWithPast:
+        r"""
+        Upstream's `forward` on the shortened prompt; logits have its length.
+
+        Args:
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`.
+
+        Returns:
+            Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
+            the columns of the caller's prompt that remain. In a batch whose rows lost different numbers of columns,
+            padding was added on the side where the batch is padded, on the right where it is not.
+
+        Raises:
+            `ValueError`: if the prompt has neither T nor N placeholders for each image.
+        """
+        return self.forward_compressed(
+            super().forward,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+
+
+class PruneSIDLlavaAutoModel(PruneSIDLlavaModel):
+    """
+    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
+    expect, and `from_config` the base model, as serving engines expect.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return PruneSIDLlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return PruneSIDLlavaModel._from_config(config, **kwargs)
+
+
+# Stock checkpoints load by the stock conversions, which Transformers looks up by the name of the class.
+for _ours, _stock in (("PruneSIDLlavaForConditionalGeneration", "llava"), ("PruneSIDLlavaModel", "LlavaModel")):
+    register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_stock), overwrite=True)
+register_class_name(PruneSIDLlavaConfig.model_type, "PruneSIDLlavaForConditionalGeneration")
+
+__all__ = ["PruneSIDLlavaAutoModel", "PruneSIDLlavaForConditionalGeneration", "PruneSIDLlavaModel"]
