@@ -1,6 +1,6 @@
 """PruneSID for Transformers: the same model classes, a tenth of the visual tokens."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_prunesid import PruneSIDConfig, PruneSIDLlavaConfig
 from .modeling_prunesid_llava import (
@@ -8,20 +8,23 @@ from .modeling_prunesid_llava import (
     PruneSIDLlavaForConditionalGeneration,
     PruneSIDLlavaModel,
 )
+from .processing_prunesid import PruneSIDLlavaProcessor
 
 
 AutoConfig.register(PruneSIDConfig.model_type, PruneSIDConfig)
-for _config, _auto_model, _model in (
-    (PruneSIDLlavaConfig, PruneSIDLlavaAutoModel, PruneSIDLlavaForConditionalGeneration),
+for _config, _auto_model, _model, _processor in (
+    (PruneSIDLlavaConfig, PruneSIDLlavaAutoModel, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _auto_model)
     AutoModelForImageTextToText.register(_config, _model)
     AutoModelForMultimodalLM.register(_config, _model)
+    AutoProcessor.register(_config, _processor)
 
 __all__ = [
     "PruneSIDConfig",
     "PruneSIDLlavaConfig",
     "PruneSIDLlavaForConditionalGeneration",
     "PruneSIDLlavaModel",
+    "PruneSIDLlavaProcessor",
 ]

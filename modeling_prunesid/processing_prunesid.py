@@ -1,0 +1,107 @@
+"""
+Processors that write short prompts: one placeholder for each kept token.
+
+A fixed budget is known before any image is seen, so engines that size prompts up front, static caches and exporters can
+have prompts of the final length. For a dynamic budget they write the full prompt, which the models accept as well.
+"""
+
+from transformers import LlavaProcessor
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+
+from .configuration_prunesid import check_budget
+from .selection_prunesid import resolve_budget
+
+
+class PruneSIDImagesKwargs(ImagesKwargs, total=False):
+    """
+    num_visual_tokens (`int` or `float`, *optional*):
+        Tokens kept of each image, or their share, in place of the processor's own.
+    """
+
+    num_visual_tokens: int | float | None
+
+
+class PruneSIDLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: PruneSIDImagesKwargs
+    _defaults = getattr(LlavaProcessor.valid_processor_kwargs, "_defaults", {})
+
+
+class ShortPromptProcessorMixin:
+    """For a processor whose `replace_image_token` writes T placeholders for an image."""
+
+    def _num_kept(self, num_tokens: int, num_visual_tokens: int | float | None) -> int:
+        budget = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        check_budget(budget, name="num_visual_tokens")
+        return num_tokens if budget is None else resolve_budget(budget, num_tokens)
+
+    def replace_image_token(
+        self, image_inputs: dict, image_idx: int, num_visual_tokens: int | float | None = None, **kwargs
+    ) -> str:
+        text = super().replace_image_token(image_inputs, image_idx, **kwargs)
+        return self.image_token * self._num_kept(text.count(self.image_token), num_visual_tokens)
+
+    def _process_images(self, images, num_visual_tokens: int | float | None = None, **kwargs):
+        image_inputs, replacements = super()._process_images(images, **kwargs)
+        replacements = [
+            self.replace_image_token(image_inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
+            for index in range(len(replacements))
+        ]
+        if self.num_visual_tokens is not None or num_visual_tokens is not None:
+            image_inputs["num_visual_tokens"] = [text.count(self.image_token) for text in replacements]
+        return image_inputs, replacements
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, num_visual_tokens=None, **kwargs) -> MultiModalData:
+        data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
+        if data.num_image_tokens is not None:
+            data.num_image_tokens = [self._num_kept(tokens, num_visual_tokens) for tokens in data.num_image_tokens]
+        return data
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "num_visual_tokens"]
+
+
+class PruneSIDLlavaProcessor(ShortPromptProcessorMixin, LlavaProcessor):
+    r"""
+    [`LlavaProcessor`] that writes N placeholders for an image and returns N of each image as `num_visual_tokens`, a
+    tensor of shape `(num_images,)` that the model obeys.
+
+    Args:
+        num_visual_tokens (`int` or `float`, *optional*):
+            N, or its share of the image's tokens: the `budget` of the model's `prunesid_config`. None (for a dynamic
+            budget, or off) writes the full prompt of the stock processor. A call may pass another value.
+
+    Raises:
+        `ValueError`: for an invalid budget.
+    """
+
+    valid_processor_kwargs = PruneSIDLlavaProcessorKwargs
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        num_visual_tokens: int | float | None = None,
+        **kwargs,
+    ):
+        check_budget(num_visual_tokens, name="num_visual_tokens")
+        self.num_visual_tokens = num_visual_tokens
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
+
+__all__ = ["PruneSIDLlavaProcessor"]
