@@ -153,17 +153,17 @@ def mark_kept_placeholders(
             f"either every placeholder that the stock processor writes ({full} for these {len(num_placeholders)} "
             f"{modality}s) or one for each kept token ({short}); build it with the model's processor."
         )
-    if found == short:
-        return None
 
-    ends = set(torch.tensor([0, *num_placeholders]).cumsum(0).tolist())
-    row_ends = torch.tensor(rows).cumsum(0).tolist()
-    for row, end in enumerate(row_ends):
+    counts = [len(kept) for kept in keep_indices] if found == short else num_placeholders
+    ends = set(torch.tensor([0, *counts]).cumsum(0).tolist())
+    for row, end in enumerate(torch.tensor(rows).cumsum(0).tolist()):
         if end not in ends:
             raise ValueError(
                 f"{label} features and {modality} tokens do not match, tokens: {rows[row]} in row {row}, which is no "
-                f"whole number of {modality}s of {num_placeholders} tokens; build the prompt with the model's processor."
+                f"whole number of {modality}s of {counts} tokens; build the prompt with the model's processor."
             )
+    if found == short:
+        return None
 
     flags = []
     for total, kept in zip(num_placeholders, keep_indices):
@@ -235,9 +235,12 @@ class CompressedModelMixin:
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         columns = input_ids if input_ids is not None else inputs_embeds
         cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
-        if columns is None or (torch.compiler.is_compiling() and not self._dropped_tokens(inputs)):
+        has_views, has_memory = bool(self._dropped_tokens(inputs)), hasattr(cache, "_prunesid_prompt")
+        # The common decoding step, eager or compiled: nothing to look at, and no wait for the device.
+        is_step = columns is not None and (columns.shape[1] == 1 or torch.compiler.is_compiling())
+        if columns is None or (is_step and not is_generation and not has_views and not has_memory):
             return inputs, None
-        cached_length = cache.get_seq_length() if cache is not None else 0
+        cached_length = int(cache.get_seq_length()) if cache is not None else 0
         earlier = CachedPrompt.recall(cache, len(columns))
         repeats_cached = is_generation and (mask is None or mask.shape[1] == columns.shape[1])
         start = 0
@@ -245,7 +248,7 @@ class CompressedModelMixin:
             inputs["attention_mask"] = mask = _shorten_cached_mask(mask, earlier.prompt, cached_length, columns.shape[1])
         elif earlier is not None and earlier.starts(input_ids):
             start = earlier.prompt.full_length
-        if not cached_length or start:
+        if not cached_length or (earlier is not None and repeats_cached):
             self._check_not_forgotten(inputs, start)
 
         keep_mask = self._mark_kept(inputs, start)
