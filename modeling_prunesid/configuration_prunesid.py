@@ -56,7 +56,7 @@ _RULES = {
     "quota": _one_of("proportional", "bounded"),
     "keep_cls": (lambda value: isinstance(value, bool), "True or False"),
     "grouping": _one_of("psca", "kmeans", "random"),
-    "seed": (_is_integer, "an integer"),
+    "seed": (lambda value: _is_integer(value) and value >= 0, "an integer of at least 0"),
 }
 
 
