@@ -1,0 +1,119 @@
+"""Tiny random LLaVA models with their prompts, and an oracle made of stock classes. Needs no network."""
+
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGeneration
+from modeling_prunesid.selection_prunesid import select_tokens
+
+
+PAD, BOS, EOS, IMAGE = 0, 1, 2, 100
+IMAGE_SIZE, PATCH_SIZE = 28, 4
+NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+BUDGET = 8
+
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+    "projection_dim": 32,
+    "initializer_range": 0.3,
+}
+TEXT = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 120,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "initializer_range": 0.3,
+}
+
+
+def build_config(budget=BUDGET, vision=None, text=None, **settings):
+    """A configuration of 49 patches an image; `settings` are fields of `PruneSIDConfig`."""
+    return PruneSIDLlavaConfig(
+        vision_config={**VISION, **(vision or {})},
+        text_config={**TEXT, **(text or {})},
+        image_token_index=IMAGE,
+        image_seq_length=NUM_PATCHES,
+        prunesid_config={"budget": budget, **settings},
+    )
+
+
+def build(budget=BUDGET, seed=0, **config):
+    """A random model of ours whose answers depend on its images and end at `max_new_tokens`."""
+    torch.manual_seed(seed)
+    model = PruneSIDLlavaForConditionalGeneration(build_config(budget, **config)).eval()
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(20)
+        model.lm_head.weight[[PAD, EOS, IMAGE]] = 0  # never the best of 120 random logits
+    return model
+
+
+def stock_config(config):
+    fields = config.to_dict()
+    return LlavaConfig(**{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")})
+
+
+def stock_twin(model):
+    """The stock class with the same weights."""
+    stock = LlavaForConditionalGeneration(stock_config(model.config)).to(model.dtype).eval()
+    stock.load_state_dict(model.state_dict())
+    return stock
+
+
+def pixels(num_images, seed=0):
+    return torch.randn(num_images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(counts, text):
+    """Token ids of one row: `counts` placeholders of each image, with a word before each, then the text."""
+    ids = [BOS]
+    for image, count in enumerate(counts):
+        ids += [5 + image] + [IMAGE] * count
+    return ids + list(text)
+
+
+def batch(rows, side="left"):
+    """`input_ids` and `attention_mask` of rows of different lengths."""
+    length = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        padding, ones = [PAD] * (length - len(row)), [1] * len(row)
+        ids.append(padding + row if side == "left" else row + padding)
+        mask.append([0] * len(padding) + ones if side == "left" else ones + [0] * len(padding))
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+@torch.no_grad()
+def oracle_features(stock, pixel_values, budgets=BUDGET):
+    """What the stock parts give for the kept tokens: every layer of the tower runs, one image after the other."""
+    if isinstance(budgets, int):
+        budgets = [budgets] * len(pixel_values)
+    features, indices = [], []
+    for image, budget in zip(pixel_values, budgets):
+        states = stock.model.vision_tower(image[None], output_hidden_states=True).hidden_states
+        kept = select_tokens(states[-2][:, 1:], budget).indices[0]
+        features.append(stock.model.multi_modal_projector(states[-2][0, 1:][kept]))
+        indices.append(kept)
+    return BaseModelOutputWithPooling(pooler_output=features), indices
+
+
+def oracle_generate(stock, rows, pixel_values, budgets=BUDGET, side="left", **kwargs):
+    """The new tokens of the stock `generate`, on short prompts and features of the kept tokens."""
+    inputs = batch(rows, side)
+    features, _ = oracle_features(stock, pixel_values, budgets)
+    output = stock.generate(**inputs, mm_encoder_outputs={"image": features}, **kwargs)
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    return sequences[:, inputs["input_ids"].shape[1] :]
