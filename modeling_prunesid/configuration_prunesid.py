@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import LlavaConfig, PretrainedConfig
+from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig, VideoLlavaConfig
 
 
 def _is_integer(value: Any) -> bool:
@@ -44,6 +44,7 @@ _RULES = {
         lambda value: value is None or value == "auto" or (_is_number(value) and value > 0),
         "a positive number, 'auto' or None (N/32)",
     ),
+    "budget_scope": _one_of("view", "image"),
     "dynamic": (lambda value: isinstance(value, bool), "True or False"),
     "reference_information": (
         lambda value: value is None or (_is_number(value) and 0 < value <= 2),
@@ -68,6 +69,10 @@ class PruneSIDConfig(PretrainedConfig):
         budget (`int`, `float` or `None`, defaults to 64):
             N. An int is the number of tokens kept of each encoded view (image, crop or frame); a float in (0, 1] is the
             share kept; None switches compression off. A budget of at least the view's own tokens is off as well.
+        budget_scope (`"view"` or `"image"`, defaults to `"view"`):
+            What an int or a share counts: the tokens of each encoded view, or the total of a whole image or clip (the
+            crops of LLaVA-NeXT, the frames of Video-LLaVA), which is shared over its views: equally, or with `dynamic`
+            in proportion to their information scores. A total is exact, so that prompts can be sized up front.
         num_groups (`int`, *optional*):
             K, the number of PSCA groups. Default: N/4 (section 4.3, table 6).
         layer (`int`, defaults to -2):
@@ -80,9 +85,9 @@ class PruneSIDConfig(PretrainedConfig):
             (section 3.4, equation 7).
         reference_information (`float`, *optional*):
             The mean information score over a set of typical images; the mean budget over that set is then N. Required
-            by `dynamic`.
+            by `dynamic` with `budget_scope="view"`.
         min_budget, max_budget (`int`, *optional*):
-            Bounds of a dynamic budget, in tokens.
+            Bounds of the dynamic budget of a view, in tokens; none with `budget_scope="image"`, whose totals are exact.
         score (`"component"` or `"cls_attention"`, defaults to `"component"`):
             What ranks the tokens of a group: |V| of equation 3, or the attention that the CLS token pays (the authors'
             release).
@@ -104,6 +109,7 @@ class PruneSIDConfig(PretrainedConfig):
     model_type = "prunesid"
 
     budget: int | float | None = 64
+    budget_scope: str = "view"
     num_groups: int | None = None
     layer: int = -2
     nms_lambda: int | float | str | None = None
@@ -147,7 +153,13 @@ class PruneSIDConfig(PretrainedConfig):
             raise ValueError(
                 f"prunesid_config.min_budget={self.min_budget} exceeds max_budget={self.max_budget}. Swap them."
             )
-        if self.dynamic and self.reference_information is None:
+        bounds = (self.min_budget, self.max_budget)
+        if self.budget_scope == "image" and bounds != (None, None):
+            raise ValueError(
+                f"prunesid_config.min_budget and max_budget bound the budget of a view, but budget_scope='image' fixes "
+                f"the total, got min_budget={self.min_budget}, max_budget={self.max_budget}. Leave them None."
+            )
+        if self.dynamic and self.budget_scope == "view" and self.reference_information is None:
             raise ValueError(
                 "prunesid_config.dynamic=True needs reference_information, the mean information score of typical "
                 "images, got None. `scripts/calibrate.py` measures it."
@@ -186,4 +198,36 @@ class PruneSIDLlavaConfig(_NestsPruneSIDConfig, LlavaConfig):
     prunesid_config: dict | PretrainedConfig | None = None
 
 
-__all__ = ["PruneSIDConfig", "PruneSIDLlavaConfig"]
+@strict
+class PruneSIDLlavaNextConfig(_NestsPruneSIDConfig, LlavaNextConfig):
+    r"""
+    [`LlavaNextConfig`] with a nested [`PruneSIDConfig`].
+
+    Args:
+        prunesid_config (`dict` or `PruneSIDConfig`, *optional*):
+            How visual tokens are chosen; the budget is that of each crop, or with `budget_scope="image"` of the whole
+            image. A dict passed to `from_pretrained` is merged into the saved one.
+    """
+
+    model_type = "prunesid_llava_next"
+
+    prunesid_config: dict | PretrainedConfig | None = None
+
+
+@strict
+class PruneSIDVideoLlavaConfig(_NestsPruneSIDConfig, VideoLlavaConfig):
+    r"""
+    [`VideoLlavaConfig`] with a nested [`PruneSIDConfig`].
+
+    Args:
+        prunesid_config (`dict` or `PruneSIDConfig`, *optional*):
+            How visual tokens are chosen; the budget is that of each image and frame, or with `budget_scope="image"` of
+            each image and clip. A dict passed to `from_pretrained` is merged into the saved one.
+    """
+
+    model_type = "prunesid_video_llava"
+
+    prunesid_config: dict | PretrainedConfig | None = None
+
+
+__all__ = ["PruneSIDConfig", "PruneSIDLlavaConfig", "PruneSIDLlavaNextConfig", "PruneSIDVideoLlavaConfig"]

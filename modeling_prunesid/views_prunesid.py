@@ -70,7 +70,7 @@ def choose_tokens(
     """
     settings.check()
     num_tokens = hidden_states.shape[1]
-    if is_dynamic:
+    if is_dynamic and settings.budget_scope == "view":
         rho = redundancy(hidden_states)
         adjusted = information_budgets(
             rho,
