@@ -9,6 +9,28 @@ from .configuration_prunesid import check_budget
 from .selection_prunesid import information_budgets, redundancy, resolve_budget, select_tokens
 
 
+def listed_budgets(
+    num_visual_tokens: int | float | Sequence[int] | torch.Tensor | None, num_inputs: int
+) -> list[int] | None:
+    """
+    The counts where a caller passes one for each image or clip; None where he passes a single value, or nothing.
+
+    Raises:
+        `ValueError`: for another number of counts than of inputs.
+    """
+    if isinstance(num_visual_tokens, torch.Tensor):
+        num_visual_tokens = num_visual_tokens.tolist()
+    if not isinstance(num_visual_tokens, Sequence) or isinstance(num_visual_tokens, str):
+        return None
+    budgets = list(num_visual_tokens)
+    if len(budgets) != num_inputs:
+        raise ValueError(
+            f"num_visual_tokens must have one count for each of the {num_inputs} encoded inputs, got {len(budgets)}: "
+            f"{budgets}. Pass a single count for all of them, or one for each."
+        )
+    return budgets
+
+
 def requested_budgets(
     settings: PretrainedConfig,
     num_visual_tokens: int | float | Sequence[int] | torch.Tensor | None,
@@ -27,16 +49,8 @@ def requested_budgets(
     Raises:
         `ValueError`: for an invalid budget, or another number of counts than of views.
     """
-    if isinstance(num_visual_tokens, torch.Tensor):
-        num_visual_tokens = num_visual_tokens.tolist()
-    if isinstance(num_visual_tokens, Sequence) and not isinstance(num_visual_tokens, str):
-        budgets = list(num_visual_tokens)
-        if len(budgets) != num_views:
-            raise ValueError(
-                f"num_visual_tokens must have one count for each of the {num_views} encoded views, got {len(budgets)}: "
-                f"{budgets}. Pass a single count for all of them, or one for each."
-            )
-    else:
+    budgets = listed_budgets(num_visual_tokens, num_views)
+    if budgets is None:
         budgets = [settings.budget if num_visual_tokens is None else num_visual_tokens] * num_views
     if None in budgets:
         return None

@@ -12,6 +12,7 @@ from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaConfig
 
 PAPER = {
     "budget": 64,
+    "budget_scope": "view",
     "num_groups": None,
     "layer": -2,
     "nms_lambda": None,
@@ -36,6 +37,7 @@ INVALID = {
     "nms_lambda": [0, -1.0, float("nan"), float("inf"), "paper", True],
     "dynamic": [1, None, "yes"],
     "reference_information": [0, -0.1, 2.1, float("nan"), "0.4", True],
+    "budget_scope": ["crop", "", None, 1],
     "min_budget": [0, 1.5, "8", False],
     "max_budget": [0, 1.5, "8", True],
     "score": ["attention", None, 1],
@@ -94,6 +96,12 @@ def test_contradicting_bounds_are_refused():
 def test_a_dynamic_budget_needs_its_reference():
     with pytest.raises(ValueError, match=r"dynamic.*reference_information"):
         PruneSIDConfig(dynamic=True)
+
+
+def test_a_total_needs_no_reference_and_has_no_bounds():
+    PruneSIDConfig(budget_scope="image", dynamic=True)
+    with pytest.raises(ValueError, match=r"budget_scope='image'.*max_budget=8"):
+        PruneSIDConfig(budget_scope="image", max_budget=8)
 
 
 @pytest.mark.parametrize("settings", [PAPER, RELEASE, DYNAMIC], ids=["paper", "release", "dynamic"])
