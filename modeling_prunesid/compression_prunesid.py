@@ -248,10 +248,12 @@ class CompressedModelMixin:
             inputs["attention_mask"] = mask = _shorten_cached_mask(mask, earlier.prompt, cached_length, columns.shape[1])
         elif earlier is not None and earlier.starts(input_ids):
             start = earlier.prompt.full_length
-        if not cached_length or (earlier is not None and repeats_cached):
+        if is_generation and (not cached_length or earlier is not None):
             self._check_not_forgotten(inputs, start)
+        elif cache is None and not is_generation:
+            self._check_not_forgotten(inputs, start, only_whole_views=True)
 
-        keep_mask = self._mark_kept(inputs, start)
+        keep_mask = self._mark_kept(inputs, start or (cached_length if repeats_cached else 0))
         if keep_mask is not None and mask is not None and not cached_length:
             keep_mask = keep_mask & ~_padding(mask, leading_only=is_generation)
         padding_side = "left" if is_generation or _is_left_padded(mask) else "right"
@@ -263,6 +265,7 @@ class CompressedModelMixin:
             prompt = ShortPrompt.from_keep_mask(keep_mask, padding_side)
         if prompt is not None:
             inputs = self._shorten(inputs, prompt)
+        inputs = self.place(inputs, is_generation)
         outputs = inputs.get("mm_encoder_outputs") or {}
         settled = {modality: _settle(output) for modality, output in self._dropped_tokens(inputs).items()}
         if settled:
@@ -270,6 +273,10 @@ class CompressedModelMixin:
         if repeats_cached and cached_length:
             inputs = self._drop_cached_features(inputs, cached_length)
         return inputs, prompt
+
+    def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
+        """Gives a family the shortened arguments to add positions to that upstream cannot find from them."""
+        return inputs
 
     def forward_compressed(self, forward: Callable, **inputs):
         """Upstream's `forward` on the shortened arguments."""
@@ -299,21 +306,28 @@ class CompressedModelMixin:
                 keep_mask = kept if keep_mask is None else keep_mask & kept
         return keep_mask
 
-    def _check_not_forgotten(self, inputs: dict[str, Any], start: int) -> None:
-        """Upstream embeds a placeholder without a view like a word; with compression on, that is an error."""
+    def _check_not_forgotten(self, inputs: dict[str, Any], start: int, only_whole_views: bool = False) -> None:
+        """
+        Upstream embeds a placeholder without a view like a word; with compression on, that is an error. A `forward` on
+        ids that are no prompt, as profilers and tests run it, is left to upstream: `only_whole_views`.
+        """
         outputs, input_ids = inputs.get("mm_encoder_outputs") or {}, inputs.get("input_ids")
-        if input_ids is None or self.config.prunesid_config.budget is None:
+        if input_ids is None or inputs.get("inputs_embeds") is not None or self.config.prunesid_config.budget is None:
             return
         for modality, pixels in _PIXELS.items():
             token_id = getattr(self.config, f"{modality}_token_id", None)
             if token_id is None or outputs.get(modality) is not None:
                 continue
-            forgotten = int((input_ids[:, start:] == token_id).sum())
-            if forgotten:
+            rows = (input_ids[:, start:] == token_id).sum(1).tolist()
+            if any(rows) and (not only_whole_views or self.are_whole_views(rows)):
                 raise ValueError(
-                    f"{modality.capitalize()} features and {modality} tokens do not match, tokens: {forgotten}, "
+                    f"{modality.capitalize()} features and {modality} tokens do not match, tokens: {sum(rows)}, "
                     f"features: 0. The prompt has {modality} placeholders but no {modality}; pass {pixels[0]}."
                 )
+
+    def are_whole_views(self, rows: list[int]) -> bool:
+        """Whether these numbers of placeholders in each row stand for whole views; False where a family cannot tell."""
+        return False
 
     def _shorten(self, inputs: dict[str, Any], prompt: ShortPrompt) -> dict[str, Any]:
         """Drop the columns from every argument that runs along the prompt."""
@@ -364,11 +378,17 @@ class CompressedModelMixin:
                 continue
             needed = is_new.expand_as(placeholders)[placeholders].to(features.device)
             needed = needed.split([len(view) for view in output.pooler_output])
-            views = [view[wanted] for view, wanted in zip(output.pooler_output, needed) if wanted.any()]
             del outputs[modality]
-            if views:
-                outputs[modality] = _settle(output, pooler_output=views)
+            if any(wanted.any() for wanted in needed):
+                changes = {"pooler_output": _take_wanted(output.pooler_output, needed)}
+                if output.get("deepstack_features") is not None:
+                    changes["deepstack_features"] = [_take_wanted(layer, needed) for layer in output.deepstack_features]
+                outputs[modality] = _settle(output, **changes)
         return {**inputs, "mm_encoder_outputs": outputs}
+
+
+def _take_wanted(views: list[torch.Tensor], wanted: list[torch.BoolTensor]) -> list[torch.Tensor]:
+    return [view[rows.to(view.device)] for view, rows in zip(views, wanted) if rows.any()]
 
 
 def _finish_forward(output: Any, input_ids: torch.LongTensor | None, prompt: ShortPrompt | None) -> Any:
@@ -428,8 +448,8 @@ class _SeesCallersPrompt:
     def __init__(self, function: Callable, prompt: _CallersPrompt):
         self.function, self.prompt = function, prompt
 
-    def __call__(self, input_ids, scores, **kwargs):
-        return self.function(self.prompt.restore(input_ids), scores, **kwargs)
+    def __call__(self, input_ids, scores):
+        return self.function(self.prompt.restore(input_ids), scores)
 
 
 class _StreamsCallersPrompt:

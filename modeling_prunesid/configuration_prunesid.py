@@ -6,7 +6,15 @@ from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig, VideoLlavaConfig
+from transformers import (
+    LlavaConfig,
+    LlavaNextConfig,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+    VideoLlavaConfig,
+)
 
 
 def _is_integer(value: Any) -> bool:
@@ -57,6 +65,7 @@ _RULES = {
     "quota": _one_of("proportional", "bounded"),
     "keep_cls": (lambda value: isinstance(value, bool), "True or False"),
     "grouping": _one_of("psca", "kmeans", "random"),
+    "mrope_positions": _one_of("original", "contiguous"),
     "seed": (lambda value: _is_integer(value) and value >= 0, "an integer of at least 0"),
 }
 
@@ -88,6 +97,8 @@ class PruneSIDConfig(PretrainedConfig):
             by `dynamic` with `budget_scope="view"`.
         min_budget, max_budget (`int`, *optional*):
             Bounds of the dynamic budget of a view, in tokens; none with `budget_scope="image"`, whose totals are exact.
+            In Qwen-VL, where `min_budget` is 16 by default, a share never stands for fewer tokens than it either, so
+            that a view of up to 16 tokens is left whole (release).
         score (`"component"` or `"cls_attention"`, defaults to `"component"`):
             What ranks the tokens of a group: |V| of equation 3, or the attention that the CLS token pays (the authors'
             release).
@@ -99,6 +110,9 @@ class PruneSIDConfig(PretrainedConfig):
             Let the tower's CLS token be one of the N (release).
         grouping (`"psca"`, `"kmeans"` or `"random"`, defaults to `"psca"`):
             How tokens are grouped (table 5).
+        mrope_positions (`"original"` or `"contiguous"`, defaults to `"original"`):
+            For models with three-dimensional positions (Qwen-VL): every token keeps the position that it has in the
+            full prompt, or the short prompt is numbered through like text. Other models always number it through.
         seed (`int`, defaults to 0):
             Seed of the random grouping and of the start of k-means.
 
@@ -107,6 +121,7 @@ class PruneSIDConfig(PretrainedConfig):
     """
 
     model_type = "prunesid"
+    base_config_key = "prunesid_config"
 
     budget: int | float | None = 64
     budget_scope: str = "view"
@@ -122,6 +137,7 @@ class PruneSIDConfig(PretrainedConfig):
     quota: str = "proportional"
     keep_cls: bool = False
     grouping: str = "psca"
+    mrope_positions: str = "original"
     seed: int = 0
 
     def __post_init__(self, **kwargs):
@@ -177,6 +193,10 @@ class PruneSIDConfig(PretrainedConfig):
 class _NestsPruneSIDConfig:
     """Mixin of the model configurations: `prunesid_config` may be assigned as a dict, None or a `PruneSIDConfig`."""
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.sub_configs = {**getattr(cls, "sub_configs", {}), "prunesid_config": PruneSIDConfig}
+
     def __setattr__(self, name, value):
         if name == "prunesid_config" and (value is None or isinstance(value, dict)):
             value = PruneSIDConfig(**(value or {}))
@@ -230,4 +250,81 @@ class PruneSIDVideoLlavaConfig(_NestsPruneSIDConfig, VideoLlavaConfig):
     prunesid_config: dict | PretrainedConfig | None = None
 
 
-__all__ = ["PruneSIDConfig", "PruneSIDLlavaConfig", "PruneSIDLlavaNextConfig", "PruneSIDVideoLlavaConfig"]
+class _QwenVLDefaults:
+    """Mixin: images have any number of tokens, so that the budget is a share; and the towers have no CLS token."""
+
+    def __setattr__(self, name, value):
+        if name == "prunesid_config" and (value is None or isinstance(value, dict)):
+            value = {"budget": 1 / 3, **(value or {})}
+            if value.get("budget_scope") != "image":
+                value = {"min_budget": 16, **value}
+        super().__setattr__(name, value)
+        if name == "prunesid_config":
+            refuse_cls(self.prunesid_config)
+
+
+def refuse_cls(settings: PretrainedConfig) -> None:
+    """Raise a `ValueError` for settings that need the CLS token of a tower that has none."""
+    for name, refused, instead in (("score", "cls_attention", "component"), ("keep_cls", True, False)):
+        if getattr(settings, name) == refused:
+            raise ValueError(
+                f"prunesid_config.{name} must be {instead!r} for this model, got {refused!r}: its vision tower has no "
+                "CLS token."
+            )
+
+
+@strict
+class PruneSIDQwen2VLConfig(_QwenVLDefaults, _NestsPruneSIDConfig, Qwen2VLConfig):
+    r"""
+    [`Qwen2VLConfig`] with a nested [`PruneSIDConfig`].
+
+    Args:
+        prunesid_config (`dict` or `PruneSIDConfig`, *optional*):
+            How visual tokens are chosen; the budget is that of each image and of each temporal slice of a video, or
+            with `budget_scope="image"` of each image and video. By default a third of the tokens, and at least 16.
+            `layer` has no meaning here: tokens are compared as they leave the patch merger. A dict passed to
+            `from_pretrained` is merged into the saved one.
+    """
+
+    model_type = "prunesid_qwen2_vl"
+
+    prunesid_config: dict | PretrainedConfig | None = None
+
+
+@strict
+class PruneSIDQwen2_5_VLConfig(_QwenVLDefaults, _NestsPruneSIDConfig, Qwen2_5_VLConfig):
+    r"""
+    [`Qwen2_5_VLConfig`] with a nested [`PruneSIDConfig`].
+
+    Args:
+        prunesid_config (`dict` or `PruneSIDConfig`, *optional*): See [`PruneSIDQwen2VLConfig`].
+    """
+
+    model_type = "prunesid_qwen2_5_vl"
+
+    prunesid_config: dict | PretrainedConfig | None = None
+
+
+@strict
+class PruneSIDQwen3VLConfig(_QwenVLDefaults, _NestsPruneSIDConfig, Qwen3VLConfig):
+    r"""
+    [`Qwen3VLConfig`] with a nested [`PruneSIDConfig`].
+
+    Args:
+        prunesid_config (`dict` or `PruneSIDConfig`, *optional*): See [`PruneSIDQwen2VLConfig`].
+    """
+
+    model_type = "prunesid_qwen3_vl"
+
+    prunesid_config: dict | PretrainedConfig | None = None
+
+
+__all__ = [
+    "PruneSIDConfig",
+    "PruneSIDLlavaConfig",
+    "PruneSIDLlavaNextConfig",
+    "PruneSIDQwen2VLConfig",
+    "PruneSIDQwen2_5_VLConfig",
+    "PruneSIDQwen3VLConfig",
+    "PruneSIDVideoLlavaConfig",
+]

@@ -6,16 +6,16 @@ from typing import Any
 from transformers.models.auto import modeling_auto
 
 
-# Tables of Transformers in which pipelines and serving look up the names of classes.
+# Tables of Transformers in which pipelines and serving look up the names of classes with a head.
 _CLASS_NAME_TABLES = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
 
 
-def register_class_name(model_type: str, class_name: str) -> None:
-    """List a class where pipelines look its name up; a table that a later Transformers lacks is passed over."""
-    for table in _CLASS_NAME_TABLES:
+def register_class_names(model_type: str, class_name: str, base_name: str) -> None:
+    """List our classes where Transformers looks names up; a table that a later version lacks is passed over."""
+    for table, name in (*((table, class_name) for table in _CLASS_NAME_TABLES), ("MODEL_MAPPING_NAMES", base_name)):
         names = getattr(modeling_auto, table, None)
         if names is not None:
-            names[model_type] = class_name
+            names[model_type] = name
 
 
 class HubModelMixin:

@@ -16,7 +16,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
 from .configuration_prunesid import PruneSIDLlavaConfig
-from .hub_prunesid import HubModelMixin, register_class_name
+from .hub_prunesid import HubModelMixin, register_class_names
+from .selection_prunesid import resolve_budget
 from .tower_prunesid import resolve_layer, run_tower
 from .views_prunesid import choose_tokens, requested_budgets
 
@@ -39,6 +40,13 @@ class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def are_whole_views(self, rows: list[int]) -> bool:
+        vision = self.config.vision_config
+        full = (vision.image_size // vision.patch_size) ** 2
+        full += self.config.vision_feature_select_strategy == "full"
+        short = min(resolve_budget(self.config.prunesid_config.budget, full), full)
+        return any(all(count % tokens == 0 for count in rows) for tokens in (full, short))
 
     @can_return_tuple
     def get_image_features(
@@ -275,6 +283,6 @@ class PruneSIDLlavaAutoModel(PruneSIDLlavaModel):
 # Stock checkpoints load by the stock conversions, which Transformers looks up by the name of the class.
 for _ours, _stock in (("PruneSIDLlavaForConditionalGeneration", "llava"), ("PruneSIDLlavaModel", "LlavaModel")):
     register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_stock), overwrite=True)
-register_class_name(PruneSIDLlavaConfig.model_type, "PruneSIDLlavaForConditionalGeneration")
+register_class_names(PruneSIDLlavaConfig.model_type, "PruneSIDLlavaForConditionalGeneration", "PruneSIDLlavaModel")
 
 __all__ = ["PruneSIDLlavaAutoModel", "PruneSIDLlavaForConditionalGeneration", "PruneSIDLlavaModel"]
