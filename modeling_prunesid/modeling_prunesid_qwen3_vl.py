@@ -1,0 +1,268 @@
+"""Qwen3-VL with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, Qwen3VLForConditionalGeneration, Qwen3VLModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    BaseModelOutputWithDeepstackFeatures,
+    Qwen3VLPreTrainedModel,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .compression_prunesid import CompressedGenerationMixin
+from .configuration_prunesid import PruneSIDQwen3VLConfig
+from .hub_prunesid import HubModelMixin, register_class_names
+from .merged_prunesid import keep_merged_tokens
+from .mrope_prunesid import MRoPEModelMixin
+
+
+class PruneSIDQwen3VLModel(MRoPEModelMixin, HubModelMixin, Qwen3VLModel):
+    """
+    Modifications:
+        - `get_image_features` and `get_video_features` return the kept tokens alone, with their indices;
+          of the features for the first layers (deepstack) they return the same ones.
+        - `forward` drops the placeholders of the other tokens; positions stay those of the full prompt.
+    """
+
+    config: PruneSIDQwen3VLConfig
+    config_class = PruneSIDQwen3VLConfig
+    _auto_class = "AutoModel"
+    _auto_map = {"AutoModel": "PruneSIDQwen3VLModel"}
+
+    def __init__(self, config: PruneSIDQwen3VLConfig):
+        Qwen3VLPreTrainedModel.__init__(self, config)
+        self.visual = AutoModel.from_config(config.vision_config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.rope_deltas = None
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.LongTensor | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithDeepstackFeatures:
+        r"""
+        Encodes images and keeps N tokens of each.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(patches, channels * temporal_patch_size * patch_size ** 2)`).
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`): patches in time, down and across.
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`.
+
+        Returns:
+            Upstream's output, whose `pooler_output` is a list of `(N, hidden_size)` for each image. Where tokens were
+            dropped it also has `keep_indices`, a list of `(N,)` ascending indices into upstream's T tokens, and
+            `num_placeholders`, T of each image.
+
+        Raises:
+            `ValueError`: for an invalid budget, or settings that need a CLS token.
+        """
+        output = super().get_image_features(
+            pixel_values=pixel_values, image_grid_thw=image_grid_thw, return_dict=True, **kwargs
+        )
+        return self._keep_tokens(output, image_grid_thw, num_visual_tokens)
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_grid_thw: torch.LongTensor | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithDeepstackFeatures:
+        r"""
+        Encodes videos and keeps N tokens of each temporal slice; as `get_image_features`, where a list in
+        `num_visual_tokens` holds the total of each video.
+        """
+        # Upstream encodes a video as an image; a share of 1.0 leaves it whole until here.
+        output = super().get_video_features(
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            num_visual_tokens=1.0,
+            return_dict=True,
+            **kwargs,
+        )
+        return self._keep_tokens(output, video_grid_thw, num_visual_tokens)
+
+    def _keep_tokens(self, output, grid_thw, num_visual_tokens):
+        merge_size = self.config.vision_config.spatial_merge_size
+        return keep_merged_tokens(self.config.prunesid_config, output, grid_thw, merge_size, num_visual_tokens)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPast:
+        r"""
+        Upstream's `forward` on the shortened prompt.
+
+        Args:
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`.
+
+        Raises:
+            `ValueError`: if the prompt has neither T nor N placeholders for each image and video.
+        """
+        return self.forward_compressed(
+            super().forward,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+
+
+class PruneSIDQwen3VLForConditionalGeneration(
+    CompressedGenerationMixin, HubModelMixin, Qwen3VLForConditionalGeneration, GenerationMixin
+):
+    """
+    Modifications:
+        - `forward` and `generate` shorten the prompt at their entrance, labels included.
+        - the output of `forward` has `keep_mask`, which maps its logits to the columns of the full prompt.
+    """
+
+    config: PruneSIDQwen3VLConfig
+    config_class = PruneSIDQwen3VLConfig
+    _auto_class = "AutoModelForImageTextToText"
+    _auto_map = {
+        "AutoModel": "PruneSIDQwen3VLAutoModel",
+        "AutoModelForImageTextToText": "PruneSIDQwen3VLForConditionalGeneration",
+        "AutoModelForMultimodalLM": "PruneSIDQwen3VLForConditionalGeneration",
+    }
+
+    def __init__(self, config: PruneSIDQwen3VLConfig):
+        Qwen3VLPreTrainedModel.__init__(self, config)
+        self.model = PruneSIDQwen3VLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.LongTensor | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithDeepstackFeatures:
+        """See [`PruneSIDQwen3VLModel.get_image_features`]."""
+        return self.model.get_image_features(
+            pixel_values=pixel_values, image_grid_thw=image_grid_thw, num_visual_tokens=num_visual_tokens, **kwargs
+        )
+
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_grid_thw: torch.LongTensor | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithDeepstackFeatures:
+        """See [`PruneSIDQwen3VLModel.get_video_features`]."""
+        return self.model.get_video_features(
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple | CausalLMOutputWithPast:
+        r"""
+        Upstream's `forward` on the shortened prompt; logits have its length.
+
+        Args:
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`.
+
+        Returns:
+            Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
+            the columns of the caller's prompt that remain. In a batch whose rows lost different numbers of columns,
+            padding was added on the side where the batch is padded, on the right where it is not.
+
+        Raises:
+            `ValueError`: if the prompt has neither T nor N placeholders for each image and video.
+        """
+        return self.forward_compressed(
+            super().forward,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+
+
+class PruneSIDQwen3VLAutoModel(PruneSIDQwen3VLModel):
+    """
+    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
+    expect, and `from_config` the base model, as serving engines expect.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return PruneSIDQwen3VLForConditionalGeneration.from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return PruneSIDQwen3VLModel._from_config(config, **kwargs)
+
+
+register_class_names(
+    PruneSIDQwen3VLConfig.model_type, "PruneSIDQwen3VLForConditionalGeneration", "PruneSIDQwen3VLModel"
+)
+
+__all__ = ["PruneSIDQwen3VLAutoModel", "PruneSIDQwen3VLForConditionalGeneration", "PruneSIDQwen3VLModel"]

@@ -1,0 +1,150 @@
+"""
+Three-dimensional positions (M-RoPE, Qwen-VL) of shortened prompts.
+
+Upstream numbers a prompt from its grids: a visual token has the time, row and column of its place, and text goes on
+behind the largest of these. A token that is kept therefore has the position that upstream gives it in the full prompt,
+which is rebuilt here for that purpose, whether the caller wrote it or a short one. `rope_deltas`, the distance between
+the next position and the length of a cache, grows by the tokens that were dropped.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+
+from .compression_prunesid import CompressedModelMixin, ShortPrompt
+
+
+class MRoPEModelMixin(CompressedModelMixin):
+    """For a base model with upstream's `compute_3d_position_ids` and `rope_deltas`."""
+
+    # The deltas that this class computed last; upstream replaces `rope_deltas` where it computes its own.
+    _short_rope_deltas: torch.LongTensor | None = None
+
+    def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
+        return {**super().encode_views(inputs), **grids}
+
+    def forward_compressed(self, forward, **inputs):
+        output = super().forward_compressed(forward, **inputs)
+        # With return_dict=False a tuple comes back.
+        cache = None if isinstance(output, tuple) else output.get("past_key_values")
+        self.remember_deltas(cache)
+        return output
+
+    def remember_deltas(self, cache: Any) -> None:
+        """A cache goes on with its own deltas, whatever else the model does in between."""
+        if cache is not None and self._short_rope_deltas is not None and self.rope_deltas is self._short_rope_deltas:
+            cache._prunesid_rope_deltas = self.rope_deltas
+
+    def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
+        """Adds `position_ids` of the short prompt to the arguments of `forward`, and sets `rope_deltas`."""
+        cache = inputs.get("past_key_values")
+        cached_length = cache.get_seq_length() if cache is not None else 0
+        if cached_length and getattr(cache, "_prunesid_rope_deltas", None) is not None:
+            self.rope_deltas = self._short_rope_deltas = cache._prunesid_rope_deltas
+        if inputs.get("position_ids") is not None or not self._dropped_tokens(inputs):
+            return inputs
+
+        columns = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        batch, length = columns.shape[:2]
+        mask = inputs.get("attention_mask")
+        mask = mask if mask is not None and mask.dim() == 2 else None
+        # What is placed: the whole conversation, or its part behind the cache if only that part's views are given.
+        repeats_cached = is_generation and (mask is None or mask.shape[1] == length)
+        first = cached_length if repeats_cached and not self._has_every_view(inputs) else 0
+        columns, length = columns[:, first:], length - first
+        if mask is None:
+            before = first if repeats_cached else cached_length
+            mask = torch.ones(batch, before + length, dtype=torch.long, device=columns.device)
+        mask, seen = mask[:, mask.shape[1] - length :].long(), mask[:, : mask.shape[1] - length].sum(1, keepdim=True)
+        deltas_of_cache = self.rope_deltas
+        text_positions = (seen + mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+
+        if self.config.prunesid_config.mrope_positions == "contiguous":
+            positions, deltas = text_positions.expand(3, -1, -1), torch.zeros_like(seen)
+        else:
+            positions, deltas = self._positions_in_full_prompt(inputs, columns, mask, is_generation)
+            if seen.any():
+                offset = seen + deltas_of_cache.to(seen.device)
+                positions, deltas = positions + offset * (mask > 0), deltas + offset - seen
+        self.rope_deltas = self._short_rope_deltas = deltas
+        if cached_length:
+            self.remember_deltas(cache)
+        if is_generation:
+            positions = torch.cat([text_positions[None], positions])
+        return {**inputs, "position_ids": positions}
+
+    def _has_every_view(self, inputs: dict[str, Any]) -> bool:
+        """Whether there is a view for every placeholder of the prompt."""
+        outputs = inputs.get("mm_encoder_outputs") or {}
+        for modality in ("image", "video"):
+            features = outputs[modality].pooler_output if outputs.get(modality) is not None else []
+            placeholders = self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
+            if int(placeholders.sum()) != sum(len(view) for view in features):
+                return False
+        return True
+
+    def _positions_in_full_prompt(
+        self, inputs: dict[str, Any], columns: torch.Tensor, mask: torch.LongTensor, is_generation: bool
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Positions `(3, batch, length)` of the columns in the full prompt, and the deltas `(batch, 1)` after them."""
+        before, after = self._dropped_around(inputs, columns)
+        repeats = before + 1 + after
+        ends = repeats.cumsum(1)
+        places = torch.arange(int(ends[:, -1].max()), device=columns.device).expand(len(columns), -1).contiguous()
+        source = torch.searchsorted(ends, places, right=True).clamp(max=columns.shape[1] - 1)
+        full_mask = mask.gather(1, source) * (places < ends[:, -1:])
+        full = {"attention_mask": full_mask}
+        if inputs.get("input_ids") is not None:
+            full["input_ids"] = columns.gather(1, source)
+        types = inputs.get("mm_token_type_ids")
+        if types is not None:
+            full["mm_token_type_ids"] = types[:, -columns.shape[1] :].gather(1, source.to(types.device))
+
+        positions = None
+        # Upstream's `generate` numbers a prompt without token types like text, where its `forward` raises.
+        if "input_ids" in full and not (is_generation and types is None):
+            names = inspect.signature(self.compute_3d_position_ids).parameters
+            arguments = {name: full.get(name, inputs.get(name)) for name in names}
+            positions = self.compute_3d_position_ids(**{**arguments, "inputs_embeds": None, "past_key_values": None})
+        if positions is None:
+            positions = (full_mask.cumsum(1) - 1).masked_fill(full_mask == 0, 0).expand(3, -1, -1)
+            next_positions = full_mask.sum(1, keepdim=True)
+        else:
+            next_positions = self.rope_deltas.to(mask.device) + full_mask.sum(1, keepdim=True)
+        kept = (ends - 1 - after).expand(3, -1, -1)
+        return positions.gather(2, kept), next_positions - mask.sum(1, keepdim=True)
+
+    def _dropped_around(
+        self, inputs: dict[str, Any], columns: torch.Tensor
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """How many tokens were dropped just before and just after each column of the short prompt."""
+        before, after = (torch.zeros(columns.shape[:2], dtype=torch.long, device=columns.device) for _ in range(2))
+        for modality, output in self._dropped_tokens(inputs).items():
+            grid = inputs.get(f"{modality}_grid_thw")
+            slices = grid[:, 0].tolist() if grid is not None else [1] * len(output.num_placeholders)
+            gaps = []
+            for kept, num_tokens, num_slices in zip(output.keep_indices, output.num_placeholders, slices):
+                # Timestamps may stand between the slices of a video, so that each slice ends for itself.
+                size = num_tokens // num_slices
+                place, start = kept % size, kept - kept % size
+                previous = torch.cat([kept.new_full((1,), -1), kept[:-1]]).maximum(start - 1) - start
+                is_last = torch.cat([start[1:] != start[:-1], kept.new_ones(1, dtype=torch.bool)])
+                gaps.append(torch.stack([place - previous - 1, (size - 1 - place) * is_last]))
+            placeholders = self.find_placeholders(modality, *_ids_or_embeds(columns))
+            before[placeholders], after[placeholders] = torch.cat(gaps, dim=1).to(columns.device)
+        return before, after
+
+    def _shorten_positions(self, position_ids: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
+        """The caller's own positions `(batch, length)` or `(3 or 4, batch, length)`: every token keeps its own."""
+        if position_ids.dim() == 2:
+            return prompt.take(position_ids.expand(len(prompt.source), -1), fill=0)
+        rows = [prompt.take(row.expand(len(prompt.source), -1), fill=0) for row in position_ids]
+        if len(rows) == 4:  # the first are the positions in the sequence, by which packed sequences are told apart
+            rows[0] = prompt.take_positions(position_ids[0])
+        return torch.stack(rows)
+
+
+def _ids_or_embeds(columns: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, columns) if columns.is_floating_point() else (columns, None)
