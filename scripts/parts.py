@@ -89,7 +89,7 @@ def fetch(wheel: Wheel) -> Path:
     interrupted fetch leaves nothing behind. A cached file is checked again at each use.
 
     Raises:
-        RuntimeError: pip could not fetch the file (its own message says why), or the cached file is damaged, in which
+        OSError: pip could not fetch the file (its own message says why), or the cached file is damaged, in which
             case it is removed.
     """
     path = cache_folder() / wheel.file
@@ -98,7 +98,7 @@ def fetch(wheel: Wheel) -> Path:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != wheel.sha256:
         path.unlink()
-        raise RuntimeError(
+        raise OSError(
             f"{path} is damaged: its SHA-256 is {found}, expected {wheel.sha256}. It has been removed; run again to "
             "fetch it anew."
         )
@@ -115,7 +115,7 @@ def _fetch_with_pip(wheel: Wheel, path: Path) -> None:
         # pip prints to stderr here, because a script's last line on stdout is a JSON object.
         code = subprocess.run([sys.executable, "-m", "pip", "download", *options, "-d", folder], stdout=sys.stderr)
         if code.returncode != 0 or not (Path(folder) / wheel.file).exists():
-            raise RuntimeError(
+            raise OSError(
                 f"pip could not fetch {wheel.name}=={wheel.version} (its message is above). Check the network and "
                 f"pip's index settings, or put {wheel.file} into {path.parent} by hand."
             )
@@ -202,7 +202,9 @@ def photographs() -> dict[str, Image.Image]:
     images = {}
     for package, names in INSTALLED_PHOTOS.items():
         for name in names:
-            images[Path(name).stem] = Image.open(resources.files(package) / name).convert("RGB")
+            images[Path(name).stem] = Image.open(io.BytesIO((resources.files(package) / name).read_bytes())).convert(
+                "RGB"
+            )
     with zipfile.ZipFile(fetch(INTERIOR_PHOTOS)) as archive:
         for name in sorted(archive.namelist()):
             if name.endswith(".jpg"):
@@ -223,5 +225,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except RuntimeError as error:
+    except OSError as error:
         sys.exit(f"error: {error}")

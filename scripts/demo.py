@@ -1,0 +1,354 @@
+"""PruneSID at work on real photographs: the same question at several token budgets, beside the stock class.
+
+Without options, `assemble.py` puts a small LLaVA together from real pretrained parts: DINOv2-S/14 as vision tower and
+SmolLM2-135M-Instruct as language model. The projector between them is untrained, so its answers do not describe the
+photograph; token counts, times, memory and the kept patches are what the demo shows. The model is saved as a Hub
+folder and loaded back by `AutoModel.from_pretrained(folder, trust_remote_code=True)`, from the code in that folder.
+
+How it is measured: time to first token is `generate(max_new_tokens=1)` on one photograph (tower, selection, projector,
+prefill), the stock class and every budget by turns, median. Peak memory is the largest sum of tensors that PyTorch
+allocated during one such call, on top of the weights. `rho` is the redundancy of the tokens and `tau` the similarity
+from which a token suppresses another of its group (paper, section 3.3); where tau >= 1, none is suppressed.
+
+Examples:
+    python scripts/demo.py
+    python scripts/demo.py --budgets 192 64 16 --image kitchen.jpg --output out/kitchen
+    python scripts/demo.py --model llava-hf/llava-1.5-7b-hf \\
+        --image http://images.cocodataset.org/val2017/000000039769.jpg --prompt "What are the cats doing?"
+"""
+
+import argparse
+import colorsys
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: its profiler is not to print here
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+import torch
+import transformers
+from matplotlib import pyplot
+from matplotlib.collections import LineCollection
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers.image_utils import load_image
+from transformers.utils import logging
+
+
+PHOTOGRAPHS = ("chelsea", "coffee", "pexels-1317558")
+PROMPT = "What is in this photograph? Answer in one sentence."
+ROUNDS = 5
+
+
+def load_assembled(folder: Path):
+    """Assemble and save the default model in another process; load it from the code in its folder alone."""
+    script = Path(__file__).with_name("assemble.py")
+    if subprocess.run([sys.executable, script, folder], stdout=sys.stderr, check=False).returncode:
+        raise OSError(f"{script.name} could not write {folder}; its message is above.")
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
+    return model, processor
+
+
+def load_checkpoint(name: str):
+    """Load a stock LLaVA-1.5 checkpoint into our class, on the GPU if there is one."""
+    from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
+
+    model_type = AutoConfig.from_pretrained(name).model_type
+    if model_type != "llava":
+        raise ValueError(f"--model must be a LLaVA-1.5 checkpoint (model_type 'llava'), got {model_type!r} in {name}.")
+    device_map = "auto" if torch.cuda.is_available() else None
+    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(name, dtype="auto", device_map=device_map)
+    return model, AutoProcessor.from_pretrained(name)
+
+
+def stock_twin(model) -> LlavaForConditionalGeneration:
+    """The stock class around the very modules of `model`: the same weights, held once."""
+    settings = model.config.to_dict()
+    for name in ("model_type", "prunesid_config", "architectures", "auto_map"):
+        settings.pop(name, None)
+    with torch.device("meta"):
+        twin = LlavaForConditionalGeneration(LlavaConfig(**settings))
+    for name, module in model.model.named_children():
+        setattr(twin.model, name, module)
+    twin.lm_head = model.lm_head
+    twin.generation_config = model.generation_config
+    return twin.eval()
+
+
+def ask(processor, photograph: Image.Image, prompt: str, model):
+    """The inputs for a question about a photograph, with a placeholder for every patch."""
+    content = [{"type": "image", "image": photograph}, {"type": "text", "text": prompt}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    return inputs.to(model.device, model.dtype)
+
+
+@torch.no_grad()
+def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
+    """Selection on one image: rho, tau, the kept patches `(N,)` and the group of every patch `(T,)`."""
+    from modeling_prunesid.selection_prunesid import select_tokens
+
+    layer = model.config.prunesid_config.layer
+    hidden_states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[layer]
+    selection = select_tokens(hidden_states[:, 1:], budget, return_details=True)
+    features = model.get_image_features(pixel_values=pixel_values, num_visual_tokens=budget)
+    kept = features["keep_indices"][0] if "keep_indices" in features else selection.indices[0]
+    rho = selection.rho.item()
+    return {"rho": rho, "tau": len(kept) / 32 * rho, "kept": kept.cpu(), "groups": selection.groups[0].cpu()}
+
+
+def tokens_entering(model, inputs) -> int:
+    """The length of the prompt that the language model itself receives."""
+    lengths: list[int] = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    first_token_seconds(model, inputs)
+    hook.remove()
+    return lengths[0]
+
+
+def first_token_seconds(model, inputs) -> float:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(model, inputs) -> int:
+    """The largest sum of tensors alive at once that PyTorch allocated while the first token was computed."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        first_token_seconds(model, inputs)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        first_token_seconds(model, inputs)
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    alive, total, peak = {}, 0, 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            alive[address] = size
+            total += size
+        else:
+            total -= alive.pop(address, 0)
+        peak = max(peak, total)
+    return peak
+
+
+def answer(model, processor, inputs) -> str:
+    output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def measure(model, stock, processor, question, budgets: list) -> list[dict]:
+    """One row for the stock class, one for ours with compression off, and one for each budget."""
+    settings = model.config.prunesid_config
+    cases = [("stock class", stock, None), ("PruneSID off", model, None)]
+    cases += [(f"PruneSID {count}", model, count) for count in budgets]
+    seconds: dict[str, list[float]] = {name: [] for name, _, _ in cases}
+    for round_number in range(1 + ROUNDS):
+        for name, candidate, settings.budget in cases:
+            elapsed = first_token_seconds(candidate, question)
+            if round_number:  # the first round warms up
+                seconds[name].append(elapsed)
+
+    rows = []
+    for name, candidate, settings.budget in cases:
+        prompt_tokens = tokens_entering(candidate, question)
+        median = statistics.median(seconds[name])
+        row = {
+            "case": name,
+            "visual_tokens": prompt_tokens - int((question["input_ids"] != model.config.image_token_id).sum()),
+            "prompt_tokens": prompt_tokens,
+            "first_token_ms": 1000 * median,
+            "speedup": statistics.median(seconds["stock class"]) / median,
+            "peak_mib": peak_bytes(candidate, question) / 2**20,
+            "answer": answer(candidate, processor, question),
+        }
+        if settings.budget is not None:
+            selection = select(model, question["pixel_values"], settings.budget)
+            row |= {"rho": selection["rho"], "tau": selection["tau"]}
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"\n{'':14}{'visual':>8}{'LLM':>8}{'':>8}{'':>8}{'first':>12}{'times':>9}{'peak':>10}")
+    print(f"{'':14}{'tokens':>8}{'tokens':>8}{'rho':>8}{'tau':>8}{'token':>12}{'as fast':>9}{'memory':>10}")
+    for row in rows:
+        rho, tau = (f"{row[name]:.3f}" if name in row else "" for name in ("rho", "tau"))
+        print(
+            f"{row['case']:14}{row['visual_tokens']:8}{row['prompt_tokens']:8}{rho:>8}{tau:>8}"
+            f"{row['first_token_ms']:9.0f} ms{row['speedup']:9.2f}{row['peak_mib']:6.0f} MiB"
+        )
+
+
+def seen_by_tower(processor, pixel_values: torch.Tensor):
+    """The photograph as the tower gets it, resized and cropped: `(height, width, 3)` in [0, 1]."""
+    mean, deviation = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    return (pixel_values.float().cpu() * deviation + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def group_outlines(kept: torch.Tensor, groups: torch.Tensor, side: int):
+    """Line segments, in patches, around each run of kept neighbours of one group, and their colours."""
+    shown = torch.full((side * side,), -1)
+    shown[kept] = groups[kept]
+    shown = torch.nn.functional.pad(shown.view(side, side), (1, 1, 1, 1), value=-1)
+    hues = {group: rank * 0.618034 % 1 for rank, group in enumerate(sorted(set(groups[kept].tolist())))}
+    segments, colours = [], []
+    for index in kept.tolist():
+        row, column = divmod(index, side)
+        group = int(groups[index])
+        # Drawn a little inside the patch, so that neighbours of two groups show both colours.
+        top, left, bottom, right = row + 0.06, column + 0.06, row + 0.94, column + 0.94
+        around = {
+            (-1, 0): [(left, top), (right, top)],
+            (1, 0): [(left, bottom), (right, bottom)],
+            (0, -1): [(left, top), (left, bottom)],
+            (0, 1): [(right, top), (right, bottom)],
+        }
+        for (down, across), segment in around.items():
+            if shown[row + 1 + down, column + 1 + across] != group:
+                segments.append(segment)
+                colours.append(colorsys.hsv_to_rgb(hues[group], 0.75, 1.0))
+    return segments, colours
+
+
+def draw(path: Path, photographs: list[dict]) -> None:
+    """A row for each photograph: itself, then for each budget its kept patches, outlined in the colour of their group.
+
+    Each photograph has an `image` of `seen_by_tower` and a list of `selections` of `select`.
+    """
+    columns = 1 + len(photographs[0]["selections"])
+    figure, grid = pyplot.subplots(
+        len(photographs), columns, figsize=(3 * columns, 3.15 * len(photographs) + 0.3), squeeze=False, dpi=130
+    )
+    for axes, photograph in zip(grid, photographs):
+        image = photograph["image"]
+        height, width, _ = image.shape
+        dimmed = 0.15 + 0.4 * image.mean(axis=2, keepdims=True).repeat(3, axis=2)
+        axes[0].imshow(image, extent=(0, 1, 1, 0))
+        first = photograph["selections"][0]
+        axes[0].set_title(f"{len(first['groups'])} patches, rho = {first['rho']:.2f}")
+        for axis, selection in zip(axes[1:], photograph["selections"]):
+            kept, groups = selection["kept"], selection["groups"]
+            side = round(len(groups) ** 0.5)
+            is_kept = torch.zeros(len(groups), 1, 1, 1)
+            is_kept[kept] = 1
+            # (patches, 1, 1, 1) -> (height, width, 1)
+            is_kept = is_kept.expand(-1, height // side, width // side, 1).unflatten(0, (side, side))
+            is_kept = is_kept.transpose(1, 2).reshape(height, width, 1).numpy()
+            axis.imshow(is_kept * image + (1 - is_kept) * dimmed, extent=(0, side, side, 0))
+            segments, colours = group_outlines(kept, groups, side)
+            axis.add_collection(LineCollection(segments, colors=colours, linewidths=1.4, capstyle="projecting"))
+            axis.set_title(f"N = {len(kept)}, {len(set(groups[kept].tolist()))} groups")
+    for axis in grid.flat:
+        axis.set_axis_off()
+    figure.tight_layout(pad=0.6)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def budget(text: str) -> int | float:
+    """A count (`64`) or a share (`0.1`), from the command line."""
+    value = float(text) if "." in text else int(text)
+    if not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+        raise ValueError
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a LLaVA-1.5 checkpoint: Hub name or folder (default: assembled here)")
+    parser.add_argument("--image", help="path or URL (default: three photographs that packages ship)")
+    parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
+    parser.add_argument(
+        "--budgets",
+        type=budget,
+        nargs="+",
+        default=[192, 128, 64],
+        metavar="N",
+        help="visual tokens kept of each image: counts, or shares such as 0.1 (default: 192 128 64)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("out"), help="folder for results (default: %(default)s)")
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    if arguments.image:
+        photographs = {arguments.image: load_image(arguments.image).convert("RGB")}
+    else:
+        import parts
+
+        every = parts.photographs()
+        photographs = {name: every[name] for name in PHOTOGRAPHS}
+    model, processor = (
+        load_checkpoint(arguments.model) if arguments.model else load_assembled(arguments.output / "model")
+    )
+    stock = stock_twin(model)
+    print(f"{type(model).__name__} from {type(model).__module__}, {model.device}, {model.dtype}")
+
+    questions = [ask(processor, photograph, arguments.prompt, model) for photograph in photographs.values()]
+    rows = measure(model, stock, processor, questions[0], arguments.budgets)
+    print_table(rows)
+    if not arguments.model:
+        print("\nThe projector is untrained, so the answers show that generation runs, not what is in the photograph.")
+    for row in rows:
+        print(f"{row['case']:>14}: {row['answer']!r}")
+
+    figure = arguments.output / "kept_patches.png"
+    pictures = [
+        {
+            "image": seen_by_tower(processor, question["pixel_values"][0]),
+            "selections": [select(model, question["pixel_values"], count) for count in arguments.budgets],
+        }
+        for question in questions
+    ]
+    draw(figure, pictures)
+    print(f"\nThe kept patches of {', '.join(photographs)}: {figure}")
+    report = {
+        "model": arguments.model or "assembled",
+        "device": str(model.device),
+        "dtype": str(model.dtype),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rounds": ROUNDS,
+        "rows": rows,
+        "figure": str(figure),
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
