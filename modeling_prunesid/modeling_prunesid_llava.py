@@ -12,11 +12,14 @@ from transformers.models.llava.modeling_llava import (
     LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
 from .configuration_prunesid import PruneSIDLlavaConfig
 from .hub_prunesid import HubModelMixin, register_class_names
+from .processing_prunesid import PruneSIDLlavaProcessor
 from .selection_prunesid import resolve_budget
 from .tower_prunesid import resolve_layer, run_tower
 from .views_prunesid import choose_tokens, requested_budgets
@@ -56,7 +59,7 @@ class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
         Encodes images, keeps N tokens of each and projects these.
@@ -144,7 +147,7 @@ class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         r"""
         Upstream's `forward` on the shortened prompt.
@@ -190,6 +193,7 @@ class PruneSIDLlavaForConditionalGeneration(
         "AutoModelForImageTextToText": "PruneSIDLlavaForConditionalGeneration",
         "AutoModelForMultimodalLM": "PruneSIDLlavaForConditionalGeneration",
     }
+    _processor_class = PruneSIDLlavaProcessor
 
     def __init__(self, config: PruneSIDLlavaConfig):
         LlavaPreTrainedModel.__init__(self, config)
@@ -203,7 +207,7 @@ class PruneSIDLlavaForConditionalGeneration(
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`PruneSIDLlavaModel.get_image_features`]."""
         return self.model.get_image_features(
@@ -229,7 +233,7 @@ class PruneSIDLlavaForConditionalGeneration(
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaCausalLMOutputWithPast:
         r"""
         Upstream's `forward` on the shortened prompt; logits have its length.
