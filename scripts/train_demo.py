@@ -1,0 +1,531 @@
+"""Train the small LLaVA that the demo and the evaluation use: a frozen DINOv2-S/14, a projector and a 4-layer Llama.
+
+Three stages, all on patch features that the frozen tower gives once and a cache on disk keeps:
+
+1. align: every patch's projection is pulled to the embeddings of the words that describe it (what, colour, where);
+   goes on beside the later stages at a lower weight.
+2. part: 96-192 of the 576 tokens, everything drawn and some of the rest, in raster order: cheap steps. Half of them
+   on parts of crowded scenes, which hold four times as much and so teach names and words at a quarter of the cost.
+3. full: all 576 tokens.
+
+The language model reads a dozen questions of a scene in one sequence; each sees the picture and itself only, and
+answers alone carry loss. Every step draws from a generator seeded by its number, and training resumes where it was
+stopped. It trains on the scenes that the cache holds when it starts: extract all first for the same weights again.
+
+    python scripts/train_demo.py features WORK            # once; about 0.3 s a scene on 2 idle cores
+    python scripts/train_demo.py train WORK               # stop and start again at will; on 2 cores rather
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 scripts/train_demo.py train WORK
+    python scripts/train_demo.py validate WORK            # accuracy by question type, all 576 tokens
+    python scripts/train_demo.py export WORK --out FOLDER # a stock LLaVA folder, the tower in a shard of its own
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from parts import vision_tower
+from safetensors.torch import load_file, save_file
+from scenes import (
+    COLOURS,
+    DIGITS,
+    KINDS,
+    MATERIALS,
+    NOUNS,
+    PATCH,
+    QUADRANTS,
+    SIZE,
+    TEMPLATES,
+    VARIANTS,
+    WORDS,
+    Item,
+    Question,
+    Scene,
+    ask,
+    make_scene,
+    rephrase,
+)
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (
+    CLIPImageProcessorPil,
+    Dinov2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+
+SIDE = SIZE // PATCH
+PATCHES = SIDE * SIDE
+FEATURES = 384
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+PLACES = ("top", "bottom", "left", "right")
+LABELS = NOUNS + tuple(COLOURS) + WORDS + DIGITS + MATERIALS + PLACES
+PROMPT = "USER: <image>\n{} ASSISTANT:"
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message['role'] | upper }}: {% if message['content'] is string %}{{ message['content'] }}{% else -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>\n' }}{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+{%- endif %} {% endfor -%}
+{%- if add_generation_prompt -%}ASSISTANT:{% endif -%}
+"""
+LEARNING_RATE = 1e-3
+FEATURE_DROPOUT = 0.1
+ALIGN_WEIGHT = 0.3
+
+
+# Features
+
+
+def normalise(image) -> torch.Tensor:
+    """The (3, 336, 336) pixel values that the exported image processor gives for a 336 px picture."""
+    pixels = torch.from_numpy(np.asarray(image, np.float32) / 255)
+    return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
+
+
+def extract(tower, work: Path, name: str, count: int, batch: int = 4) -> None:
+    """Append the tower's `hidden_states[-2]` patches (576, 384) of scenes to the cache until it holds `count` of them.
+
+    `name` is "train", "val" or "crowded", crowded scenes of the training split. Features are kept in fp16.
+    """
+    crowded = name == "crowded"
+    split = "train" if crowded else name
+    listed = work / f"{name}.jsonl"
+    listed.touch()
+    with listed.open() as lines:
+        done = sum(1 for _ in lines)
+    with (work / f"{name}.f16").open("ab") as features, listed.open("a") as lines, torch.inference_mode():
+        features.truncate(done * PATCHES * FEATURES * 2)
+        for start in tqdm(range(done, count, batch), desc=f"features {name}"):
+            numbers = range(start, min(start + batch, count))
+            drawn = [make_scene(VARIANTS[number % 2], split, number // 2, crowded) for number in numbers]
+            hidden = tower.embeddings(torch.stack([normalise(scene.image) for scene in drawn]))
+            for layer in tower.encoder.layer[:-1]:
+                hidden = layer(hidden)
+            features.write(hidden[:, 1:].to(torch.float16).numpy().tobytes())
+            features.flush()
+            for scene in drawn:
+                lines.write(json.dumps(describe(scene)) + "\n")
+            lines.flush()
+
+
+def describe(scene: Scene) -> dict:
+    """The scene without its picture, as JSON."""
+    return {
+        "variant": scene.variant, "split": scene.split, "seed": scene.seed,
+        "objects": [[item.name, item.box, item.colour] for item in scene.objects],
+        "texts": [[item.name, item.box] for item in scene.texts],
+        "bands": [[[item.name, item.box, item.colour], material] for item, material in scene.bands],
+    }  # fmt: skip
+
+
+def recall(line: str) -> Scene:
+    """The scene that `describe` wrote, its picture left out."""
+    row = json.loads(line)
+    return Scene(
+        row["variant"], row["split"], row["seed"], None,
+        [Item(name, tuple(box), colour) for name, box, colour in row["objects"]],
+        [Item(name, tuple(box)) for name, box in row["texts"]],
+        [(Item(item[0], tuple(item[1]), item[2]), material) for item, material in row["bands"]],
+    )  # fmt: skip
+
+
+class Cache:
+    """The scenes of a split and their features, a read-only (scenes, 576, 384) fp16 map of the file."""
+
+    def __init__(self, work: Path, name: str):
+        self.scenes = [recall(line) for line in (work / f"{name}.jsonl").open()]
+        shape = (len(self.scenes), PATCHES, FEATURES)
+        self.features = np.memmap(work / f"{name}.f16", np.float16, "r", shape=shape)
+
+        self.crowded = name == "crowded"
+        self._labels = {}
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def labels(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """`patch_labels` of a scene, and how often to draw each patch: six times as often where something is drawn."""
+        if index not in self._labels:
+            scene = self.scenes[index]
+            weight = np.where(touched(scene.objects + scene.texts), 6.0, 1.0)
+            self._labels[index] = patch_labels(scene), weight / weight.sum()
+        return self._labels[index]
+
+
+# Model
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word: all words of the questions and answers, lower case."""
+    text = " ".join([PROMPT, "yes no photograph floor wall", *QUADRANTS, *LABELS, *sum(TEMPLATES.values(), ())])
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", re.sub(r"<image>|{}", " ", text.lower()))))
+    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *words))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=2048,
+    )  # fmt: skip
+
+
+def build_model(vocabulary: int) -> LlavaForConditionalGeneration:
+    """The stock LLaVA with random weights: DINOv2-S/14 at 336 px, two-layer projector, 4-layer Llama of width 192."""
+    vision = Dinov2Config(
+        hidden_size=FEATURES, num_attention_heads=6, image_size=SIZE, patch_size=PATCH, use_mask_token=False
+    )
+    text = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=SPECIAL.index("<image>"), image_seq_length=PATCHES,
+        vision_feature_layer=-2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+    return model
+
+
+# Stage 1: what each patch shows
+
+
+def coverage(box: tuple[int, int, int, int]) -> np.ndarray:
+    """The share (24, 24) of every patch that `box` covers."""
+    edges = np.arange(SIDE) * PATCH
+    wide = np.clip(np.minimum(box[2], edges + PATCH) - np.maximum(box[0], edges), 0, PATCH)
+    high = np.clip(np.minimum(box[3], edges + PATCH) - np.maximum(box[1], edges), 0, PATCH)
+    return np.outer(high, wide) / PATCH**2
+
+
+def touched(items: list[Item]) -> np.ndarray:
+    """(576,) bool: the patches of which an item covers more than a tenth."""
+    return sum((coverage(item.box) for item in items), np.zeros((SIDE, SIDE))).reshape(-1) > 0.1
+
+
+def patch_labels(scene: Scene) -> np.ndarray:
+    """(576, labels) in int8: 1 where a word describes a patch, 0 where it does not, -1 where it half does."""
+    labels = np.zeros((SIDE, SIDE, len(LABELS)), np.int8)
+
+    def mark(box, *words):
+        share = coverage(box)
+        for word in words:
+            column = labels[..., LABELS.index(word)]
+            column[share > 0.45] = 1
+            column[(share > 0.1) & (share <= 0.45) & (column == 0)] = -1
+
+    for item, material in scene.bands:
+        mark(item.box, item.colour, material)
+    for item in scene.objects:
+        mark(item.box, item.name, *([item.colour] if item.colour else []))
+    for item in scene.texts:
+        mark(item.box, item.name)
+    half = SIZE // 2
+    mark((0, 0, SIZE, half), "top")
+    mark((0, half, SIZE, SIZE), "bottom")
+    mark((0, 0, half, SIZE), "left")
+    mark((half, 0, SIZE, SIZE), "right")
+    return labels.reshape(PATCHES, -1)
+
+
+def align_loss(model, ids: torch.Tensor, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of the label words `ids` against the patches' projections, summed over the words."""
+    projected = model.model.multi_modal_projector(features)
+    logits = 4 * projected @ model.get_input_embeddings().weight[ids].T - 2
+    loss = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).float(), reduction="none")
+    return (loss * (labels >= 0)).sum(1).mean()
+
+
+def align_batch(caches: list, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (2048, 384) and labels of 64 patches each of 32 scenes."""
+    features, wanted = [], []
+    for _ in range(32):
+        cache = rng.choice(caches)
+        index = rng.randrange(len(cache))
+        labels, weight = cache.labels(index)
+        rows = np.random.default_rng(rng.getrandbits(32)).choice(PATCHES, 64, replace=False, p=weight)
+        features.append(cache.features[index][rows])
+        wanted.append(labels[rows])
+    return torch.from_numpy(np.concatenate(features)).float(), torch.from_numpy(np.concatenate(wanted))
+
+
+# Stages 2 and 3: questions about a picture
+
+
+def questions_of(scene: Scene, rng: random.Random) -> list[Question]:
+    """Up to 12 questions of a training visit, absent nouns drawn afresh, some in their second wording."""
+    questions = ask(scene, rng)
+    rng.shuffle(questions)
+    return [
+        Question(q.kind, rephrase(q, rng), q.answer, q.words) if rng.random() < 0.3 else q for q in questions[:12]
+    ]
+
+
+def pack(tokenizer, rows: list[list[Question]], pictures: int) -> dict[str, torch.Tensor]:
+    """Questions of each picture side by side after its `pictures` tokens.
+
+    Returns `ids`, `position_ids`, `labels` (rows, T) and the boolean `mask` (rows, 1, T, T), True to attend.
+    """
+    before, after = PROMPT.split("<image>")
+    head = tokenizer(before).input_ids
+    prefix = len(head) + pictures
+    packed = []
+    for questions in rows:
+        ids, positions, labels, owner = [], [], [], []
+        for number, question in enumerate(questions):
+            asked = tokenizer(after.format(question.text), add_special_tokens=False).input_ids
+            answered = [*tokenizer(question.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            ids += asked + answered[:-1]
+            labels += [-100] * (len(asked) - 1) + answered
+            positions += range(prefix, prefix + len(asked) + len(answered) - 1)
+            owner += [number] * (len(asked) + len(answered) - 1)
+        packed.append((ids, positions, labels, owner))
+    length = max(len(ids) for ids, *_ in packed)
+
+    def padded(column: int, value: int) -> torch.Tensor:
+        return torch.tensor([row[column] + [value] * (length - len(row[column])) for row in packed])
+
+    ids = torch.cat([torch.tensor(head + [tokenizer.image_token_id] * pictures).repeat(len(rows), 1), padded(0, 0)], 1)
+    positions = torch.cat([torch.arange(prefix).repeat(len(rows), 1), padded(1, 0)], 1)
+    labels = torch.cat([torch.full((len(rows), prefix), -100), padded(2, -100)], 1)
+    owner = torch.cat([torch.full((len(rows), prefix), -2), padded(3, -1)], 1)
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -2)
+    return {"ids": ids, "position_ids": positions, "labels": labels, "mask": (same & causal)[:, None]}
+
+
+def answer_logits(model, features: torch.Tensor, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (answers, vocabulary) and the tokens (answers,) that should win, for every answer token of the batch."""
+    embeds = model.get_input_embeddings()(batch["ids"])
+    picture = (batch["ids"] == model.config.image_token_id)[..., None]
+    embeds = embeds.masked_scatter(picture, model.model.multi_modal_projector(features))
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=batch["mask"], position_ids=batch["position_ids"], use_cache=False
+    ).last_hidden_state
+    wanted = batch["labels"] >= 0
+    return model.lm_head(hidden[wanted]), batch["labels"][wanted]
+
+
+def part_of(scene: Scene, rng: random.Random) -> tuple[Scene, list[Item]]:
+    """A scene of ordinary size out of a crowded one, and what of the crowded scene it leaves out."""
+    kinds = sorted({item.name for item in scene.objects})
+    rng.shuffle(kinds)
+    kept = []
+    for kind in kinds[: rng.randint(2, 3)]:
+        alike = [item for item in scene.objects if item.name == kind]
+        kept += rng.sample(alike, rng.randint(1, min(3, len(alike))))
+    for texts in ([t for t in scene.texts if t.name in WORDS], [t for t in scene.texts if t.name in DIGITS]):
+        kept += [rng.choice(texts)] if texts and rng.random() < 0.8 else []
+    names = WORDS + DIGITS
+    objects, texts = [i for i in kept if i.name not in names], [i for i in kept if i.name in names]
+    part = Scene(scene.variant, scene.split, scene.seed, None, objects, texts, scene.bands)
+    return part, [item for item in scene.objects + scene.texts if not any(item is other for other in kept)]
+
+
+def question_batch(tokenizer, caches: list, size: int, full: bool, rng: random.Random) -> tuple[torch.Tensor, dict]:
+    """Features (size, n, 384) and packed questions: n is 576, or 96-192 where not `full`, then of every cache."""
+    pictures, asked, count = [], [], PATCHES if full else 16 * rng.randint(6, 12)
+    for _ in range(size):
+        cache = caches[0] if full else rng.choice(caches)
+        index = rng.randrange(len(cache))
+        scene, left_out = cache.scenes[index], []
+        if cache.crowded:
+            scene, left_out = part_of(scene, rng)
+        shown = touched(scene.objects + scene.texts)
+        order = np.random.default_rng(rng.getrandbits(32)).random(PATCHES) + 2 * shown
+        order[touched(left_out) & ~shown] = -1
+        pictures.append((cache.features[index], order))
+        asked.append(questions_of(scene, rng))
+        count = count if full else min(count, int((order >= 0).sum()))
+    kept = [features if full else features[np.sort(np.argsort(-order)[:count])] for features, order in pictures]
+    return torch.from_numpy(np.stack(kept)).float(), pack(tokenizer, asked, count)
+
+
+# Training
+
+
+def train(work: Path, steps: dict[str, int], batch: int) -> None:
+    """Run the stages from where `work/state.pt` stands; `steps` gives each stage's length."""
+    torch.manual_seed(0)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    model.model.vision_tower.requires_grad_(False)
+    caches = [Cache(work, "train"), Cache(work, "crowded")]
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(word) for word in LABELS])
+    trained = [parameter for name, parameter in model.named_parameters() if "vision_tower" not in name]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    at = {"align": 0, "part": 0, "full": 0}
+    if (work / "state.pt").exists():
+        saved = torch.load(work / "state.pt")
+        model.load_state_dict(saved["model"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        at = saved["at"]
+
+    for stage in at:
+        bar = tqdm(range(at[stage], steps[stage]), stage, initial=at[stage], total=steps[stage], disable=rank > 0)
+        running = None
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(stage, step, steps[stage])
+            rng = random.Random(f"{stage}/{step}/{rank}")
+            features, labels = align_batch(caches, rng)
+            loss = align_loss(model, ids, F.dropout(features, FEATURE_DROPOUT), labels)
+            if stage != "align":
+                features, packed = question_batch(tokenizer, caches, batch, stage == "full", rng)
+                answers = answer_logits(model, F.dropout(features, FEATURE_DROPOUT), packed)
+                loss = F.cross_entropy(*answers) + ALIGN_WEIGHT * loss
+            optimizer.zero_grad()
+            loss.backward()
+            average_gradients(trained, ranks)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+            bar.set_postfix(loss=f"{running:.3f}", refresh=False)
+            at[stage] = step + 1
+            if rank == 0 and (at[stage] % 100 == 0 or at[stage] == steps[stage]):
+                save(work, model, optimizer, at)
+        if rank == 0 and stage != "align":
+            print(json.dumps({"stage": stage, "val": validate(model, tokenizer, Cache(work, "val"), limit=80)}))
+
+
+def average_gradients(parameters: list[torch.nn.Parameter], ranks: int) -> None:
+    """The mean over the processes of a run; every rank holds the same weights and draws its own scenes."""
+    if ranks == 1:
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    parts = (flat / ranks).split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter) if parameter.grad is not None else None
+
+
+def learning_rate(stage: str, step: int, steps: int) -> float:
+    """Warm-up over 100 steps; constant, but falling to a twentieth along a cosine in the last stage."""
+    fall = 0.525 + 0.475 * math.cos(math.pi * step / steps) if stage == "full" else 1.0
+    return LEARNING_RATE * min(1.0, (step + 1) / 100) * fall
+
+
+def save(work: Path, model, optimizer, at: dict[str, int]) -> None:
+    weights = {name: value for name, value in model.state_dict().items() if "vision_tower" not in name}
+    torch.save({"model": weights, "optimizer": optimizer.state_dict(), "at": at}, work / "state.tmp")
+    (work / "state.tmp").rename(work / "state.pt")
+
+
+@torch.inference_mode()
+def validate(model, tokenizer, cache: Cache, limit: int | None = None, batch: int = 8) -> dict[str, float]:
+    """Accuracy by question type, 576 tokens, on the first `limit` scenes; all of an answer's tokens must be right."""
+    right, asked = defaultdict(int), defaultdict(int)
+    count = min(limit or len(cache), len(cache))
+    for start in range(0, count, batch):
+        scenes = cache.scenes[start : min(start + batch, count)]
+        rows = [ask(scene) for scene in scenes]
+        packed = pack(tokenizer, rows, PATCHES)
+        features = torch.from_numpy(cache.features[start : start + len(scenes)].astype(np.float32))
+        logits, wanted = answer_logits(model, features, packed)
+        hits = (logits.argmax(-1) == wanted).tolist()
+        for scene, questions in zip(scenes, rows, strict=True):
+            for question in questions:
+                length = len(tokenizer(question.answer, add_special_tokens=False).input_ids) + 1
+                correct, hits = all(hits[:length]), hits[length:]
+                for name in (question.kind, f"{scene.variant}/{question.kind}"):
+                    right[name] += correct
+                    asked[name] += 1
+    names = [*KINDS, *(f"{variant}/{kind}" for variant in VARIANTS for kind in KINDS)]
+    return {name: round(right[name] / asked[name], 4) for name in names if asked[name]}
+
+
+# Export
+
+
+def load(work: Path) -> tuple[PreTrainedTokenizerFast, LlavaForConditionalGeneration]:
+    """The tokenizer and the model with the weights trained so far; the tower's stay random."""
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer))
+    model.load_state_dict(torch.load(work / "state.pt")["model"], strict=False)
+    return tokenizer, model.eval()
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """The stock processor: 336 px pictures, 576 placeholders, the prompt that the model was trained with."""
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
+    )
+    return LlavaProcessor(
+        image_processor, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+def export(work: Path, folder: Path) -> None:
+    """Write a stock LLaVA folder of two shards: what was trained, and the frozen tower (which `parts.py` can make)."""
+    tokenizer, model = load(work)
+    model.model.vision_tower.load_state_dict(vision_tower(SIZE).state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    build_processor(tokenizer).save_pretrained(folder)
+
+    whole = folder / "model.safetensors"
+    weights = load_file(whole)
+    shards = {f"model-0000{number}-of-00002.safetensors": {} for number in (1, 2)}
+    trained, tower = shards.values()
+    for name, value in weights.items():
+        (tower if "vision_tower" in name else trained)[name] = value
+    for file, shard in shards.items():
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(value.nbytes for value in weights.values())},
+        "weight_map": {name: file for file, shard in shards.items() for name in shard},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    whole.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("features", "train", "validate", "export"))
+    parser.add_argument("work", type=Path, help="folder for the cache and the training state")
+    parser.add_argument("--out", type=Path, help="folder for the exported model")
+    parser.add_argument("--scenes", type=int, default=3000, help="training scenes to extract")
+    parser.add_argument("--crowded", type=int, default=1000, help="crowded training scenes to extract")
+    parser.add_argument("--steps", type=int, nargs=3, default=(1500, 4000, 2500), metavar=("ALIGN", "PART", "FULL"))
+    parser.add_argument("--batch", type=int, default=8, help="scenes a step and process")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.task == "features":
+        tower = vision_tower(SIZE)
+        extract(tower, arguments.work, "val", 240)
+        extract(tower, arguments.work, "train", arguments.scenes)
+        extract(tower, arguments.work, "crowded", arguments.crowded)
+    elif arguments.task == "train":
+        train(arguments.work, dict(zip(("align", "part", "full"), arguments.steps, strict=True)), arguments.batch)
+    elif arguments.task == "validate":
+        tokenizer, model = load(arguments.work)
+        print(json.dumps(validate(model, tokenizer, Cache(arguments.work, "val"))))
+    elif arguments.out is None:
+        parser.error("export needs --out FOLDER")
+    else:
+        export(arguments.work, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
