@@ -44,6 +44,10 @@ def _optional_count():
     return lambda value: value is None or (_is_integer(value) and value >= 1), "a positive integer or None"
 
 
+def _optional_name():
+    return lambda value: value is None or (isinstance(value, str) and value != ""), "a non-empty string or None"
+
+
 # field: (is it valid?, what is valid)
 _RULES = {
     "num_groups": _optional_count(),
@@ -67,6 +71,8 @@ _RULES = {
     "grouping": _one_of("psca", "kmeans", "random"),
     "mrope_positions": _one_of("original", "contiguous"),
     "seed": (lambda value: _is_integer(value) and value >= 0, "an integer of at least 0"),
+    "base_model_name_or_path": _optional_name(),
+    "base_model_revision": _optional_name(),
 }
 
 
@@ -115,6 +121,8 @@ class PruneSIDConfig(PretrainedConfig):
             full prompt, or the short prompt is numbered through like text. Other models always number it through.
         seed (`int`, defaults to 0):
             Seed of the random grouping and of the start of k-means.
+        base_model_name_or_path, base_model_revision (`str`, *optional*):
+            The checkpoint that a thin variant, which has no weights of its own, takes them from.
 
     Raises:
         `ValueError`: for an unknown name or an invalid value, at construction and at every later assignment.
@@ -139,6 +147,8 @@ class PruneSIDConfig(PretrainedConfig):
     grouping: str = "psca"
     mrope_positions: str = "original"
     seed: int = 0
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
 
     def __post_init__(self, **kwargs):
         for name in kwargs:

@@ -1,11 +1,36 @@
 """What lets Auto classes, pipelines and the Hub treat our classes as they treat the stock ones."""
 
+import copy
+import json
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import modeling_auto
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+
+from .card_prunesid import write_card
 
 
+logger = logging.get_logger(__name__)
+
+# How files are fetched, from the variant and from its base alike.
+_ACCESS_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+_PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+)
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 # Tables of Transformers in which pipelines and serving look up the names of classes with a head.
 _CLASS_NAME_TABLES = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
 
@@ -19,15 +44,332 @@ def register_class_names(model_type: str, class_name: str, base_name: str) -> No
 
 
 class HubModelMixin:
-    """A saved model carries the code that loads it, for every Auto class."""
+    """
+    A saved model carries all that others need to load it: its code, the processor, a card, and its weights or, in a
+    thin variant, the name of the base that has them.
+    """
 
     # Auto class: name of ours, in the modeling file of the family.
     _auto_map: dict[str, str] = {}
+    # The family's processor, which is saved with the model where that of its checkpoint is known.
+    _processor_class: Any = None
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: PretrainedConfig | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ):
+        r"""
+        Upstream's `from_pretrained`. A checkpoint without weights whose `prunesid_config` names a
+        `base_model_name_or_path` takes them from there, with the caller's arguments (dtype, device_map,
+        quantization_config, cache_dir, token, ...). `revision` is that of the variant; that of its base is
+        `base_model_revision`.
+
+        Raises:
+            `OSError`: if the base cannot be found or reached.
+            `ValueError`: if the base is of another family, or its weights do not fit the variant's architecture.
+        """
+        name = pretrained_model_name_or_path
+        location = {key: kwargs[key] for key in (*_ACCESS_ARGUMENTS, "revision", "subfolder") if key in kwargs}
+        if name is None or _read_base(config, name, location) is None or _has_weights(name, location):
+            loaded = super().from_pretrained(name, *model_args, config=config, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.loaded_revision = str(kwargs["revision"]) if kwargs.get("revision") is not None else None
+            return loaded
+
+        if not isinstance(config, PretrainedConfig):
+            kwargs.pop("trust_remote_code", None)
+            placement = {
+                key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs
+            }
+            config, kwargs = cls.config_class.from_pretrained(
+                name if config is None else config, return_unused_kwargs=True, **location, **kwargs
+            )
+            kwargs |= placement | {key: location[key] for key in _ACCESS_ARGUMENTS if key in location}
+        return cls._from_base(name, config, location, model_args, kwargs)
+
+    @classmethod
+    def _from_base(cls, name, config, location, model_args, kwargs):
+        settings = config.prunesid_config
+        base, revision = settings.base_model_name_or_path, settings.base_model_revision or "main"
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        if kwargs.get("generation_config") is None:
+            kwargs["generation_config"] = _read_generation_config(name, location)
+        adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
+        if "_adapter_model_path" not in adapter:
+            adapter.pop("revision", None)  # that of the variant
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"adapter_kwargs": adapter, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            access = {key: kwargs[key] for key in _ACCESS_ARGUMENTS if key in kwargs}
+            _check_family(base, config, PretrainedConfig.get_config_dict(base, revision=revision, **access)[0])
+            model, info = super().from_pretrained(base, *model_args, config=config, revision=revision, **kwargs)
+        except OSError as error:
+            raise OSError(
+                f"{name} takes its weights from prunesid_config.base_model_name_or_path={base!r} at revision "
+                f"{revision!r}, which cannot be loaded: {error}"
+            ) from error
+        _check_fit(base, info, has_head=cls.can_generate())
+        model.name_or_path = model.config.name_or_path = str(name)
+        model.loaded_revision = str(location["revision"]) if location.get("revision") is not None else None
+        return (model, info) if wants_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        thin: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        r"""
+        Upstream's `save_pretrained`, with the code for every Auto class, the processor of the checkpoint that the
+        model was loaded from, and a model card.
+
+        Args:
+            thin (`bool`, defaults to `False`):
+                Leave the weights out and name the base that they are loaded from: the checkpoint that this model came
+                from, or `prunesid_config.base_model_name_or_path`. Weights that were trained since then are not saved.
+
+        Raises:
+            `ValueError`: if `thin` and no base is known, or the folder holds weights already.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory must be a folder, got the file {str(save_directory)!r}.")
+        push = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs}
+        if getattr(self, "_hf_peft_config_loaded", False):  # an adapter is saved, and not the model
+            if thin:
+                raise ValueError("thin=True saves the settings of a model without adapters. Unload the adapter first.")
+            return super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **push, **kwargs)
+
+        base, revision = self._find_base()
+        if thin and base is None:
+            raise ValueError(
+                "thin=True needs a base to load the weights from, and this model came from no checkpoint. Set "
+                "prunesid_config.base_model_name_or_path, or save it with its weights (thin=False)."
+            )
+        if thin and any(Path(save_directory).glob("*.safetensors")):
+            raise ValueError(
+                f"thin=True saves no weights, but save_directory={str(save_directory)!r} holds some, which would be "
+                "loaded in place of the base's. Save to another folder."
+            )
         config_class, module = type(self.config), type(self).__module__.rsplit(".", 1)[-1]
         self.config.auto_map = {
             "AutoConfig": f"{config_class.__module__.rsplit('.', 1)[-1]}.{config_class.__name__}",
             **{auto_class: f"{module}.{name}" for auto_class, name in self._auto_map.items()},
         }
-        super().save_pretrained(save_directory, **kwargs)
+        if is_main_process:
+            os.makedirs(save_directory, exist_ok=True)
+            processor = self._save_processor(save_directory, base, revision, thin)
+            if processor is not None:
+                self.config.auto_map["AutoProcessor"] = processor
+
+        settings = self.config.prunesid_config
+        recorded = settings.base_model_name_or_path, settings.base_model_revision
+        settings.base_model_name_or_path, settings.base_model_revision = (base, revision) if thin else (None, None)
+        try:
+            if not thin:
+                super().save_pretrained(save_directory, is_main_process, **kwargs)
+            elif is_main_process:
+                self._save_without_weights(save_directory)
+        finally:
+            settings.base_model_name_or_path, settings.base_model_revision = recorded
+        if is_main_process:
+            write_card(save_directory, self.config, base, thin, push.get("repo_id"), push.get("tags"))
+        if push_to_hub and is_main_process:
+            push.setdefault("repo_id", Path(save_directory).name)
+            self.push_to_hub(**push, thin=thin, max_shard_size=kwargs.get("max_shard_size", "50GB"))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+        thin: bool = False,
+    ) -> CommitInfo:
+        r"""
+        Upstream's `push_to_hub` of all that [`~HubModelMixin.save_pretrained`] writes, in a single commit, so that
+        nothing is published by half.
+
+        Args:
+            thin (`bool`, defaults to `False`):
+                Leave the weights out; see [`~HubModelMixin.save_pretrained`].
+
+        Raises:
+            `ValueError`: if `thin` and the base is a folder of this machine, which nobody else can load.
+        """
+        if thin:
+            check_base_is_public(self._find_base()[0])
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, thin=thin, repo_id=repo_id, tags=tags, max_shard_size=max_shard_size)
+            return push_folder(
+                folder,
+                repo_id,
+                commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _find_base(self) -> tuple[str | None, str | None]:
+        """The checkpoint that has this model's weights, and its revision."""
+        settings, name = self.config.prunesid_config, self.config.name_or_path
+        if settings.base_model_name_or_path is not None:
+            return settings.base_model_name_or_path, settings.base_model_revision
+        if not name:
+            return None, None
+        return os.path.abspath(name) if os.path.isdir(name) else name, getattr(self, "loaded_revision", None)
+
+    def _save_without_weights(self, folder: str | os.PathLike) -> None:
+        config = copy.deepcopy(self.config)
+        config.architectures, config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
+        if getattr(getattr(self, "hf_quantizer", None), "pre_quantized", True) is False:
+            del config.quantization_config  # the caller's, on weights that the base has in full precision
+        custom_object_save(self, folder, config=config)
+        config.save_pretrained(folder)
+        if self.can_generate():
+            self.generation_config.save_pretrained(folder)
+
+    def _save_processor(self, folder, base, revision, thin) -> str | None:
+        """Save the base's processor, or only its name, unless the folder has one; its entry in the `auto_map`."""
+        settings, path = self.config.prunesid_config, Path(folder, "processor_config.json")
+        budget = None if settings.dynamic or settings.budget_scope != "view" else settings.budget
+        if path.exists():
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if "num_visual_tokens" in fields:
+                path.write_text(json.dumps({**fields, "num_visual_tokens": budget}, indent=2) + "\n", encoding="utf-8")
+            return fields.get("auto_map", {}).get("AutoProcessor")
+        if self._processor_class is None or base is None:
+            return None
+        try:
+            processor = self._processor_class.from_pretrained(base, revision=revision, num_visual_tokens=budget)
+        except Exception as error:  # a model without its processor is better than no model
+            logger.warning(f"{folder} gets no processor, because that of {base} cannot be loaded: {error}")
+            return None
+        entry = f"{type(processor).__module__.rsplit('.', 1)[-1]}.{type(processor).__name__}"
+        if not thin:
+            processor.save_pretrained(folder)
+            return entry
+        fields = {
+            "processor_class": type(processor).__name__,
+            "auto_map": {"AutoProcessor": entry},
+            "num_visual_tokens": budget,
+            "base_model_name_or_path": base,
+            "base_model_revision": revision,
+        }
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        custom_object_save(processor, folder)
+        return entry
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+) -> CommitInfo:
+    """
+    Upload a saved variant in a single commit, which also removes weights of an earlier upload that it does not have.
+    An upload that is broken off leaves the repo as it was; the next one completes it.
+
+    Args:
+        folder: a flat folder that `save_pretrained` wrote.
+        repo_id: `"org/name"`; created where it does not exist.
+        private, token, revision, create_pr, commit_message, commit_description: as for upstream's `push_to_hub`.
+    """
+    api = HfApi()
+    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    names = {path.name for path in files}
+    published = api.list_repo_files(repo_id, revision=revision, token=token)
+    stale = [name for name in published if name.endswith(_WEIGHT_SUFFIXES) and name not in names]
+    return api.create_commit(
+        repo_id,
+        [
+            *(CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files),
+            *(CommitOperationDelete(path_in_repo=name) for name in stale),
+        ],
+        commit_message=commit_message,
+        commit_description=commit_description,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def check_base_is_public(base: str | None) -> None:
+    """Raise a `ValueError` for a base that a thin variant on the Hub could not be loaded from."""
+    if base is not None and os.path.isdir(base):
+        raise ValueError(
+            f"prunesid_config.base_model_name_or_path={base!r} is a folder of this machine, from which nobody else "
+            "can load a thin variant. Set it to the base's name on the Hub, or push the weights as well (thin=False)."
+        )
+
+
+def _read_base(config: Any, name: str | os.PathLike, location: dict[str, Any]) -> str | None:
+    if not isinstance(config, PretrainedConfig):
+        try:
+            fields, _ = PretrainedConfig.get_config_dict(name if config is None else config, **location)
+        except OSError:  # an adapter, or an error that upstream words itself
+            return None
+        return (fields.get("prunesid_config") or {}).get("base_model_name_or_path")
+    return getattr(getattr(config, "prunesid_config", None), "base_model_name_or_path", None)
+
+
+def _read_generation_config(name: str | os.PathLike, location: dict[str, Any]) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(name, **location)
+    except OSError:
+        return None
+
+
+def _has_weights(name: str | os.PathLike, location: dict[str, Any]) -> bool:
+    return any(
+        cached_file(name, file, _raise_exceptions_for_missing_entries=False, **location) is not None
+        for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+    )
+
+
+def _check_family(base: str, config: PretrainedConfig, fields: dict[str, Any]) -> None:
+    """The base must be a checkpoint of the same parts: `model_type` of the whole, of its tower and language model."""
+    parts = [("", {config.model_type, config.model_type.removeprefix("prunesid_")}, fields)]
+    for part in ("text_config", "vision_config"):
+        if isinstance(fields.get(part), dict) and hasattr(getattr(config, part, None), "model_type"):
+            parts.append((f"{part}.", {getattr(config, part).model_type}, fields[part]))
+    for part, expected, found in parts:
+        if found.get("model_type") not in (None, *expected):
+            raise ValueError(
+                f"prunesid_config.base_model_name_or_path={base!r} is no base of this variant: its {part}model_type "
+                f"is {found['model_type']!r}, expected {' or '.join(map(repr, sorted(expected)))}."
+            )
+
+
+def _check_fit(base: str, info: dict[str, Any], has_head: bool) -> None:
+    # Without a head, the base's head is left over.
+    for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if has_head else [])):
+        if info[kind]:
+            keys = sorted(map(str, info[kind]))
+            raise ValueError(
+                f"The weights of prunesid_config.base_model_name_or_path={base!r} do not fit this variant: "
+                f"{len(keys)} {kind.replace('_', ' ')}, for example {', '.join(keys[:3])}. The base may have changed: "
+                "pin base_model_revision to the one that the variant was made from, or convert the base anew."
+            )

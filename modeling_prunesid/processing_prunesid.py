@@ -29,6 +29,17 @@ class PruneSIDLlavaProcessorKwargs(ProcessingKwargs, total=False):
 class ShortPromptProcessorMixin:
     """For a processor whose `replace_image_token` writes T placeholders for an image."""
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Upstream's `from_pretrained`. That of a thin variant is its base's processor with the variant's budget."""
+        fields, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        base = fields.get("base_model_name_or_path")
+        if base is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+        kwargs.setdefault("num_visual_tokens", fields["num_visual_tokens"])
+        return super().from_pretrained(base, revision=fields["base_model_revision"] or "main", **kwargs)
+
     def _num_kept(self, num_tokens: int, num_visual_tokens: int | float | None) -> int:
         budget = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
         check_budget(budget, name="num_visual_tokens")

@@ -1,0 +1,132 @@
+"""The model card of a saved variant: valid metadata, usage to copy, the settings and the citation."""
+
+import functools
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PretrainedConfig
+from transformers.utils import cached_file
+
+
+_TAG = "prunesid"
+_LICENCE_FIELDS = ("license", "license_name", "license_link")
+_NO_SETTINGS = ("model_type", "transformers_version", "base_model_name_or_path", "base_model_revision")
+
+_TEXT = """# {title}
+
+{base} with PruneSID: {budget}. The other visual tokens never reach the language model. {weights}
+
+## Usage
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+repo = "{repo}"
+model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True, dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+
+image = {{"type": "image", "url": "photo.jpg"}}
+question = {{"type": "text", "text": "What is shown in this image?"}}
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": [image, question]}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, model.dtype)
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+`trust_remote_code=True` runs the Python files of this repo; pass `revision="<commit>"` to pin what you have read. For
+another budget, load the model with `prunesid_config={{"budget": 32}}` and the processor with `num_visual_tokens=32`.
+
+## Settings
+
+| `prunesid_config` | value |
+|---|---|
+{settings}
+
+## Citation
+
+```bibtex
+@inproceedings{{fang2026prunesid,
+  title     = {{Prune Redundancy, Preserve Essence: Vision Token Compression in {{VLMs}} via Synergistic
+               Importance-Diversity}},
+  author    = {{Fang, Zhengyao and Lyu, Pengyuan and Zhang, Chengquan and Lu, Guangming and Yu, Jun and Pei, Wenjie}},
+  booktitle = {{International Conference on Learning Representations}},
+  year      = {{2026}}
+}}
+```
+"""
+
+
+def write_card(
+    folder: str | os.PathLike,
+    config: PretrainedConfig,
+    base: str | None,
+    thin: bool,
+    repo_id: str | None = None,
+    tags: list[str] | None = None,
+) -> None:
+    """
+    Write `README.md`, in place of an earlier card of ours; a card that somebody else wrote is left alone.
+
+    Args:
+        folder: where the variant was saved.
+        config: the model's configuration.
+        base: the checkpoint that the variant was made from, a name on the Hub or a folder.
+        thin: the weights are the base's, and not in the folder.
+        repo_id: the name that the usage shows; by default the folder.
+        tags: further tags.
+    """
+    path = Path(folder, "README.md")
+    if path.exists() and _TAG not in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []):
+        return
+    is_on_hub = base is not None and not os.path.isdir(base)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=base if is_on_hub else None,
+        base_model_relation=("adapter" if thin else "finetune") if is_on_hub else None,
+        tags=[_TAG, "visual-token-pruning", *(tags or [])],
+        **(_licence(base) if base is not None else {}),
+    )
+    repo = repo_id or str(folder)
+    settings = config.prunesid_config.to_dict()
+    text = _TEXT.format(
+        title=repo.rstrip("/").rsplit("/", 1)[-1],
+        base=f"`{base or config.model_type}`",
+        budget=_describe_budget(config.prunesid_config),
+        weights="This repo holds no weights: they are taken from the base when it is loaded." if thin else "",
+        repo=repo,
+        settings="\n".join(
+            f"| `{name}` | `{value}` |"
+            for name, value in settings.items()
+            if name not in _NO_SETTINGS
+        ),
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
+
+
+def _describe_budget(settings: PretrainedConfig) -> str:
+    if settings.budget is None:
+        return "no token is dropped unless a call asks for it"
+    if isinstance(settings.budget, int):
+        amount = f"{settings.budget} visual tokens"
+    else:
+        amount = f"{settings.budget:.1%} of the visual tokens"
+    scope = "encoded view (image, crop or frame)" if settings.budget_scope == "view" else "image or clip"
+    return f"it keeps {amount} of each {scope}{', adjusted to how much it shows' if settings.dynamic else ''}"
+
+
+@functools.lru_cache
+def _licence(base: str) -> dict[str, str]:
+    """The licence fields in the card of the base; none where it has no card, or the card cannot be reached."""
+    try:
+        path = cached_file(base, "README.md")
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except (OSError, ValueError):
+        return {}
+    return {name: data.get(name) for name in _LICENCE_FIELDS if data.get(name) is not None}
