@@ -1,19 +1,70 @@
 """PruneSID for Transformers: the same model classes, a tenth of the visual tokens."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    Qwen2_5_VLProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+)
 
-from .configuration_prunesid import PruneSIDConfig, PruneSIDLlavaConfig
+from .configuration_prunesid import (
+    PruneSIDConfig,
+    PruneSIDLlavaConfig,
+    PruneSIDLlavaNextConfig,
+    PruneSIDQwen2_5_VLConfig,
+    PruneSIDQwen2VLConfig,
+    PruneSIDQwen3VLConfig,
+)
 from .modeling_prunesid_llava import (
     PruneSIDLlavaAutoModel,
     PruneSIDLlavaForConditionalGeneration,
     PruneSIDLlavaModel,
 )
+from .modeling_prunesid_llava_next import (
+    PruneSIDLlavaNextAutoModel,
+    PruneSIDLlavaNextForConditionalGeneration,
+    PruneSIDLlavaNextModel,
+)
+from .modeling_prunesid_qwen2_5_vl import (
+    PruneSIDQwen2_5_VLAutoModel,
+    PruneSIDQwen2_5_VLForConditionalGeneration,
+    PruneSIDQwen2_5_VLModel,
+)
+from .modeling_prunesid_qwen2_vl import (
+    PruneSIDQwen2VLAutoModel,
+    PruneSIDQwen2VLForConditionalGeneration,
+    PruneSIDQwen2VLModel,
+)
+from .modeling_prunesid_qwen3_vl import (
+    PruneSIDQwen3VLAutoModel,
+    PruneSIDQwen3VLForConditionalGeneration,
+    PruneSIDQwen3VLModel,
+)
 from .processing_prunesid import PruneSIDLlavaProcessor
+from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
 
 
 AutoConfig.register(PruneSIDConfig.model_type, PruneSIDConfig)
 for _config, _auto_model, _model, _processor in (
     (PruneSIDLlavaConfig, PruneSIDLlavaAutoModel, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor),
+    (
+        PruneSIDLlavaNextConfig,
+        PruneSIDLlavaNextAutoModel,
+        PruneSIDLlavaNextForConditionalGeneration,
+        PruneSIDLlavaNextProcessor,
+    ),
+    (PruneSIDQwen2VLConfig, PruneSIDQwen2VLAutoModel, PruneSIDQwen2VLForConditionalGeneration, Qwen2VLProcessor),
+    (
+        PruneSIDQwen2_5_VLConfig,
+        PruneSIDQwen2_5_VLAutoModel,
+        PruneSIDQwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+    ),
+    (PruneSIDQwen3VLConfig, PruneSIDQwen3VLAutoModel, PruneSIDQwen3VLForConditionalGeneration, Qwen3VLProcessor),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _auto_model)
@@ -26,5 +77,18 @@ __all__ = [
     "PruneSIDLlavaConfig",
     "PruneSIDLlavaForConditionalGeneration",
     "PruneSIDLlavaModel",
+    "PruneSIDLlavaNextConfig",
+    "PruneSIDLlavaNextForConditionalGeneration",
+    "PruneSIDLlavaNextModel",
+    "PruneSIDLlavaNextProcessor",
     "PruneSIDLlavaProcessor",
+    "PruneSIDQwen2VLConfig",
+    "PruneSIDQwen2VLForConditionalGeneration",
+    "PruneSIDQwen2VLModel",
+    "PruneSIDQwen2_5_VLConfig",
+    "PruneSIDQwen2_5_VLForConditionalGeneration",
+    "PruneSIDQwen2_5_VLModel",
+    "PruneSIDQwen3VLConfig",
+    "PruneSIDQwen3VLForConditionalGeneration",
+    "PruneSIDQwen3VLModel",
 ]
