@@ -19,6 +19,7 @@ from numbers import Integral, Real
 
 import torch
 
+
 CHOICES = {
     "score": ("component", "cls_attention"),
     "center": ("tokens", "features"),
@@ -125,13 +126,12 @@ def select_tokens(
     batch, tokens, _ = hidden_states.shape
     budgets = _budget_of_each_image(budget, batch, tokens)
     rows = []
-    with _full_precision():
+    with _full_precision(hidden_states.device):
         # One image at a time: matrix products round differently in other batch sizes, and memory stays that of one.
         for row, count in enumerate(budgets):
             if count == tokens and not return_details:
-                features, finite = _finite_features(hidden_states[row], None)
                 indices = torch.arange(tokens, device=hidden_states.device)
-                rows.append((indices, _mean_similarity(_unit_rows(features), finite), None, None))
+                rows.append((indices, _mean_similarity(*_finite_features(hidden_states[row], None)), None, None))
                 continue
             nominal = count + extra_kept
             rows.append(
@@ -173,12 +173,8 @@ def redundancy(hidden_states: torch.Tensor) -> torch.Tensor:
         `torch.FloatTensor` of shape `(batch,)`.
     """
     _check_hidden_states(hidden_states)
-    with _full_precision():
-        rho = []
-        for row in hidden_states:
-            features, finite = _finite_features(row, None)
-            rho.append(_mean_similarity(_unit_rows(features), finite))
-        return torch.stack(rho)
+    with _full_precision(hidden_states.device):
+        return torch.stack([_mean_similarity(*_finite_features(row, None)) for row in hidden_states])
 
 
 def information_budgets(
@@ -246,7 +242,10 @@ def principal_components(
     else:
         rescaled -= rescaled.mean(1, keepdim=True)
     rescaled *= finite[:, None]
-    eigenvalues, eigenvectors = top_eigenvectors(_gram(rescaled), num_components)
+    gram = _gram(rescaled)
+    eigenvalues, eigenvectors = top_eigenvectors(gram, num_components)
+    # The same vectors once more, now with equal entries for equal tokens: no solver's rounding decides between those.
+    eigenvectors = gram @ eigenvectors / eigenvalues
     null = eigenvalues <= tokens * EPS * eigenvalues[0].clamp(min=tokens * dim * EPS)
     return eigenvectors.abs().masked_fill(null, 0)
 
@@ -277,8 +276,8 @@ def top_eigenvectors(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, to
         for _ in range(steps):
             if blocks:
                 known = torch.cat(blocks)
-                block = _orthonormal_rows(block - (block @ known.T) @ known)
-                block = block - (block @ known.T) @ known
+                block = _orthonormal_rows(torch.addmm(block, block @ known.T, known, alpha=-1))
+                block = torch.addmm(block, block @ known.T, known, alpha=-1)
             block = _orthonormal_rows(block)
             blocks.append(block)
             block = block @ matrix
@@ -334,7 +333,7 @@ def random_groups(finite: torch.Tensor, num_groups: int, seed: int) -> torch.Ten
     return torch.empty_like(position).scatter(0, _shuffle(finite, seed), position % num_groups)
 
 
-def survivors(similarity: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+def survivors(similarity: list[torch.Tensor], tau: torch.Tensor) -> torch.Tensor:
     """
     Greedy NMS (section 3.3): a token survives unless its similarity to a better survivor of its group reaches tau.
 
@@ -343,17 +342,21 @@ def survivors(similarity: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
     photographs tried, and an odd count never leaves two tokens in conflict.
 
     Args:
-        similarity (`torch.FloatTensor` of shape `(tokens, tokens)`):
-            Entry (i, j) is that of tokens i and j if j is a better token of i's group, else -inf.
+        similarity (`list` of `torch.FloatTensor`): see [`similarity_to_better`].
         tau (`torch.FloatTensor`, a scalar): the threshold.
 
     Returns:
-        `torch.BoolTensor` of shape `(tokens,)`.
+        `torch.BoolTensor` of shape `(tokens,)`, in the order of the rows of `similarity`.
     """
-    conflicts = (similarity >= tau).float()
+    tokens = sum(len(strip) for strip in similarity)
+    conflicts = similarity[0].new_zeros(tokens, tokens)
+    end = 0
+    for strip in similarity:
+        top, end = end, end + len(strip)
+        conflicts[top:end, end - strip.shape[1] : end] = strip >= tau
     alive = torch.ones_like(conflicts[0])
     compiling = torch.compiler.is_compiling()
-    for _ in range(COMPILED_ROUNDS if compiling else len(alive)):
+    for _ in range(COMPILED_ROUNDS if compiling else tokens):
         before, alive = alive, (conflicts @ alive == 0).float()
         if not compiling and torch.equal(before, alive):
             break
@@ -417,15 +420,15 @@ def _pour(amount: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """`rows @ rows.T`, of which only the lower triangle is computed, in three strips."""
-    strips = rows.split(math.ceil(len(rows) / 3))
+    """`rows @ rows.T` in three strips: what lies above their diagonal blocks is copied from below."""
     tokens = len(rows)
-    lower, end = [], 0
-    for strip in strips:
-        end += len(strip)
-        lower.append(torch.nn.functional.pad(strip @ rows[:end].T, (0, tokens - end)))
-    lower = torch.cat(lower).tril()
-    return lower + lower.tril(-1).T
+    height = math.ceil(tokens / 3)
+    gram = rows.new_empty(tokens, tokens)
+    for top in range(0, tokens, height):
+        strip = rows[top : top + height] @ rows[: top + height].T
+        gram[top : top + height, : top + height] = strip
+        gram[:top, top : top + height] = strip[:, :top].T
+    return gram
 
 
 def _fixed_start(tokens: int, device: torch.device) -> torch.Tensor:
@@ -454,9 +457,8 @@ def _select_of_one_image(
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Indices `(count,)`, rho `()`, groups `(tokens,)` and scores `(tokens,)` of one image's `(tokens, dim)`."""
-    features, finite = _finite_features(hidden_states, cls_attention)
-    units = _unit_rows(features)
-    rho = _mean_similarity(units, finite)
+    features, scales, finite = _finite_features(hidden_states, cls_attention)
+    rho = _mean_similarity(features, scales, finite)
 
     components = principal_components(features, finite, num_groups, center)
     component_scores, groups = components.max(1)
@@ -472,7 +474,8 @@ def _select_of_one_image(
     members = groups.masked_fill(~finite, num_groups)
     order = ranking[members[ranking].argsort(stable=True)]
     members = members[order]
-    similarity = _similarity_to_better(units[order], members)
+    units = features.index_select(0, order).mul_(scales[order, None])
+    similarity = _similarity_to_better(units, members)
     valid = members < num_groups
     if nms_lambda == "auto":
         alive = _survivors_of_smallest_tau(similarity, valid, count)
@@ -497,54 +500,52 @@ def _select_of_one_image(
 
 def _finite_features(
     hidden_states: torch.Tensor, cls_attention: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 features `(tokens, dim)` with zeros for the non-finite tokens, and the mask `(tokens,)` of the others."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    fp32 features `(tokens, dim)` and the inverses of their lengths `(tokens,)`, zero for the tokens that the mask
+    `(tokens,)` calls non-finite. A zero vector has the inverse length zero.
+    """
     features = hidden_states.float()
-    finite = torch.linalg.vector_norm(features, math.inf, dim=1).isfinite()
+    lengths = torch.linalg.vector_norm(features, dim=1)
+    finite = lengths.isfinite()
     if cls_attention is not None:
         finite = finite & cls_attention.isfinite()
-    return torch.where(finite[:, None], features, 0.0), finite
+    scales = torch.where(finite & (lengths > 0), 1 / lengths, 0.0)
+    return torch.where(finite[:, None], features, 0.0), scales, finite
 
 
-def _unit_rows(features: torch.Tensor) -> torch.Tensor:
-    """Rows of length one, or zero; scaled by the largest entry first, so that no square overflows."""
-    peak = torch.linalg.vector_norm(features, math.inf, dim=1, keepdim=True)
-    units = features / torch.where(peak > 0, peak, 1.0)
-    return units.div_(torch.linalg.vector_norm(units, dim=1, keepdim=True).clamp(min=1.0))
-
-
-def _mean_similarity(units: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
-    """Equation 4 from the unit vectors: |sum of u|^2 counts each pair twice, and each vector with itself."""
+def _mean_similarity(features: torch.Tensor, scales: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    """Equation 4 from the unit vectors u: |sum of u|^2 counts each pair twice, and each vector with itself."""
     tokens = finite.sum()
-    itself = units.any(1).sum()
+    with_itself = (scales > 0).sum()
     pairs_twice = tokens * (tokens - 1)
-    return torch.where(tokens > 1, (units.sum(0).square().sum() - itself) / pairs_twice.clamp(min=1), 0.0)
+    similarity = (scales @ features).square().sum() - with_itself
+    return torch.where(tokens > 1, similarity / pairs_twice.clamp(min=1), 0.0)
 
 
-def _similarity_to_better(units: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+def _similarity_to_better(units: torch.Tensor, members: torch.Tensor) -> list[torch.Tensor]:
     """
-    Similarity `(tokens, tokens)` of each token to the better ones of its group, -inf elsewhere; sorted by group.
+    Similarity of each token to the better ones of its group, -inf to others; the tokens are sorted by group and score.
 
-    A strip of rows needs only the columns from its first token's group on; compiled code cannot look where that starts.
+    In strips of rows that end on the diagonal. No strip reaches further left than the group of its first token, except
+    in compiled code, which cannot look where that starts.
     """
-    tokens = len(members)
-    position = torch.arange(tokens, device=members.device)
-    strips = range(0, tokens, STRIP)
-    starts = [0] * len(strips)
+    tops = range(0, len(members), STRIP)
+    starts = [0] * len(tops)
     if not torch.compiler.is_compiling():
-        starts = torch.searchsorted(members, members[::STRIP]).tolist()
-    similarity = []
-    for top, left in zip(strips, starts, strict=True):
-        end = min(top + STRIP, tokens)
-        better = (members[top:end, None] == members[left:end]) & (position[top:end, None] > position[left:end])
-        strip = (units[top:end] @ units[left:end].T).masked_fill(~better, -math.inf)
-        similarity.append(torch.nn.functional.pad(strip, (left, tokens - end), value=-math.inf))
-    return torch.cat(similarity)
+        starts = torch.searchsorted(members, members[::STRIP].contiguous()).tolist()
+    strips = []
+    for top, left in zip(tops, starts, strict=True):
+        own, others = members[top : top + STRIP, None], members[left : top + STRIP]
+        better = (own == others).tril(top - left - 1)
+        similarity = units[top : top + STRIP] @ units[left : top + STRIP].T
+        strips.append(similarity.masked_fill(~better, -math.inf))
+    return strips
 
 
-def _survivors_of_smallest_tau(similarity: torch.Tensor, valid: torch.Tensor, count: int) -> torch.Tensor:
+def _survivors_of_smallest_tau(similarity: list[torch.Tensor], valid: torch.Tensor, count: int) -> torch.Tensor:
     """Survivors at the smallest tau that leaves `count` of them, by bisection of [-1, 1]."""
-    low, high = similarity.new_tensor(-1.0), similarity.new_tensor(1.0)
+    low, high = similarity[0].new_tensor(-1.0), similarity[0].new_tensor(1.0)
     alive = valid
     for _ in range(16):
         middle = (low + high) / 2
@@ -562,14 +563,18 @@ def _shuffle(finite: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 @contextmanager
-def _full_precision():
-    """fp32 means fp32: no TF32 or bf16 inside matrix products, whatever the process allows."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
+def _full_precision(device: torch.device):
+    """fp32 means fp32: no autocast, and no TF32 or bf16 inside matrix products, whatever the process allows."""
+    with torch.autocast(device.type, enabled=False):
+        if torch.compiler.is_compiling():  # a compiled graph keeps the setting of the process
+            yield
+            return
+        allowed = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
 
 
 def resolve_budget(budget: int | float, tokens: int) -> int:
