@@ -243,18 +243,23 @@ class HubModelMixin:
             self.generation_config.save_pretrained(folder)
 
     def _save_processor(self, folder, base, revision, thin) -> str | None:
-        """Save the base's processor, or only its name, unless the folder has one; its entry in the `auto_map`."""
-        settings, path = self.config.prunesid_config, Path(folder, "processor_config.json")
-        budget = None if settings.dynamic or settings.budget_scope != "view" else settings.budget
+        """
+        Save the base's processor, or only its name, with the model's budget. A processor that is in the folder already
+        only gets the budget. Returns its entry in the `auto_map`.
+        """
+        processor_class, path = self._processor_class, Path(folder, "processor_config.json")
+        if processor_class is None:
+            return None
+        arguments = processor_class.arguments_for(self.config.prunesid_config)
         if path.exists():
             fields = json.loads(path.read_text(encoding="utf-8"))
-            if "num_visual_tokens" in fields:
-                path.write_text(json.dumps({**fields, "num_visual_tokens": budget}, indent=2) + "\n", encoding="utf-8")
+            fields |= {name: value for name, value in arguments.items() if name in fields}
+            path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             return fields.get("auto_map", {}).get("AutoProcessor")
-        if self._processor_class is None or base is None:
+        if base is None:
             return None
         try:
-            processor = self._processor_class.from_pretrained(base, revision=revision, num_visual_tokens=budget)
+            processor = processor_class.from_pretrained(base, revision=revision, **arguments)
         except Exception as error:  # a model without its processor is better than no model
             logger.warning(f"{folder} gets no processor, because that of {base} cannot be loaded: {error}")
             return None
@@ -265,7 +270,7 @@ class HubModelMixin:
         fields = {
             "processor_class": type(processor).__name__,
             "auto_map": {"AutoProcessor": entry},
-            "num_visual_tokens": budget,
+            **arguments,
             "base_model_name_or_path": base,
             "base_model_revision": revision,
         }

@@ -5,7 +5,9 @@ A fixed budget is known before any image is seen, so engines that size prompts u
 have prompts of the final length. For a dynamic budget they write the full prompt, which the models accept as well.
 """
 
-from transformers import LlavaProcessor
+import inspect
+
+from transformers import LlavaProcessor, PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
 from .configuration_prunesid import check_budget
@@ -36,9 +38,21 @@ class ShortPromptProcessorMixin:
         base = fields.get("base_model_name_or_path")
         if base is None:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        arguments = {name: fields[name] for name in cls._budget_arguments() if name in fields}
         kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-        kwargs.setdefault("num_visual_tokens", fields["num_visual_tokens"])
-        return super().from_pretrained(base, revision=fields["base_model_revision"] or "main", **kwargs)
+        return super().from_pretrained(base, revision=fields["base_model_revision"] or "main", **arguments | kwargs)
+
+    @classmethod
+    def arguments_for(cls, settings: PretrainedConfig) -> dict:
+        """The arguments of a processor that fits a model with these settings (`PruneSIDConfig`)."""
+        varies = settings.dynamic and settings.budget_scope == "view"
+        values = {"num_visual_tokens": None if varies else settings.budget, "budget_scope": settings.budget_scope}
+        return {name: values[name] for name in cls._budget_arguments()}
+
+    @classmethod
+    def _budget_arguments(cls) -> list[str]:
+        parameters = inspect.signature(cls.__init__).parameters
+        return [name for name in ("num_visual_tokens", "budget_scope") if name in parameters]
 
     def _num_kept(self, num_tokens: int, num_visual_tokens: int | float | None) -> int:
         budget = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
