@@ -1,0 +1,240 @@
+"""Make a PruneSID variant of a stock checkpoint, verify it, and publish it.
+
+The output is a Hub folder that loads through every Auto class and `pipeline` with `trust_remote_code=True`: the
+configuration, the code, the processor, a model card and the weights. A thin variant has no weights; it names the
+checkpoint that they are taken from, so that it is some 150 kB whatever the size of the model. What was written is
+loaded in a process of its own, and has to give the answer of the model in memory before it gets its name or is pushed;
+if anything fails, nothing is left behind.
+
+Presets are the files of `configuration/`, by name, or a file that `calibrate.py` wrote; `--budget` overrides theirs.
+
+Examples:
+    python scripts/convert.py llava-hf/llava-1.5-7b-hf --budget 64 --thin --output out/llava-64
+    python scripts/convert.py llava-hf/llava-1.5-7b-hf --preset llava_1.5_128_release --output out/llava-128
+    python scripts/convert.py llava-hf/llava-1.5-7b-hf --preset out/calibrated.json --thin --output out/dynamic \\
+        --push-to-hub my-name/llava-1.5-7b-prunesid-dynamic --private
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PretrainedConfig
+from verify import answer
+
+import modeling_prunesid
+from modeling_prunesid import PruneSIDConfig
+from modeling_prunesid.hub_prunesid import check_base_is_public, push_folder
+
+
+PRESETS = Path(__file__).resolve().parent.parent / "configuration"
+
+
+def load_preset(name: str | os.PathLike) -> dict[str, Any]:
+    """
+    The settings of a preset, as fields of `PruneSIDConfig`.
+
+    Args:
+        name: a file of `configuration/` without its ending, or the path of a JSON file.
+
+    Raises:
+        `ValueError`: if there is no such preset, or its settings are invalid.
+    """
+    path = Path(name) if str(name).endswith(".json") else PRESETS / f"{name}.json"
+    if not path.is_file():
+        names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.json")))
+        raise ValueError(f"--preset must be the path of a JSON file or one of {names}, got {str(name)!r}.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--preset {name} is no JSON: {error}.") from error
+    fields = {key: value for key, value in fields.items() if key not in ("model_type", "transformers_version")}
+    PruneSIDConfig(**fields)
+    return fields
+
+
+def families() -> dict[str, type]:
+    """The supported stock `model_type`s, with our class for each of them."""
+    classes = [getattr(modeling_prunesid, name) for name in modeling_prunesid.__all__]
+    models = [model for model in classes if model.__name__.endswith("ForConditionalGeneration")]
+    return {model.config_class.model_type.removeprefix("prunesid_"): model for model in models}
+
+
+def find_family(checkpoint: str, revision: str | None = None) -> type:
+    """
+    Our class for a checkpoint, by the `model_type` in its config.json.
+
+    Raises:
+        `ValueError`: if the checkpoint is of no supported family.
+        `OSError`: if there is no such checkpoint, or it has no config.json.
+    """
+    fields, _ = PretrainedConfig.get_config_dict(checkpoint, revision=revision)
+    if not fields:
+        raise OSError(f"{checkpoint} has no config.json.")
+    model_type = str(fields.get("model_type"))
+    supported = families()
+    if model_type.removeprefix("prunesid_") not in supported:
+        raise ValueError(
+            f"{checkpoint} is a checkpoint of model_type {model_type!r}, which PruneSID does not support. It supports "
+            f"{', '.join(sorted(supported))}."
+        )
+    return supported[model_type.removeprefix("prunesid_")]
+
+
+def convert(
+    checkpoint: str,
+    output: Path,
+    settings: dict[str, Any],
+    thin: bool = False,
+    revision: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+) -> dict[str, Any]:
+    """
+    Write a variant to the folder `output`, verified, and push it where `push_to_hub` names a repo.
+
+    Returns:
+        `dict`: what was written, for the last line of the script.
+
+    Raises:
+        `ValueError`: for an unsupported or incomplete checkpoint, invalid settings, a folder that is not empty, or a
+            variant that does not give the answer of the model in memory.
+        `OSError`: if the checkpoint cannot be read or the output not be written.
+    """
+    model_class = find_family(checkpoint, revision)
+    if thin and push_to_hub:
+        check_base_is_public(checkpoint)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output must be a new or an empty folder, got {output}. Remove it or choose another one.")
+    existing = next(parent for parent in output.absolute().parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(dir=existing, prefix=".convert-") as staging:
+        folder = Path(staging, "variant")
+        model, info = model_class.from_pretrained(
+            checkpoint,
+            prunesid_config=settings,
+            dtype="auto",
+            device_map="auto",
+            output_loading_info=True,
+            **({} if revision is None else {"revision": revision}),
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"{checkpoint} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
+        model.save_pretrained(folder, thin=thin, repo_id=push_to_hub or str(output))
+        has_processor = (folder / "processor_config.json").exists()
+        processor = model_class._processor_class.from_pretrained(folder) if has_processor else None
+        expected, budget = answer(model, processor), model.config.prunesid_config.budget
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        verify(folder, expected, has_processor)
+        if output.exists():
+            output.rmdir()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, output)
+        output.chmod(0o755)
+
+    report = {
+        "model": checkpoint,
+        "class": model_class.__name__,
+        "budget": budget,
+        "thin": thin,
+        "processor": has_processor,
+        "output": str(output),
+        "bytes": sum(path.stat().st_size for path in output.iterdir()),
+    }
+    if push_to_hub:
+        try:
+            report["commit"] = push_folder(output, push_to_hub, private=private).commit_url
+        except Exception as error:
+            raise OSError(
+                f"{output} is complete, but could not be pushed, and nothing of it was published: {error}\nPush it "
+                f"again: hf upload {push_to_hub} {output}"
+            ) from error
+    return report
+
+
+def verify(folder: Path, expected: list[int], has_processor: bool) -> None:
+    """Raise a `ValueError` unless a clean process loads the folder without loss and answers `expected`."""
+    with tempfile.TemporaryDirectory() as modules:
+        script = str(Path(__file__).with_name("verify.py"))
+        command = [sys.executable, "-I", script, str(folder), *([] if has_processor else ["--no-processor"])]
+        environment = {**os.environ, "HF_MODULES_CACHE": modules, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=modules, env=environment)
+    if done.returncode != 0:
+        raise ValueError(f"The variant was written, but a clean process cannot load it:\n{done.stderr.strip()}")
+    report = json.loads(done.stdout.splitlines()[-1])
+    found = report.pop("tokens")
+    if any(report.values()):
+        raise ValueError(f"The variant was written, but its weights do not load without loss: {report}")
+    if found != expected:
+        raise ValueError(
+            f"The variant was written, but a clean process answers {found}, and the model in memory {expected}."
+        )
+
+
+def parse_budget(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="stock checkpoint or variant: a folder, or a name on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of the model")
+    parser.add_argument("--budget", type=parse_budget, help="tokens kept of each view, or their share as in 0.25")
+    parser.add_argument("--preset", help="a name in configuration/, or the path of a JSON file")
+    parser.add_argument("--dynamic", action="store_true", help="a budget by information; needs the reference")
+    parser.add_argument("--reference-information", type=float, help="mean information score, from calibrate.py")
+    parser.add_argument("--thin", action="store_true", help="take the weights from the model when loading")
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="publish the variant as this repo")
+    parser.add_argument("--private", action="store_true", default=None, help="create a private repo")
+    arguments = parser.parse_args(argv)
+    if arguments.budget is None and arguments.preset is None:
+        parser.error("one of --budget and --preset is required")
+    return arguments
+
+
+def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the arguments ask for, as fields of `PruneSIDConfig`."""
+    settings = {} if arguments.preset is None else load_preset(arguments.preset)
+    if arguments.budget is not None:
+        settings["budget"] = arguments.budget
+    if arguments.reference_information is not None:
+        settings["reference_information"] = arguments.reference_information
+    if arguments.dynamic:
+        settings["dynamic"] = True
+    PruneSIDConfig(**settings)
+    return settings
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    try:
+        report = convert(
+            arguments.model,
+            arguments.output,
+            read_settings(arguments),
+            thin=arguments.thin,
+            revision=arguments.revision,
+            push_to_hub=arguments.push_to_hub,
+            private=arguments.private,
+        )
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"convert.py: {error}")
+    for path in sorted(arguments.output.iterdir()):
+        print(f"{path.stat().st_size:>14,}  {path.name}")
+    print(f"{report['bytes']:>14,}  bytes in all; a clean process loads it and gives the same answer")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
