@@ -187,7 +187,7 @@ def ask(scene: Scene, rng: random.Random | None = None) -> list[Question]:
         questions.append(_question("reading", "digit" if text.name in DIGITS else "word", "", text.name))
     for band, material in scene.bands:
         questions.append(_question("region", "material", band.name, material))
-        questions.append(_question("region", "colour", band.name, band.colour))
+        questions.append(_question("region", "colour", band.name, str(band.colour)))
     if scene.bands:
         questions += [_question("region", "behind", noun, _behind(scene, item)) for noun, item in shown]
     return questions
@@ -224,7 +224,7 @@ def photograph(name: str) -> Image.Image:
             image = Image.open(io.BytesIO(archive.read(f"interior_photos/images/{name}"))).convert("RGB")
     else:
         package = "sklearn.datasets.images" if name in ("china.jpg", "flower.jpg") else "skimage.data"
-        image = Image.open(files(package) / name).convert("RGB")
+        image = Image.open(io.BytesIO((files(package) / name).read_bytes())).convert("RGB")
     scale = min(1.0, 720 / min(image.size))
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
 
@@ -317,18 +317,18 @@ def _draw_texts(scene: Scene, rng: random.Random, crowded: bool) -> None:
     draw = ImageDraw.Draw(scene.image)
     for text, size in wanted:
         font = _text_font(size)
-        left, top, right, bottom = font.getbbox(text)
+        left, top, right, bottom = map(round, font.getbbox(text))
         width, height = right - left + 12, bottom - top + 12
         box = _free_box(scene, width, height, rng)
         if box is None:
             continue
         if scene.variant == "salient":
             draw.rounded_rectangle(box, 5, fill=(250, 250, 245), outline=(60, 60, 60))
-            ink = (20, 20, 25)
+            ink = [20, 20, 25]
         else:
             local = np.asarray(scene.image.crop(box), np.float32).mean((0, 1))
-            ink = tuple(int(value) for value in np.clip(local + (-125 if local.mean() > 125 else 125), 0, 255))
-        draw.text((box[0] + 6 - left, box[1] + 6 - top), text, font=font, fill=ink)
+            ink = np.clip(local + (-125 if local.mean() > 125 else 125), 0, 255).astype(int).tolist()
+        draw.text((box[0] + 6 - left, box[1] + 6 - top), text, font=font, fill=tuple(ink))
         scene.texts.append(Item(text, box))
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from parts import vision_tower
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from scenes import (
     COLOURS,
@@ -68,6 +69,7 @@ from transformers import (
 
 SIDE = SIZE // PATCH
 PATCHES = SIDE * SIDE
+NO_PICTURE = Image.new("RGB", (1, 1))
 FEATURES = 384
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -133,10 +135,10 @@ def describe(scene: Scene) -> dict:
 
 
 def recall(line: str) -> Scene:
-    """The scene that `describe` wrote, its picture left out."""
+    """The scene that `describe` wrote, with `NO_PICTURE`."""
     row = json.loads(line)
     return Scene(
-        row["variant"], row["split"], row["seed"], None,
+        row["variant"], row["split"], row["seed"], NO_PICTURE,
         [Item(name, tuple(box), colour) for name, box, colour in row["objects"]],
         [Item(name, tuple(box)) for name, box in row["texts"]],
         [(Item(item[0], tuple(item[1]), item[2]), material) for item, material in row["bands"]],
@@ -271,9 +273,7 @@ def questions_of(scene: Scene, rng: random.Random) -> list[Question]:
     """Up to 12 questions of a training visit, absent nouns drawn afresh, some in their second wording."""
     questions = ask(scene, rng)
     rng.shuffle(questions)
-    return [
-        Question(q.kind, rephrase(q, rng), q.answer, q.words) if rng.random() < 0.3 else q for q in questions[:12]
-    ]
+    return [Question(q.kind, rephrase(q, rng), q.answer, q.words) if rng.random() < 0.3 else q for q in questions[:12]]
 
 
 def pack(tokenizer, rows: list[list[Question]], pictures: int) -> dict[str, torch.Tensor]:
@@ -333,7 +333,7 @@ def part_of(scene: Scene, rng: random.Random) -> tuple[Scene, list[Item]]:
         kept += [rng.choice(texts)] if texts and rng.random() < 0.8 else []
     names = WORDS + DIGITS
     objects, texts = [i for i in kept if i.name not in names], [i for i in kept if i.name in names]
-    part = Scene(scene.variant, scene.split, scene.seed, None, objects, texts, scene.bands)
+    part = Scene(scene.variant, scene.split, scene.seed, NO_PICTURE, objects, texts, scene.bands)
     return part, [item for item in scene.objects + scene.texts if not any(item is other for other in kept)]
 
 

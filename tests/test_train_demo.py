@@ -1,0 +1,100 @@
+"""Training of the demo's model: what its patches are told, and questions packed into one sequence."""
+
+import importlib
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def modules():
+    scripts = str(Path(__file__).parents[1] / "scripts")
+    sys.path.insert(0, scripts)
+    yield importlib.import_module("train_demo"), importlib.import_module("scenes")
+    sys.path.remove(scripts)
+
+
+@pytest.fixture(scope="module")
+def scene(modules):
+    """A scene of known contents: a red car, a cat, a word and a floor of blue brick."""
+    train, scenes = modules
+    return scenes.Scene(
+        "context", "train", 0, train.NO_PICTURE,
+        [scenes.Item("car", (28, 14, 70, 56), "red"), scenes.Item("cat", (200, 200, 242, 242))],
+        [scenes.Item("exit", (140, 28, 238, 56))],
+        [(scenes.Item("floor", (0, 252, 336, 336), "blue"), "brick")],
+    )  # fmt: skip
+
+
+def test_every_word_of_questions_and_answers_has_a_token(modules, scene):
+    train, scenes = modules
+    tokenizer = train.build_tokenizer()
+    for question in scenes.ask(scene):
+        for seed in range(6):
+            text = train.PROMPT.format(scenes.rephrase(question, random.Random(seed))) + " " + question.answer
+            assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+    assert tokenizer.decode(tokenizer("top left", add_special_tokens=False).input_ids) == "top left"
+
+
+def test_patch_labels_name_what_covers_a_patch(modules, scene):
+    train, _ = modules
+    labels = train.patch_labels(scene).reshape(24, 24, -1)
+
+    def column(word):
+        return labels[..., train.LABELS.index(word)]
+
+    car = np.zeros((24, 24), bool)
+    car[1:4, 2:5] = True
+    assert np.array_equal(column("car") == 1, car)
+    assert np.array_equal(column("red") == 1, car)
+    assert (column("cat")[14:17, 14:17] != 0).all()
+    assert np.array_equal(column("brick") == 1, np.repeat(np.arange(24) >= 18, 24).reshape(24, 24))
+    assert np.array_equal(column("left") == 1, np.tile(np.arange(24) < 12, (24, 1)))
+    assert (column("dog") == 0).all()
+
+
+def test_a_scene_survives_its_line(modules, scene):
+    train, scenes = modules
+    again = train.recall(train.json.dumps(train.describe(scene)))
+    assert again == scene
+    assert scenes.ask(again) == scenes.ask(scene)
+
+
+def test_packed_questions_answer_as_questions_alone(modules, scene):
+    train, scenes = modules
+    tokenizer = train.build_tokenizer()
+    torch.manual_seed(0)
+    model = train.build_model(len(tokenizer))
+    questions = scenes.ask(scene)
+    features = torch.randn(1, 20, train.FEATURES)
+    with torch.no_grad():
+        together, wanted = train.answer_logits(model, features, train.pack(tokenizer, [questions], 20))
+        alone = [train.answer_logits(model, features, train.pack(tokenizer, [[q]], 20)) for q in questions]
+    assert wanted.tolist() == torch.cat([tokens for _, tokens in alone]).tolist()
+    torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]))
+
+
+def test_a_packed_question_is_the_prompt_that_the_processor_writes(modules, scene):
+    train, scenes = modules
+    tokenizer = train.build_tokenizer()
+    question = scenes.ask(scene)[0]
+    processor = train.build_processor(tokenizer)
+    content = [{"type": "image"}, {"type": "text", "text": question.text}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    written = processor(images=train.Image.new("RGB", (336, 336)), text=prompt).input_ids[0]
+    packed = train.pack(tokenizer, [[question]], train.PATCHES)["ids"][0].tolist()
+    assert packed[: len(written)] == list(written)
+    assert tokenizer.decode(packed[len(written) :]) == question.answer
+
+
+def test_a_part_of_a_crowded_scene_leaves_the_rest_out(modules, scene):
+    train, scenes = modules
+    for seed in range(20):
+        part, left_out = train.part_of(scene, random.Random(seed))
+        kept = part.objects + part.texts
+        assert len(kept) + len(left_out) == 3 and not any(item in kept for item in left_out)
+        assert {item.name for item in part.texts} <= {"exit"} and part.bands == scene.bands
