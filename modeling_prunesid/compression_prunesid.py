@@ -235,14 +235,16 @@ class CompressedModelMixin:
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         columns = input_ids if input_ids is not None else inputs_embeds
         cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
-        has_views, has_memory = bool(self._dropped_tokens(inputs)), hasattr(cache, "_prunesid_prompt")
+        has_views = bool(self._dropped_tokens(inputs))
+        # A compiled step has its mask in the form that attention takes, which fits the cache.
+        has_memory = hasattr(cache, "_prunesid_prompt") and (_is_flat(mask) or not torch.compiler.is_compiling())
         # The common decoding step, eager or compiled: nothing to look at, and no wait for the device.
         is_step = columns is not None and (columns.shape[1] == 1 or torch.compiler.is_compiling())
         if columns is None or (is_step and not is_generation and not has_views and not has_memory):
             return inputs, None
         cached_length = int(cache.get_seq_length()) if cache is not None else 0
         earlier = CachedPrompt.recall(cache, len(columns))
-        repeats_cached = is_generation and (mask is None or mask.shape[1] == columns.shape[1])
+        repeats_cached = is_generation and (not _is_flat(mask) or mask.shape[1] == columns.shape[1])
         start = 0
         if earlier is not None and not repeats_cached:
             inputs["attention_mask"] = mask = _shorten_cached_mask(mask, earlier.prompt, cached_length, columns.shape[1])
@@ -254,7 +256,7 @@ class CompressedModelMixin:
             self._check_not_forgotten(inputs, start, only_whole_views=True)
 
         keep_mask = self._mark_kept(inputs, start or (cached_length if repeats_cached else 0))
-        if keep_mask is not None and mask is not None and not cached_length:
+        if keep_mask is not None and _is_flat(mask) and not cached_length:
             keep_mask = keep_mask & ~_padding(mask, leading_only=is_generation)
         padding_side = "left" if is_generation or _is_left_padded(mask) else "right"
         prompt = None
@@ -333,10 +335,11 @@ class CompressedModelMixin:
         """Drop the columns from every argument that runs along the prompt."""
         inputs = dict(inputs)
         mask, added_padding = inputs.get("attention_mask"), bool((prompt.source < 0).any())
-        if mask is not None and mask.dim() != 2:
+        if mask is not None and not _is_flat(mask):
+            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
             raise ValueError(
-                f"attention_mask must have the shape (batch, length) for a prompt that is to be shortened, got "
-                f"{tuple(mask.shape)}. Pass the two-dimensional mask, or a prompt with one placeholder for each kept token."
+                f"attention_mask must have the shape (batch, length) for a prompt that is to be shortened, got {got}. "
+                "Pass the two-dimensional mask, or a prompt with one placeholder for each kept token."
             )
         if mask is None and added_padding:
             mask = torch.ones_like(prompt.keep_mask, dtype=torch.long)
@@ -382,7 +385,9 @@ class CompressedModelMixin:
             if any(wanted.any() for wanted in needed):
                 changes = {"pooler_output": _take_wanted(output.pooler_output, needed)}
                 if output.get("deepstack_features") is not None:
-                    changes["deepstack_features"] = [_take_wanted(layer, needed) for layer in output.deepstack_features]
+                    changes["deepstack_features"] = [
+                        _take_wanted(layer, needed) for layer in output.deepstack_features
+                    ]
                 outputs[modality] = _settle(output, **changes)
         return {**inputs, "mm_encoder_outputs": outputs}
 
@@ -405,24 +410,25 @@ def _settle(output: Any, **changes: Any) -> Any:
                            if output.get(field.name) is not None})
 
 
+def _is_flat(mask: Any) -> bool:
+    """Whether a mask has the shape `(batch, length)`. Upstream also takes `(batch, 1, queries, keys)` and dicts."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2
+
+
 def _padding(mask: torch.Tensor, leading_only: bool) -> torch.BoolTensor:
     """The columns before the first and after the last token of each row; padding is added anew where it is needed."""
-    if mask.dim() != 2:
-        return torch.zeros((), dtype=torch.bool, device=mask.device)
     padding = mask.cumsum(1) == 0
     return padding if leading_only else padding | (mask.flip(1).cumsum(1) == 0).flip(1)
 
 
-def _is_left_padded(mask: torch.Tensor | None) -> bool:
-    return mask is not None and mask.dim() == 2 and bool((mask[:, 0] == 0).any())
+def _is_left_padded(mask: Any) -> bool:
+    return _is_flat(mask) and bool((mask[:, 0] == 0).any())
 
 
-def _shorten_cached_mask(
-    mask: torch.Tensor | None, prompt: ShortPrompt, cached_length: int, new_length: int
-) -> torch.Tensor | None:
+def _shorten_cached_mask(mask: Any, prompt: ShortPrompt, cached_length: int, new_length: int) -> Any:
     """A mask over the caller's full prompt, what followed it, and the new columns, for a cache of the short prompt."""
     followed = cached_length - prompt.length
-    if mask is None or mask.dim() != 2 or mask.shape[1] != prompt.full_length + followed + new_length:
+    if not _is_flat(mask) or mask.shape[1] != prompt.full_length + followed + new_length:
         return mask
     return torch.cat([prompt.take(mask[:, : prompt.full_length], fill=0), mask[:, prompt.full_length :]], dim=1)
 
