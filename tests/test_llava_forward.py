@@ -1,0 +1,604 @@
+"""`forward` and training: shortened ids, mask, positions and labels agree, and gradients flow."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import (
+    BOS,
+    BUDGET,
+    IMAGE,
+    NUM_PATCHES,
+    batch,
+    build,
+    oracle_features,
+    oracle_generate,
+    pixels,
+    prompt,
+    stock_twin,
+)
+from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
+
+
+IGNORED = -100
+
+
+def rows_with(count):
+    return [prompt([count] * 2, [7, 8, 9]), prompt([count], [9, 4]), prompt([], [3, 4, 5, 6])]
+
+
+def full_batch(side="left"):
+    return {**batch(rows_with(NUM_PATCHES), side), "pixel_values": pixels(3)}
+
+
+def one_row(text=(7, 8, 9)):
+    return {"input_ids": torch.tensor([prompt([NUM_PATCHES], text)]), "pixel_values": pixels(1)}
+
+
+def labels_of(inputs):
+    """Every word is a target, and so is every placeholder: a shift of one column would show in the loss."""
+    is_target = inputs["attention_mask"].bool() & (inputs["input_ids"] != BOS)
+    return inputs["input_ids"].masked_fill(~is_target, IGNORED)
+
+
+@torch.no_grad()
+def stock_logits(stock, ids, images, budget=BUDGET, **kwargs):
+    """Logits of one unpadded short prompt."""
+    features = {"mm_encoder_outputs": {"image": oracle_features(stock, images, budget)[0]}} if len(images) else {}
+    return stock(input_ids=torch.tensor([ids]), **features, **kwargs).logits[0]
+
+
+def each_row(inputs):
+    """Number, ids and images of each row without its padding."""
+    first = 0
+    for row, count in enumerate((2, 1, 0)):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        yield row, ids, inputs["pixel_values"][first : first + count]
+        first += count
+
+
+class TestLogits:
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_each_row_is_the_stock_answer_for_its_kept_tokens(self, ours, stock, side):
+        inputs = full_batch(side)
+        logits = ours(**inputs).logits
+        short = rows_with(BUDGET)
+        for row, _, images in each_row(inputs):
+            expected = stock_logits(stock, short[row], images)
+            length = len(expected)
+            got = logits[row, -length:] if side == "left" else logits[row, :length]
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+    def test_the_base_model_compresses_too(self, ours, stock):
+        inputs = one_row()
+        hidden = ours.model(**inputs).last_hidden_state
+        assert hidden.shape[1] == len(prompt([BUDGET], [7, 8, 9]))
+        expected = stock_logits(stock, prompt([BUDGET], [7, 8, 9]), inputs["pixel_values"])
+        torch.testing.assert_close(ours.lm_head(hidden)[0], expected)
+
+    def test_full_and_short_prompts_give_the_same_logits(self, ours):
+        short = {**batch(rows_with(BUDGET)), "pixel_values": pixels(3)}
+        assert torch.equal(ours(**full_batch()).logits, ours(**short).logits)
+
+    def test_without_a_mask(self, ours):
+        inputs = one_row()
+        masked = ours(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).logits
+        torch.testing.assert_close(ours(**inputs).logits, masked)
+
+    def test_explicit_positions_are_moved_up(self, ours):
+        inputs = one_row()
+        positions = torch.arange(inputs["input_ids"].shape[1])[None]
+        torch.testing.assert_close(ours(**inputs, position_ids=positions).logits, ours(**inputs).logits)
+
+    def test_logits_to_keep(self, ours):
+        inputs = full_batch()
+        logits = ours(**inputs).logits
+        assert torch.equal(ours(**inputs, logits_to_keep=1).logits, logits[:, -1:])
+        assert torch.equal(ours(**inputs, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_keep_mask_maps_the_logits_to_the_callers_columns(self, ours, side):
+        inputs = full_batch(side)
+        output = ours(**inputs)
+        assert output.keep_mask.shape == inputs["input_ids"].shape
+        kept = ours.get_image_features(pixel_values=inputs["pixel_values"]).keep_indices
+        images = iter(kept)
+        for row, ids, own in each_row(inputs):
+            padding = int((inputs["attention_mask"][row] == 0).sum())
+            keep = output.keep_mask[row][inputs["attention_mask"][row].bool()]
+            assert keep[ids != IMAGE].all()
+            flags = [torch.zeros(NUM_PATCHES).index_fill(0, next(images), 1).bool() for _ in range(len(own))]
+            if flags:
+                assert torch.equal(keep[ids == IMAGE], torch.cat(flags))
+            if padding:
+                length = int(keep.sum())
+                alone = ours(input_ids=ids[None], **({"pixel_values": own} if len(own) else {})).logits[0]
+                got = output.logits[row, -length:] if side == "left" else output.logits[row, :length]
+                torch.testing.assert_close(got, alone, atol=1e-4, rtol=1e-4)
+
+    def test_a_tuple_where_one_is_asked_for(self, ours):
+        inputs = full_batch()
+        output = ours(**inputs, return_dict=False)
+        assert isinstance(output, tuple)
+        assert torch.equal(output[0], ours(**inputs).logits)
+
+    def test_hidden_states_and_attentions_have_the_short_length(self, ours):
+        ours.set_attn_implementation("eager")
+        output = ours(**one_row(), output_hidden_states=True, output_attentions=True)
+        length = len(prompt([BUDGET], [7, 8, 9]))
+        assert [state.shape[1] for state in output.hidden_states] == [length] * 3
+        assert [attention.shape[-2:] for attention in output.attentions] == [(length, length)] * 2
+
+    def test_image_hidden_states_are_the_kept_ones(self, ours):
+        inputs = full_batch()
+        output = ours(**inputs)
+        features = ours.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        assert torch.equal(output.image_hidden_states, torch.cat(features))
+
+
+class TestFeatures:
+    def test_one_tensor_and_its_indices_for_each_image(self, ours, stock):
+        images = pixels(3)
+        output = ours.get_image_features(pixel_values=images)
+        expected, indices = oracle_features(stock, images)
+        assert [view.shape for view in output.pooler_output] == [(BUDGET, 32)] * 3
+        for got, wanted in zip(output.pooler_output, expected.pooler_output):
+            torch.testing.assert_close(got, wanted)
+        assert all(torch.equal(got, wanted) for got, wanted in zip(output.keep_indices, indices))
+        assert list(output.num_placeholders) == [NUM_PATCHES] * 3
+
+    def test_the_output_class_is_upstreams(self, ours, stock):
+        images = pixels(1)
+        assert type(ours.get_image_features(pixel_values=images)) is type(stock.get_image_features(images))
+
+    def test_a_tuple_where_one_is_asked_for(self, ours):
+        for model in (ours, ours.model):
+            assert isinstance(model.get_image_features(pixels(1), return_dict=False), tuple)
+            assert not isinstance(model.get_image_features(pixels(1), return_dict=True), tuple)
+
+    @pytest.mark.parametrize("budget", [None, 1.0, 49, 200])
+    def test_off_is_the_stock_output(self, ours, stock, budget):
+        ours.config.prunesid_config.budget = budget
+        images = pixels(2)
+        got, expected = ours.get_image_features(images), stock.get_image_features(images)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(a, b) for a, b in zip(got.pooler_output, expected.pooler_output))
+
+    @pytest.mark.parametrize("budget", range(1, 49, 5))
+    def test_exactly_n_sorted_unique_indices(self, ours, budget):
+        for kept in ours.get_image_features(pixels(3), num_visual_tokens=budget).keep_indices:
+            assert kept.tolist() == sorted(set(kept.tolist()))
+            assert len(kept) == budget and kept[0] >= 0 and kept[-1] < NUM_PATCHES
+
+    def test_all_hidden_states_on_request(self, ours):
+        output = ours.get_image_features(pixels(1), output_hidden_states=True)
+        assert len(output.hidden_states) == 5
+
+    def test_several_feature_layers_and_the_full_strategy(self):
+        model = build()
+        model.config.vision_feature_layer = [-2, -3]
+        with pytest.raises(RuntimeError):  # the projector is for one layer
+            model.get_image_features(pixels(1))
+        kept = model.get_image_features(pixels(1), vision_feature_layer=-2, vision_feature_select_strategy="full")
+        assert kept.num_placeholders == [NUM_PATCHES + 1]
+        assert kept.keep_indices[0][0] == 0 and len(kept.keep_indices[0]) == BUDGET
+
+    def test_the_full_strategy_end_to_end(self, ours, stock):
+        """CLS has a placeholder of its own there, and stays one of the N."""
+        for model in (ours, stock):
+            model.config.vision_feature_select_strategy = "full"
+        full = {"input_ids": torch.tensor([prompt([NUM_PATCHES + 1], [7, 8])]), "pixel_values": pixels(1)}
+        features = ours.get_image_features(pixels(1))
+        short = torch.tensor([prompt([BUDGET], [7, 8])])
+        expected = stock(input_ids=short, mm_encoder_outputs={"image": features}).logits
+        torch.testing.assert_close(ours(**full).logits, expected)
+        torch.testing.assert_close(ours(input_ids=short, pixel_values=pixels(1)).logits, expected)
+
+    def test_cls_may_be_one_of_the_n(self, stock):
+        model = build(keep_cls=True)
+        output = model.get_image_features(pixels(2))
+        states = stock_twin(model).model.vision_tower(pixels(2), output_hidden_states=True).hidden_states[-2]
+        for image, (kept, features) in enumerate(zip(output.keep_indices, output.pooler_output)):
+            assert kept[0] == -1 and len(kept) == BUDGET and kept[1] >= 0
+            torch.testing.assert_close(features, model.model.multi_modal_projector(states[image][kept + 1]))
+        assert output.num_placeholders == [NUM_PATCHES] * 2
+
+    def test_nothing_is_projected_but_what_is_kept(self, ours):
+        sizes = []
+        projector = ours.model.multi_modal_projector
+        projector.register_forward_hook(lambda module, args, output: sizes.append(args[0].shape[:-1].numel()))
+        ours.get_image_features(pixels(3))
+        assert sizes == [3 * BUDGET]
+
+
+class TestOff:
+    @pytest.mark.parametrize("budget", [None, 1.0, 49, 200])
+    def test_logits_and_loss_are_bit_identical(self, ours, stock, budget):
+        ours.config.prunesid_config.budget = budget
+        inputs = full_batch("right")
+        got = ours(**inputs, labels=labels_of(inputs))
+        expected = stock(**inputs, labels=labels_of(inputs))
+        assert torch.equal(got.logits, expected.logits)
+        assert torch.equal(got.loss, expected.loss)
+        assert got.keys() == expected.keys()
+
+    def test_gradients_are_bit_identical(self, stock):
+        model = build(budget=None)
+        inputs = full_batch("right")
+        for either in (model, stock):
+            either.train()
+            either(**inputs, labels=labels_of(inputs)).loss.backward()
+        for (name, got), expected in zip(model.named_parameters(), stock.parameters()):
+            assert (got.grad is None) == (expected.grad is None), name
+            assert got.grad is None or torch.equal(got.grad, expected.grad), name
+
+    def test_a_short_prompt_is_upstreams_error(self, stock):
+        model = build(budget=None)
+        short = {"input_ids": torch.tensor([prompt([BUDGET], [7])]), "pixel_values": pixels(1)}
+        for either in (model, stock):
+            with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+                either(**short)
+
+
+class TestLabels:
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_the_loss_is_the_mean_over_the_kept_positions(self, ours, stock, side):
+        inputs = full_batch(side)
+        labels = labels_of(inputs)
+        output = ours(**inputs, labels=labels)
+        losses, short = [], rows_with(BUDGET)
+        for row, _, images in each_row(inputs):
+            logits = stock_logits(stock, short[row], images)
+            kept = output.keep_mask[row] & inputs["attention_mask"][row].bool()
+            losses.append(torch.nn.functional.cross_entropy(logits[:-1], labels[row][kept][1:], reduction="none"))
+        torch.testing.assert_close(output.loss, torch.cat(losses).mean(), atol=1e-4, rtol=1e-4)
+
+    def test_ignored_labels_stay_ignored(self, ours):
+        inputs = full_batch()
+        labels = labels_of(inputs)
+        answers_only = labels.masked_fill(inputs["input_ids"] == IMAGE, IGNORED)
+        got = ours(**inputs, labels=answers_only).loss
+        short = {**batch(rows_with(BUDGET)), "pixel_values": inputs["pixel_values"]}
+        expected = ours(**short, labels=labels_of(short).masked_fill(short["input_ids"] == IMAGE, IGNORED)).loss
+        torch.testing.assert_close(got, expected)
+
+    def test_num_items_in_batch_of_the_trainer(self, ours):
+        inputs = full_batch("right")
+        labels = labels_of(inputs).masked_fill(inputs["input_ids"] == IMAGE, IGNORED)
+        count = (labels != IGNORED).sum()
+        mean = ours(**inputs, labels=labels).loss
+        targets = sum(int((row[1:] != IGNORED).sum()) for row in labels)
+        scaled = ours(**inputs, labels=labels, num_items_in_batch=count).loss
+        torch.testing.assert_close(scaled * count, mean * targets)
+
+
+class TestCaches:
+    def greedy_by_hand(self, model, inputs, output, steps=6):
+        mask, cache, tokens = inputs["attention_mask"], output.past_key_values, []
+        logits = output.logits[:, -1]
+        for _ in range(steps):
+            token = logits.argmax(-1, keepdim=True)
+            tokens.append(token)
+            mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
+            logits = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits[:, -1]
+        return torch.cat(tokens, dim=1)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("count", [NUM_PATCHES, BUDGET], ids=["full", "short"])
+    def test_a_loop_of_ones_own(self, ours, stock, count):
+        """The mask grows from the caller's prompt, as it does for the stock model."""
+        inputs = {**batch(rows_with(count)), "pixel_values": pixels(3)}
+        got = self.greedy_by_hand(ours, inputs, ours(**inputs, use_cache=True))
+        short = batch(rows_with(BUDGET))
+        features = oracle_features(stock, pixels(3))[0]
+        start = stock(**short, mm_encoder_outputs={"image": features}, use_cache=True)
+        assert torch.equal(got, self.greedy_by_hand(stock, short, start))
+
+    @torch.no_grad()
+    def test_a_loop_without_masks(self, ours):
+        inputs = one_row()
+        output = ours(**inputs, use_cache=True)
+        cache, logits, tokens = output.past_key_values, output.logits[:, -1], []
+        for _ in range(6):
+            tokens.append(logits.argmax(-1, keepdim=True))
+            logits = ours(input_ids=tokens[-1], past_key_values=cache).logits[:, -1]
+        expected = ours.generate(**inputs, max_new_tokens=6, do_sample=False)[:, -6:]
+        assert torch.equal(torch.cat(tokens, dim=1), expected)
+
+    @torch.no_grad()
+    def test_text_then_image_in_pieces(self, ours):
+        inputs = one_row()
+        ids = inputs["input_ids"]
+        whole = ours(**inputs).logits[:, -1]
+        cache = DynamicCache(config=ours.config)
+        ours(input_ids=ids[:, :2], past_key_values=cache)
+        ours(input_ids=ids[:, 2:-1], pixel_values=inputs["pixel_values"], past_key_values=cache)
+        torch.testing.assert_close(ours(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1], whole)
+
+    @torch.no_grad()
+    def test_a_second_image_behind_a_cached_one(self, ours):
+        images = pixels(2)
+        ids = torch.tensor([prompt([NUM_PATCHES] * 2, [7, 8])])
+        whole = ours(input_ids=ids, pixel_values=images).logits[:, -1]
+        cache = DynamicCache(config=ours.config)
+        ours(input_ids=ids[:, : NUM_PATCHES + 2], pixel_values=images[:1], past_key_values=cache)
+        mask = torch.ones_like(ids)
+        rest = ours(
+            input_ids=ids[:, NUM_PATCHES + 2 :],
+            pixel_values=images[1:],
+            attention_mask=mask,
+            past_key_values=cache,
+        )
+        torch.testing.assert_close(rest.logits[:, -1], whole)
+
+    @torch.no_grad()
+    def test_a_static_cache(self, ours):
+        inputs = one_row()
+        expected = ours.generate(**inputs, max_new_tokens=5, do_sample=False)[:, -5:]
+        cache = StaticCache(config=ours.config.get_text_config(), max_cache_len=64)
+        output = ours(**inputs, past_key_values=cache)
+        tokens = [output.logits[:, -1].argmax(-1, keepdim=True)]
+        for _ in range(4):
+            logits = ours(input_ids=tokens[-1], past_key_values=cache).logits[:, -1]
+            tokens.append(logits.argmax(-1, keepdim=True))
+        assert torch.equal(torch.cat(tokens, dim=1), expected)
+
+
+class TestEmbeddings:
+    def test_without_images_they_pass_through(self, ours, stock):
+        embeds = stock.get_input_embeddings()(torch.tensor([prompt([], [7, 8, 9])])).detach()
+        assert torch.equal(ours(inputs_embeds=embeds).logits, stock(inputs_embeds=embeds).logits)
+
+    def test_with_images(self, ours):
+        inputs = one_row()
+        embeds = ours.get_input_embeddings()(inputs["input_ids"])
+        got = ours(inputs_embeds=embeds, pixel_values=inputs["pixel_values"]).logits
+        assert torch.equal(got, ours(**inputs).logits)
+
+    def test_ids_and_embeddings_together_are_upstreams_error(self, ours, stock):
+        inputs = one_row()
+        embeds = ours.get_input_embeddings()(inputs["input_ids"])
+        for model in (ours, stock):
+            with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+                model(**inputs, inputs_embeds=embeds)
+
+    def test_neither_is_upstreams_error(self, ours):
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+            ours(pixel_values=pixels(1))
+
+
+class TestErrors:
+    @pytest.mark.parametrize("count", [0, 1, BUDGET + 1, NUM_PATCHES - 1, NUM_PATCHES + 1])
+    def test_a_wrong_number_of_placeholders(self, ours, count):
+        ids = torch.tensor([prompt([count], [7, 8])])
+        for model in (ours, ours.model):
+            with pytest.raises(ValueError, match=rf"^Image features and image tokens do not match, tokens: {count},"):
+                model(input_ids=ids, pixel_values=pixels(1))
+
+    @pytest.mark.parametrize("count", [NUM_PATCHES, BUDGET])
+    def test_a_forgotten_image(self, ours, count):
+        with pytest.raises(ValueError, match=r"^Image features and image tokens do not match.*pass pixel_values"):
+            ours(input_ids=torch.tensor([prompt([count], [7, 8])]))
+
+    def test_a_mask_of_four_dimensions_needs_a_short_prompt(self, ours):
+        inputs = one_row()
+        length = inputs["input_ids"].shape[1]
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+        with pytest.raises(ValueError, match=r"attention_mask must have the shape \(batch, length\)"):
+            ours(**inputs, attention_mask=mask)
+        short = torch.tensor([prompt([BUDGET], [7, 8, 9])])
+        mask = torch.ones(1, 1, short.shape[1], short.shape[1], dtype=torch.bool).tril()
+        got = ours(input_ids=short, pixel_values=inputs["pixel_values"], attention_mask=mask).logits
+        torch.testing.assert_close(got, ours(**inputs).logits)
+
+    @pytest.mark.parametrize("value", ["64", 0, -1, 1.5, True])
+    def test_an_invalid_budget(self, ours, value):
+        for call in (ours, ours.model):
+            with pytest.raises(ValueError, match="num_visual_tokens") as error:
+                call(**one_row(), num_visual_tokens=value)
+            assert repr(value) in str(error.value)
+
+    def test_vision_feature_layer_is_checked(self, ours):
+        with pytest.raises(ValueError, match=r"vision_feature_layer must lie in \[-5, 4\].*got 9"):
+            ours(**one_row(), vision_feature_layer=9)
+
+
+class TestTraining:
+    def test_gradients_reach_projector_language_model_and_tower(self, ours):
+        ours.train()
+        inputs = full_batch("right")
+        ours(**inputs, labels=labels_of(inputs)).loss.backward()
+        without = [name for name, parameter in ours.named_parameters() if parameter.grad is None]
+        # Of the tower, what comes behind the feature layer takes no part.
+        assert all(".layers.3." in name or "post_layernorm" in name for name in without), without
+        for name, parameter in ours.named_parameters():
+            assert parameter.grad is None or parameter.grad.isfinite().all(), name
+            assert parameter.grad is None or parameter.grad.abs().sum() > 0 or "k_proj.bias" in name, name
+
+    def test_gradients_equal_those_of_the_stock_model_on_the_kept_tokens(self, ours, stock):
+        inputs = one_row()
+        kept = ours.get_image_features(inputs["pixel_values"]).keep_indices[0]
+        ours(**inputs, labels=inputs["input_ids"]).loss.backward()
+
+        states = stock.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+        embeds = stock.get_input_embeddings()(torch.tensor([prompt([BUDGET], [7, 8, 9])]))
+        features = stock.model.multi_modal_projector(states[:, 1:][:, kept])
+        embeds = torch.cat([embeds[:, :2], features, embeds[:, 2 + BUDGET :]], dim=1)
+        short = torch.tensor([prompt([BUDGET], [7, 8, 9])])
+        stock(inputs_embeds=embeds, labels=short).loss.backward()
+        for (name, got), expected in zip(ours.named_parameters(), stock.parameters()):
+            assert (got.grad is None) == (expected.grad is None), name
+            if got.grad is not None and "embed_tokens" not in name:
+                torch.testing.assert_close(got.grad, expected.grad, atol=1e-4, rtol=1e-3)
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_gradient_checkpointing(self, ours, use_reentrant):
+        inputs = full_batch("right")
+        inputs["labels"] = labels_of(inputs)
+        ours.train()
+        ours(**inputs).loss.backward()
+        expected = {name: parameter.grad for name, parameter in ours.named_parameters()}
+        ours.zero_grad()
+        # Renamed in Transformers 5.2x, where the old name warns.
+        new_name = getattr(ours, "activation_checkpointing_enable", None)
+        enable = new_name or ours.gradient_checkpointing_enable
+        enable({"use_reentrant": use_reentrant})
+        ours.enable_input_require_grads()
+        assert ours.model.language_model.layers[0].gradient_checkpointing
+        ours(**inputs, use_cache=False).loss.backward()
+        for name, parameter in ours.named_parameters():
+            assert (parameter.grad is None) == (expected[name] is None), name
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+    def test_a_frozen_tower(self, ours):
+        ours.model.vision_tower.requires_grad_(False)
+        inputs = full_batch("right")
+        ours(**inputs, labels=labels_of(inputs)).loss.backward()
+        assert all(parameter.grad is None for parameter in ours.model.vision_tower.parameters())
+        assert all(parameter.grad is not None for parameter in ours.model.multi_modal_projector.parameters())
+
+    @pytest.mark.parametrize("count", [NUM_PATCHES, BUDGET], ids=["full", "short"])
+    def test_the_trainer_trains_evaluates_and_predicts(self, ours, tmp_path, count):
+        examples = [
+            {
+                "input_ids": torch.tensor(prompt([count], [7, text])),
+                "labels": torch.tensor([IGNORED] * (count + 2) + [7, text]),
+                "pixel_values": pixels(1, seed=text)[0],
+            }
+            for text in (8, 9, 10, 11)
+        ]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            max_steps=30,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            prediction_loss_only=True,
+        )
+        trainer = Trainer(model=ours, args=arguments, train_dataset=examples, eval_dataset=examples)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < before / 2
+
+    # peft asks by the old name.
+    @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+    def test_peft_trains_and_generates(self, ours):
+        inputs = one_row()
+        plain = ours.generate(**inputs, max_new_tokens=5, do_sample=False)
+        model = get_peft_model(ours, LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM"))
+        assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), plain)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert trained and any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in trained)
+
+
+class TestDtypes:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, dtype):
+        model = build().to(dtype)
+        inputs = full_batch()
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        output = model(**inputs)
+        assert output.logits.dtype == dtype and output.logits.isfinite().all()
+        assert len(model.generate(**inputs, max_new_tokens=3, do_sample=False)) == 3
+        features = model.get_image_features(inputs["pixel_values"])
+        expected = stock_twin(model)
+        assert all(
+            torch.equal(got, wanted)
+            for got, wanted in zip(features.keep_indices, oracle_features(expected, inputs["pixel_values"])[1])
+        )
+
+    def test_autocast(self, ours):
+        inputs = full_batch("right")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = ours(**inputs, labels=labels_of(inputs)).loss
+        loss.backward()
+        assert loss.isfinite()
+        assert ours.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+    def test_a_tower_and_a_language_model_of_different_dtypes(self):
+        model = build()
+        model.model.language_model.to(torch.bfloat16)
+        model.lm_head.to(torch.bfloat16)
+        assert model(**one_row()).logits.dtype == torch.bfloat16
+
+
+class TestAttention:
+    @pytest.mark.parametrize("cache", [None, "static"])
+    def test_a_language_model_with_a_sliding_window(self, cache):
+        """Upstream gives such a model a dict of masks."""
+        text = {"model_type": "mistral", "sliding_window": 16, "head_dim": 8}
+        model = build(text=text)
+        stock = stock_twin(model)
+        kwargs = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+        inputs = full_batch()
+        got = model.generate(**inputs, **kwargs)[:, -6:]
+        assert torch.equal(got, oracle_generate(stock, rows_with(BUDGET), inputs["pixel_values"], **kwargs))
+
+    @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+    def test_every_implementation_gives_the_same_logits(self, ours, implementation):
+        expected = ours(**one_row()).logits
+        ours.set_attn_implementation(implementation)
+        torch.testing.assert_close(ours(**one_row()).logits, expected)
+
+
+class TestCopies:
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies_answer_alike_and_are_switched_alone(self, ours, copied):
+        inputs = full_batch()
+        expected = ours(**inputs).logits
+        twin = copied(ours)
+        assert torch.equal(twin(**inputs).logits, expected)
+        twin.config.prunesid_config.budget = None
+        assert twin(**inputs).logits.shape[1] > expected.shape[1]
+        assert torch.equal(ours(**inputs).logits, expected)
+
+    def test_outputs_can_be_pickled(self, ours):
+        output = ours(**full_batch(), use_cache=True)
+        loaded = pickle.loads(pickle.dumps({"logits": output.logits.detach(), "keep_mask": output.keep_mask}))
+        assert torch.equal(loaded["keep_mask"], output.keep_mask)
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def _fresh(self):
+        torch.compiler.reset()
+        yield
+        torch.compiler.reset()
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("count", [NUM_PATCHES, BUDGET], ids=["full", "short"])
+    def test_forward(self, ours, count):
+        inputs = {**batch([prompt([count], [7, 8, 9])]), "pixel_values": pixels(1)}
+        expected = ours(**inputs).logits
+        torch.testing.assert_close(torch.compile(ours, backend="eager")(**inputs).logits, expected)
+
+    def test_generate_with_a_compiled_forward(self, ours):
+        inputs = one_row()
+        expected = ours.generate(**inputs, max_new_tokens=5, do_sample=False)
+        ours.forward = torch.compile(ours.forward, backend="eager")
+        got = ours.generate(**inputs, max_new_tokens=5, do_sample=False, cache_implementation="static")
+        assert torch.equal(got, expected)
+
+    @torch.no_grad()
+    def test_a_decoding_step_is_one_graph(self, ours):
+        inputs = one_row()
+        cache = StaticCache(config=ours.config.get_text_config(), max_cache_len=32)
+        token = ours(**inputs, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        twin = copy.deepcopy(cache)
+        step = torch.compile(ours, backend="eager", fullgraph=True)
+        position = torch.tensor([[cache.get_seq_length()]])
+        got = step(input_ids=token, past_key_values=cache, position_ids=position).logits
+        torch.testing.assert_close(got, ours(input_ids=token, past_key_values=twin, position_ids=position).logits)
+
+    @pytest.mark.slow
+    def test_inductor(self, ours):
+        inputs = one_row()
+        expected = ours(**inputs).logits
+        torch.testing.assert_close(torch.compile(ours)(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
