@@ -18,6 +18,7 @@ from .configuration_prunesid import (
     PruneSIDQwen2_5_VLConfig,
     PruneSIDQwen2VLConfig,
     PruneSIDQwen3VLConfig,
+    PruneSIDVideoLlavaConfig,
 )
 from .modeling_prunesid_llava import (
     PruneSIDLlavaAutoModel,
@@ -44,8 +45,14 @@ from .modeling_prunesid_qwen3_vl import (
     PruneSIDQwen3VLForConditionalGeneration,
     PruneSIDQwen3VLModel,
 )
+from .modeling_prunesid_video_llava import (
+    PruneSIDVideoLlavaAutoModel,
+    PruneSIDVideoLlavaForConditionalGeneration,
+    PruneSIDVideoLlavaModel,
+)
 from .processing_prunesid import PruneSIDLlavaProcessor
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
+from .processing_prunesid_video_llava import PruneSIDVideoLlavaProcessor
 
 
 AutoConfig.register(PruneSIDConfig.model_type, PruneSIDConfig)
@@ -65,6 +72,12 @@ for _config, _auto_model, _model, _processor in (
         Qwen2_5_VLProcessor,
     ),
     (PruneSIDQwen3VLConfig, PruneSIDQwen3VLAutoModel, PruneSIDQwen3VLForConditionalGeneration, Qwen3VLProcessor),
+    (
+        PruneSIDVideoLlavaConfig,
+        PruneSIDVideoLlavaAutoModel,
+        PruneSIDVideoLlavaForConditionalGeneration,
+        PruneSIDVideoLlavaProcessor,
+    ),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _auto_model)
@@ -91,4 +104,8 @@ __all__ = [
     "PruneSIDQwen3VLConfig",
     "PruneSIDQwen3VLForConditionalGeneration",
     "PruneSIDQwen3VLModel",
+    "PruneSIDVideoLlavaConfig",
+    "PruneSIDVideoLlavaForConditionalGeneration",
+    "PruneSIDVideoLlavaModel",
+    "PruneSIDVideoLlavaProcessor",
 ]

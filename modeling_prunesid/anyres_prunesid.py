@@ -55,20 +55,22 @@ class PackedImage:
         self, kept: Sequence[torch.LongTensor], num_prefix: int, keep_cls: bool
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """
-        Packs the kept tokens in upstream's order, without newline tokens unless all patches are kept. CLS tokens, one
-        of each crop that has patches, come first: that of the whole image before it, the others before the grid.
+        Packs the kept tokens in upstream's order. If all patches are kept, newline tokens are, and CLS tokens are not,
+        as upstream has it. Otherwise CLS tokens, one of each crop that has patches, may be kept: that of the whole
+        image comes before its patches, the others before the grid.
 
         Args:
             kept (`list[torch.LongTensor]`): the kept patches of each crop, among `crops`.
             num_prefix (`int`): how many tokens the tower has before the patches of a crop.
-            keep_cls (`bool`): whether the first of these is kept as well.
+            keep_cls (`bool`): whether CLS tokens are kept as well.
 
         Returns:
             Two tensors of shape `(N,)`: the placeholder of each kept token (-1 for CLS), and its row among the tower's
             tokens of all crops (-1 for a newline token).
         """
         length = num_prefix + self.patches_of_a_crop
-        if sum(map(len, kept)) == sum(map(len, self.crops)):
+        is_whole = sum(map(len, kept)) == sum(map(len, self.crops))
+        if is_whole:
             placeholders = torch.arange(len(self.placeholders))
         else:
             is_kept = torch.zeros(len(self.crops) * self.patches_of_a_crop + 1, dtype=torch.bool)  # the last: newline
@@ -78,7 +80,7 @@ class PackedImage:
         patches = self.placeholders[placeholders]
         crops, patches = patches.div(self.patches_of_a_crop, rounding_mode="floor"), patches % self.patches_of_a_crop
         rows = torch.where(crops < 0, NEWLINE, crops * length + num_prefix + patches)
-        if not keep_cls:
+        if is_whole or not keep_cls:
             return placeholders, rows
         with_cls = torch.tensor([crop for crop, patches in enumerate(self.crops) if len(patches)])
         no_place, of_whole = torch.full_like(with_cls, -1), len(kept[0])

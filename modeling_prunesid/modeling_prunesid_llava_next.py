@@ -3,8 +3,8 @@ LLaVA-NeXT with PruneSID: tokens are chosen in each crop of an image, and only t
 
 Kept tokens stay in upstream's order: those of the crop that shows the whole image, then those of the other crops in
 the raster order of the whole image. Patches of padding, which upstream removes, take no part. The newline tokens,
-which end the rows of a complete grid, leave with the first patch that is dropped: an image either keeps all its patches
-and newline tokens, as upstream has them, or exactly its budget and no newline token.
+which end the rows of a complete grid, leave with the first patch that is dropped: an image keeps all patches and
+newline tokens, as upstream has them, or exactly its budget and no newline token.
 """
 
 import math
@@ -21,12 +21,15 @@ from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextMultiModalProjector,
     LlavaNextPreTrainedModel,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .anyres_prunesid import NEWLINE, PackedImage
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
 from .configuration_prunesid import PruneSIDLlavaNextConfig
 from .hub_prunesid import HubModelMixin, register_class_names
+from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
 from .sharing_prunesid import choose_tokens_of_views, request_budgets
 from .tower_prunesid import resolve_layer, run_tower
 
@@ -61,7 +64,7 @@ class PruneSIDLlavaNextModel(CompressedModelMixin, HubModelMixin, LlavaNextModel
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
         Encodes images, keeps N tokens of each crop (with `budget_scope="image"`: of each image) and projects these.
@@ -132,6 +135,7 @@ class PruneSIDLlavaNextModel(CompressedModelMixin, HubModelMixin, LlavaNextModel
                 selected = choose_tokens_of_views(
                     settings,
                     [view[patches] for view, patches in zip(compared[crops], shown)],
+                    list(map(len, shown)),
                     total,
                     budgets.rule,
                     patches_per_crop,
@@ -175,7 +179,7 @@ class PruneSIDLlavaNextModel(CompressedModelMixin, HubModelMixin, LlavaNextModel
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaNextModelOutputWithPast:
         r"""
         Upstream's `forward` on the shortened prompt.
@@ -222,6 +226,7 @@ class PruneSIDLlavaNextForConditionalGeneration(
         "AutoModelForImageTextToText": "PruneSIDLlavaNextForConditionalGeneration",
         "AutoModelForMultimodalLM": "PruneSIDLlavaNextForConditionalGeneration",
     }
+    _processor_class = PruneSIDLlavaNextProcessor
 
     def __init__(self, config: PruneSIDLlavaNextConfig):
         LlavaNextPreTrainedModel.__init__(self, config)
@@ -236,7 +241,7 @@ class PruneSIDLlavaNextForConditionalGeneration(
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`PruneSIDLlavaNextModel.get_image_features`]."""
         return self.model.get_image_features(
@@ -264,7 +269,7 @@ class PruneSIDLlavaNextForConditionalGeneration(
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaNextCausalLMOutputWithPast:
         r"""
         Upstream's `forward` on the shortened prompt; logits have its length.

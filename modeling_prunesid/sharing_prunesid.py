@@ -100,37 +100,41 @@ def share_total(total: int, weights: Sequence[float], num_tokens: Sequence[int],
 def choose_tokens_of_views(
     settings: PretrainedConfig,
     hidden_states: Sequence[torch.Tensor],
+    num_tokens: Sequence[int],
     total: int,
     rule: str,
     full_view: int,
     extra_kept: int = 0,
     cls_attention: Sequence[torch.Tensor] | None = None,
+    information: Sequence[float] | None = None,
 ) -> list[torch.LongTensor]:
     """
     The kept tokens of each view of one input.
 
     Args:
         settings (`PruneSIDConfig`).
-        hidden_states (`list[torch.Tensor]`, each of shape `(tokens, dim)`): patch features of each view.
+        hidden_states (`list[torch.Tensor]`, each of shape `(patches, dim)`): patch features of each view.
         total (`int`), rule (`str`): this input's, of [`SharedBudgets`].
-        full_view (`int`), extra_kept (`int`): as given to `request_budgets`.
+        num_tokens (`list[int]`), full_view (`int`), extra_kept (`int`): this input's, as given to `request_budgets`.
         cls_attention (`list[torch.Tensor]`, each of shape `(tokens,)`, *optional*): for `score="cls_attention"`.
+        information (`list[float]`, *optional*): what a total is shared by, by default 1 - rho of each view.
 
     Returns:
-        `list[torch.LongTensor]`: ascending indices of the kept patches of each view. A view of no more than
-        `extra_kept` tokens keeps none besides these.
+        `list[torch.LongTensor]`: ascending indices of the kept patches of each view; none of a view of no more than
+        `extra_kept` tokens.
     """
-    num_tokens = [len(view) for view in hidden_states]
     if rule == "reference":
         shares = [min(resolve_budget(settings.budget, full_view), tokens) for tokens in num_tokens]
     else:
         weights = [1.0] * len(num_tokens)
-        if rule == "information":
+        if rule == "information" and information is not None:
+            weights = list(information)
+        elif rule == "information":
             weights = [1 - float(redundancy(view[None])) if len(view) else 0.0 for view in hidden_states]
         shares = share_total(total, weights, num_tokens, minimum=extra_kept + 1)
     kept = []
     for index, (view, share) in enumerate(zip(hidden_states, shares)):
-        if len(view) <= extra_kept:
+        if num_tokens[index] <= extra_kept:
             kept.append(torch.empty(0, dtype=torch.long, device=view.device))
             continue
         kept += choose_tokens(
