@@ -22,6 +22,10 @@ class MRoPEModelMixin(CompressedModelMixin):
     _short_rope_deltas: torch.LongTensor | None = None
 
     def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As the other families, but the grids stay; and a cache brings back the deltas of its own prompt."""
+        cache = inputs.get("past_key_values")
+        if getattr(cache, "_prunesid_rope_deltas", None) is not None and cache.get_seq_length():
+            self.rope_deltas = self._short_rope_deltas = cache._prunesid_rope_deltas
         grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
         return {**super().encode_views(inputs), **grids}
 
@@ -41,15 +45,16 @@ class MRoPEModelMixin(CompressedModelMixin):
         """Adds `position_ids` of the short prompt to the arguments of `forward`, and sets `rope_deltas`."""
         cache = inputs.get("past_key_values")
         cached_length = cache.get_seq_length() if cache is not None else 0
-        if cached_length and getattr(cache, "_prunesid_rope_deltas", None) is not None:
-            self.rope_deltas = self._short_rope_deltas = cache._prunesid_rope_deltas
-        if inputs.get("position_ids") is not None or not self._dropped_tokens(inputs):
+        continues = cached_length and getattr(cache, "_prunesid_rope_deltas", None) is not None
+        has_views = self._dropped_tokens(inputs) or (continues and inputs.get("mm_encoder_outputs"))
+        # Upstream's `generate` finds the positions of text behind a cache, its `forward` only without a mask.
+        if inputs.get("position_ids") is not None or not (has_views or (continues and not is_generation)):
             return inputs
 
         columns = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         batch, length = columns.shape[:2]
         mask = inputs.get("attention_mask")
-        mask = mask if mask is not None and mask.dim() == 2 else None
+        mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         # What is placed: the whole conversation, or its part behind the cache if only that part's views are given.
         repeats_cached = is_generation and (mask is None or mask.shape[1] == length)
         first = cached_length if repeats_cached and not self._has_every_view(inputs) else 0
@@ -58,16 +63,19 @@ class MRoPEModelMixin(CompressedModelMixin):
             before = first if repeats_cached else cached_length
             mask = torch.ones(batch, before + length, dtype=torch.long, device=columns.device)
         mask, seen = mask[:, mask.shape[1] - length :].long(), mask[:, : mask.shape[1] - length].sum(1, keepdim=True)
-        deltas_of_cache = self.rope_deltas
         text_positions = (seen + mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
 
+        deltas_of_cache = self.rope_deltas
         if self.config.prunesid_config.mrope_positions == "contiguous":
             positions, deltas = text_positions.expand(3, -1, -1), torch.zeros_like(seen)
-        else:
+        elif has_views:
             positions, deltas = self._positions_in_full_prompt(inputs, columns, mask, is_generation)
             if seen.any():
                 offset = seen + deltas_of_cache.to(seen.device)
                 positions, deltas = positions + offset * (mask > 0), deltas + offset - seen
+        else:
+            deltas = deltas_of_cache.repeat_interleave(batch // len(deltas_of_cache), dim=0).to(seen.device)
+            positions = (text_positions + deltas * (mask > 0)).expand(3, -1, -1)
         self.rope_deltas = self._short_rope_deltas = deltas
         if cached_length:
             self.remember_deltas(cache)

@@ -103,8 +103,8 @@ def pixels(grids, seed):
 
 def prompt(family, *parts):
     """
-    One row, of text (integers), images `("image", grid)` and videos `("video", grid)`. Qwen3-VL writes a timestamp before
-    each temporal slice of a video, and the others write one run of placeholders.
+    One row, of text (integers), images `("image", grid)` and videos `("video", grid)`. Qwen3-VL writes a timestamp
+    before each temporal slice of a video, and the others write one run of placeholders.
     """
     ids, seen = [], {"image": [], "video": []}
     for part in parts:
