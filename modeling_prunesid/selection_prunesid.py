@@ -243,11 +243,12 @@ def principal_components(
         rescaled -= rescaled.mean(1, keepdim=True)
     rescaled *= finite[:, None]
     gram = _gram(rescaled)
-    eigenvalues, eigenvectors = top_eigenvectors(gram, num_components)
-    # The same vectors once more, now with equal entries for equal tokens: no solver's rounding decides between those.
+    eigenvalues, eigenvectors = top_eigenvectors(gram, min(max(num_components, 2), tokens))
+    # The same vectors once more, now with equal entries for equal tokens, whatever the solver rounded. (At least two of
+    # them: a product with a single vector rounds equal rows differently.)
     eigenvectors = gram @ eigenvectors / eigenvalues
     null = eigenvalues <= tokens * EPS * eigenvalues[0].clamp(min=tokens * dim * EPS)
-    return eigenvectors.abs().masked_fill(null, 0)
+    return eigenvectors.abs().masked_fill(null, 0)[:, :num_components]
 
 
 def top_eigenvectors(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -420,9 +421,9 @@ def _pour(amount: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """`rows @ rows.T` in three strips: what lies above their diagonal blocks is copied from below."""
+    """`rows @ rows.T`, in three strips if large: what lies above their diagonal blocks is copied from below."""
     tokens = len(rows)
-    height = math.ceil(tokens / 3)
+    height = math.ceil(tokens / 3) if tokens >= 3 * STRIP else tokens
     gram = rows.new_empty(tokens, tokens)
     for top in range(0, tokens, height):
         strip = rows[top : top + height] @ rows[: top + height].T

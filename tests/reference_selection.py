@@ -47,11 +47,11 @@ def reference_components(x, num_components, center):
     floor = tokens * EPS * max(energies[0], tokens * dim * EPS)
     components, noise, margin = np.zeros((tokens, num_components)), [0.0] * num_components, math.inf
     for k in range(num_components):
-        margin = min(margin, abs(energies[k] - floor) / (4 * EPS * max(energies[0], dim * EPS)))
+        margin = min(margin, abs(energies[k] - floor) / (8 * EPS * max(energies[0], dim * EPS)))
         if energies[k] > floor:
             components[:, k] = np.abs(v_transposed[k]).round(10)
             gap = min(energies[k - 1] - energies[k] if k else math.inf, energies[k] - energies[k + 1])
-            noise[k] = EPS * energies[0] / gap / math.sqrt(tokens)
+            noise[k] = 8 * EPS * energies[0] / gap / math.sqrt(tokens)
     return components, noise, margin
 
 
@@ -61,7 +61,7 @@ def reference_nms(ranked_groups, similarity, tau, margins):
     for ranked in ranked_groups:
         kept = []
         for i in ranked:
-            margins += [abs(similarity[i][j] - tau) / (4 * EPS * max(1, abs(tau))) for j in kept]
+            margins += [abs(similarity[i][j] - tau) / (8 * EPS * max(1, abs(tau))) for j in kept]
             if all(similarity[i][j] < tau for j in kept):
                 kept.append(i)
         survivors.append(kept)
