@@ -17,6 +17,8 @@ from torch import nn
 
 # How many layers an iteration over a tower's layers yields; None for all.
 _num_layers_to_run: contextvars.ContextVar[int | None] = contextvars.ContextVar("num_layers_to_run", default=None)
+# What towers call the embedding of their CLS token: CLIP, DINOv2.
+_CLS_EMBEDDINGS = ("class_embedding", "cls_token")
 # What attention modules call their query and key projections: CLIP and SigLIP, DINOv2.
 _PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"))
 
@@ -77,13 +79,16 @@ def run_tower(
         kwargs: passed to the tower. Whoever asks for all hidden states or attentions gets a full run.
 
     Raises:
-        `ValueError`: if the CLS attention of the embeddings, or of a layer without query and key projections, is asked.
+        `ValueError`: if CLS attention is asked of a tower without a CLS token, of the embeddings, or of a layer
+            without query and key projections.
     """
     layers = set(layers)
     if torch.compiler.is_compiling() and cls_attention_layer is None:
         outputs = tower(pixel_values, return_dict=True, **{**kwargs, "output_hidden_states": True})
         return TowerStates(outputs, {layer: outputs.hidden_states[layer] for layer in layers})
 
+    if cls_attention_layer is not None:
+        _check_has_cls(tower)
     blocks = _find_layers(tower)
     states = TowerStates()
     wants_all = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
@@ -111,6 +116,14 @@ def _find_layers(tower: nn.Module) -> nn.ModuleList:
         f"vision_tower of type {type(tower).__name__} has no list of its {num_layers} layers; PruneSID supports "
         "transformer towers such as CLIP, SigLIP and DINOv2."
     )
+
+
+def _check_has_cls(tower: nn.Module) -> None:
+    if not any(name.rsplit(".", 1)[-1] in _CLS_EMBEDDINGS for name, _ in tower.named_parameters()):
+        raise ValueError(
+            "prunesid_config.score='cls_attention' needs a vision tower with a CLS token, which "
+            f"{type(tower).__name__} has not; use score='component'."
+        )
 
 
 @contextmanager
