@@ -1,0 +1,185 @@
+"""Towers run no further than needed, and give what a full run with every output gives."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tiny import BUDGET, IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, VISION, build, pixels, prompt
+from transformers import AutoConfig, AutoModel
+
+from modeling_prunesid.tower_prunesid import resolve_layer, run_tower
+
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+    "initializer_range": 0.3,
+}
+CLIP, DINO = VISION, {"model_type": "dinov2", **SHAPE}
+SIGLIP = {"model_type": "siglip_vision_model", **SHAPE}
+REGISTERS = {"model_type": "dinov2_with_registers", "num_register_tokens": 4, **SHAPE}
+TOWERS = {"clip": CLIP, "dinov2": DINO, "registers": REGISTERS, "siglip": SIGLIP}
+WITH_CLS = ["clip", "dinov2", "registers"]
+
+
+def build_tower(name, attention="sdpa"):
+    torch.manual_seed(0)
+    fields = dict(TOWERS[name])
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return AutoModel.from_config(config, attn_implementation=attention).eval()
+
+
+def count_runs(tower):
+    """How often each layer of a tower runs from now on."""
+    layers = next(module for module in tower.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 4)
+    runs = [0] * len(layers)
+
+    def count(index):
+        def hook(module, args, output):
+            runs[index] += 1
+
+        return hook
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(count(index))
+    return runs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("layer", range(5))
+def test_a_hidden_state_is_that_of_a_full_run(tower, layer):
+    model = build_tower(tower)
+    expected = model(pixels(2), output_hidden_states=True).hidden_states[layer]
+    assert torch.equal(run_tower(model, pixels(2), [layer]).hidden_states[layer], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", TOWERS)
+def test_layers_behind_the_last_one_needed_do_not_run(tower):
+    model = build_tower(tower)
+    runs = count_runs(model)
+    states = run_tower(model, pixels(1), [1, 2])
+    assert set(states.hidden_states) == {1, 2}
+    assert runs == [1, 1, 0, 0]
+    model(pixels(1))
+    assert runs == [2, 2, 1, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", WITH_CLS)
+@pytest.mark.parametrize("layer", [1, 3, 4])
+def test_the_cls_attention_is_that_of_eager_attention(tower, layer):
+    got = run_tower(build_tower(tower), pixels(2), [layer], cls_attention_layer=layer).cls_attention
+    eager = build_tower(tower, "eager")
+    expected = eager(pixels(2), output_attentions=True).attentions[layer - 1][:, :, 0].sum(1)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected)
+
+
+@torch.no_grad()
+def test_the_cls_attention_in_half_precision_is_float32():
+    tower = build_tower("clip").to(torch.bfloat16)
+    got = run_tower(tower, pixels(1).to(torch.bfloat16), [3], cls_attention_layer=3).cls_attention
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.sum(1), torch.tensor([4.0]))
+
+
+@torch.no_grad()
+def test_all_hidden_states_on_request():
+    tower = build_tower("clip")
+    runs = count_runs(tower)
+    states = run_tower(tower, pixels(1), [2], output_hidden_states=True)
+    assert len(states.outputs.hidden_states) == 5 and runs == [1, 1, 1, 1]
+    assert torch.equal(states.outputs.hidden_states[2], states.hidden_states[2])
+
+
+def test_the_embeddings_have_no_attention():
+    with pytest.raises(ValueError, match=r"prunesid_config.layer=0.*score='component'"):
+        run_tower(build_tower("clip"), pixels(1), [0], cls_attention_layer=0)
+
+
+def test_no_hook_stays_after_an_error():
+    tower = build_tower("clip")
+    with pytest.raises(ValueError):
+        run_tower(tower, pixels(1)[..., :8], [2], cls_attention_layer=2)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tower.modules())
+    runs = count_runs(tower)
+    tower(pixels(1))
+    assert runs == [1, 1, 1, 1]
+
+
+@torch.no_grad()
+def test_threads_share_a_tower():
+    tower = build_tower("clip")
+    images = [pixels(1, seed) for seed in range(24)]
+    layers = [1 + seed % 4 for seed in range(24)]
+    expected = [run_tower(tower, image, [layer], layer) for image, layer in zip(images, layers)]
+    barrier = threading.Barrier(4)
+
+    def work(worker):
+        barrier.wait()
+        return [(seed, run_tower(tower, images[seed], [layers[seed]], layers[seed])) for seed in range(worker, 24, 4)]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = [result for part in pool.map(work, range(4)) for result in part]
+    for seed, got in results:
+        assert torch.equal(got.hidden_states[layers[seed]], expected[seed].hidden_states[layers[seed]])
+        assert torch.equal(got.cls_attention, expected[seed].cls_attention)
+
+
+@pytest.mark.parametrize("layer, expected", [(-1, 4), (-2, 3), (-5, 0), (0, 0), (4, 4)])
+def test_layers_count_from_both_ends(layer, expected):
+    assert resolve_layer(layer, 4, "layer") == expected
+
+
+@pytest.mark.parametrize("layer", [5, -6])
+def test_a_layer_that_does_not_exist(layer):
+    with pytest.raises(ValueError, match=rf"layer must lie in \[-5, 4\].*got {layer}"):
+        resolve_layer(layer, 4, "layer")
+
+
+class TestLlavaOnOtherTowers:
+    """The stock processor writes 49 patches, and CLS and registers besides where the strategy feeds them."""
+
+    @pytest.mark.parametrize(
+        "tower, strategy, total, extra",
+        [
+            ("clip", "default", NUM_PATCHES, 0),
+            ("clip", "full", NUM_PATCHES + 1, 1),
+            ("dinov2", "default", NUM_PATCHES, 0),
+            ("registers", "default", NUM_PATCHES + 4, 4),
+            ("registers", "full", NUM_PATCHES + 5, 5),
+            ("siglip", "full", NUM_PATCHES, 0),
+        ],
+    )
+    def test_full_and_short_prompts(self, tower, strategy, total, extra):
+        model = build(vision=TOWERS[tower])
+        model.config.vision_feature_select_strategy = strategy
+        output = model.get_image_features(pixels(2))
+        assert output.num_placeholders == [total] * 2
+        for kept in output.keep_indices:
+            assert len(kept) == BUDGET
+            assert kept[:extra].tolist() == list(range(extra))
+        kwargs = {"pixel_values": pixels(2), "max_new_tokens": 4, "do_sample": False}
+        full = model.generate(torch.tensor([prompt([total] * 2, [7])]), **kwargs)
+        short = model.generate(torch.tensor([prompt([BUDGET] * 2, [7])]), **kwargs)
+        assert torch.equal(full[:, -4:], short[:, -4:])
+        model.config.prunesid_config.budget = None
+        assert model.generate(torch.tensor([prompt([total] * 2, [7])]), **kwargs).shape == full.shape
+
+    def test_cls_attention_needs_a_cls_token(self):
+        model = build(vision=SIGLIP, score="cls_attention")
+        with pytest.raises(ValueError, match=r"prunesid_config.score='cls_attention'.*CLS"):
+            model.get_image_features(pixels(1), vision_feature_select_strategy="full")
+
+    @pytest.mark.parametrize("tower", WITH_CLS)
+    def test_the_release_preset(self, tower):
+        model = build(vision=TOWERS[tower], score="cls_attention", center="features", quota="bounded", keep_cls=True)
+        output = model.get_image_features(pixels(2))
+        assert all(len(kept) == BUDGET and kept[0] == -1 for kept in output.keep_indices)
