@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from transformers import DynamicCache
 from modeling_prunesid.selection_prunesid import select_tokens
 
 
+PRESETS = Path(__file__).resolve().parent.parent / "configuration"
 BIG, WIDE, TALL, SMALL = (1, 8, 12), (1, 6, 16), (1, 12, 6), (1, 4, 4)
 CLIP, LONG_CLIP = (2, 8, 8), (3, 6, 8)
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
@@ -366,6 +368,15 @@ def test_by_default_a_third_is_kept_and_at_least_sixteen(family):
     settings = our_class(family, "Config")().prunesid_config
     assert settings.budget == 1 / 3
     assert settings.min_budget == 16
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("qwen_vl_*.json")), ids=lambda path: path.stem)
+def test_presets_keep_the_paper_s_shares(preset, family):
+    model = build(family, **{"min_budget": None, **json.loads(preset.read_text())})
+    grid = (1, 24, 24)
+    output = model.get_image_features(pixels([grid], 0), torch.tensor([grid]), return_dict=True)
+    percent = int(preset.stem.split("_")[2])
+    assert len(output.keep_indices[0]) == {33: 48, 22: 32, 11: 16}[percent]
 
 
 @pytest.mark.parametrize("name, value", [("score", "cls_attention"), ("keep_cls", True)])
