@@ -55,6 +55,11 @@ class HubModelMixin:
     _processor_class: Any = None
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: our weights are initialised by upstream's own `_init_weights`, which upstream does not trust others with."""
+        return False
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
@@ -77,7 +82,7 @@ class HubModelMixin:
         if name is None or _read_base(config, name, location) is None or _has_weights(name, location):
             loaded = super().from_pretrained(name, *model_args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.loaded_revision = str(kwargs["revision"]) if kwargs.get("revision") is not None else None
+            model.loaded_revision = _pinned(kwargs.get("revision"))
             return loaded
 
         if not isinstance(config, PretrainedConfig):
@@ -114,7 +119,7 @@ class HubModelMixin:
             ) from error
         _check_fit(base, info, has_head=cls.can_generate())
         model.name_or_path = model.config.name_or_path = str(name)
-        model.loaded_revision = str(location["revision"]) if location.get("revision") is not None else None
+        model.loaded_revision = _pinned(location.get("revision"))
         return (model, info) if wants_info else model
 
     def save_pretrained(
@@ -328,6 +333,10 @@ def check_base_is_public(base: str | None) -> None:
             f"prunesid_config.base_model_name_or_path={base!r} is a folder of this machine, from which nobody else "
             "can load a thin variant. Set it to the base's name on the Hub, or push the weights as well (thin=False)."
         )
+
+
+def _pinned(revision: str | None) -> str | None:
+    return None if revision in (None, "main") else str(revision)
 
 
 def _read_base(config: Any, name: str | os.PathLike, location: dict[str, Any]) -> str | None:

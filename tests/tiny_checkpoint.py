@@ -1,0 +1,56 @@
+"""A stock LLaVA checkpoint as a folder: tiny random weights, a processor of 100 words, generation config and card."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tiny import BOS, EOS, IMAGE, IMAGE_SIZE, PAD, PATCH_SIZE, build, stock_twin
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role.upper() }}: {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+CARD = "---\nlicense: llama2\npipeline_tag: image-text-to-text\n---\n# The base\n"
+
+
+def build_processor() -> LlavaProcessor:
+    words = [f"word{index}" for index in range(120)]
+    words[PAD], words[BOS], words[EOS], words[3], words[IMAGE] = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
+        tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_checkpoint(folder: Path, **kwargs) -> Path:
+    """Save a stock checkpoint; `kwargs` go to `save_pretrained` of the model."""
+    stock = stock_twin(build())
+    stock.generation_config.max_new_tokens = 6
+    stock.save_pretrained(folder, **kwargs)
+    build_processor().save_pretrained(folder)
+    Path(folder, "README.md").write_text(CARD)
+    return folder
+
+
+def picture(seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE))
