@@ -204,14 +204,19 @@ class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaMod
 
     def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As for every family; a list of totals may be for both modalities, first the images, then the clips."""
-        counts, images = inputs.get("num_visual_tokens"), inputs.get(_IMAGE_PIXELS)
+        counts, given = inputs.get("num_visual_tokens"), {name for name, value in inputs.items() if value is not None}
+        names = given & {"pixel_values", "pixel_values_images"}
         is_list = isinstance(counts, list) or (isinstance(counts, torch.Tensor) and counts.dim() == 1)
-        if not is_list or images is None or inputs.get("pixel_values_videos") is None:
+        if not (is_list and names and "pixel_values_videos" in given):
             return super().encode_views(inputs)
-        of_images = {**inputs, "pixel_values_videos": None, "num_visual_tokens": counts[: len(images)]}
-        of_clips = {**inputs, _IMAGE_PIXELS: None, "num_visual_tokens": counts[len(images) :]}
-        encoded = super().encode_views(of_images)["mm_encoder_outputs"]
-        return super().encode_views({**of_clips, "mm_encoder_outputs": encoded})
+        num_images = len(inputs[min(names)])
+        of_images = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
+        of_clips = {name: value for name, value in inputs.items() if name not in names}
+        encoded = super().encode_views({**of_images, "num_visual_tokens": counts[:num_images]})
+        outputs = encoded["mm_encoder_outputs"]
+        return super().encode_views(
+            {**of_clips, "num_visual_tokens": counts[num_images:], "mm_encoder_outputs": outputs}
+        )
 
     def forward(
         self,

@@ -428,6 +428,7 @@ class TestForward:
         for module in (model.multi_modal_projector, model.language_model.layers[0], embeddings):
             assert all(float(weight.grad.abs().sum()) > 0 for weight in module.parameters())
 
+    @pytest.mark.slow
     def test_a_compiled_forward_agrees(self, ours):
         inputs = full_batch()
         with torch.no_grad():
@@ -569,6 +570,7 @@ class TestProcessor:
 
 CLEAN_PROCESS = """
 import json, sys, torch
+sys.modules["modeling_prunesid"] = None
 from PIL import Image
 from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
                           pipeline)
@@ -590,7 +592,6 @@ print(json.dumps({
     "answers": answers, "missing": missing, "base": type(base).__name__, "generates": hasattr(base, "generate"),
     "model": type(model).__name__, "processor": type(processor).__name__, "kept": inputs["num_visual_tokens"].tolist(),
     "pipeline": text[0]["generated_text"], "decoded": processor.batch_decode([a[0][-5:] for a in answers]),
-    "local": "modeling_prunesid" in sys.modules,
 }))
 """
 

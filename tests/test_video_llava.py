@@ -1,0 +1,552 @@
+"""
+Video-LLaVA. The oracle is the stock class: its features of whole images and clips say what belongs at each
+placeholder, and its `generate`, on short prompts and the kept ones of these features, says what must be answered.
+"""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import EOS, IMAGE, NUM_PATCHES, PAD, TEXT, VISION, batch
+from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_prunesid import (
+    PruneSIDConfig,
+    PruneSIDVideoLlavaConfig,
+    PruneSIDVideoLlavaForConditionalGeneration,
+    PruneSIDVideoLlavaModel,
+)
+from modeling_prunesid.modeling_prunesid_video_llava import _IMAGE_PIXELS, frame_information
+from modeling_prunesid.selection_prunesid import redundancy, select_tokens
+from modeling_prunesid.sharing_prunesid import share_total
+
+
+VIDEO = 101
+FRAMES, FED = 3, NUM_PATCHES + 1  # of a frame, upstream feeds CLS and patches
+BUDGET = 6
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+TORCHVISION = "torchvision==0.28.0"
+
+
+def build_config(budget=BUDGET, vision=None, **settings):
+    return PruneSIDVideoLlavaConfig(
+        vision_config={**VISION, **(vision or {})},
+        text_config={**TEXT, "max_position_embeddings": 4096},
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        prunesid_config={"budget": budget, **settings},
+    )
+
+
+def build(budget=BUDGET, **config):
+    torch.manual_seed(0)
+    model = PruneSIDVideoLlavaForConditionalGeneration(build_config(budget, **config)).eval()
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(20)
+        model.lm_head.weight[[PAD, EOS, IMAGE, VIDEO]] = 0
+    return model
+
+
+def stock_config(config):
+    fields = config.to_dict()
+    return VideoLlavaConfig(**{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")})
+
+
+def stock_twin(model):
+    stock = VideoLlavaForConditionalGeneration(stock_config(model.config)).eval()
+    stock.load_state_dict(model.state_dict())
+    return stock
+
+
+@pytest.fixture
+def ours():
+    return build()
+
+
+@pytest.fixture
+def stock(ours):
+    return stock_twin(ours)
+
+
+def images(count=2, seed=0):
+    return torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+def clips(count=2, frames=FRAMES, seed=1):
+    return torch.randn(count, frames, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+ROWS = [((1, 1), [7, 8, 9]), ((0, 1), [9, 4]), ((0, 0), [3, 4, 5, 6]), ((1, 0), [11])]  # (images, clips), text
+
+
+def rows(of_image, of_clip, which=ROWS):
+    return [
+        [1, *([5] + [IMAGE] * of_image) * one, *([6] + [VIDEO] * of_clip) * other, *text]
+        for (one, other), text in which
+    ]
+
+
+def full_batch(side="left"):
+    pixels = {"pixel_values": images(), "pixel_values_videos": clips()}
+    return {**batch(rows(NUM_PATCHES, FRAMES * FED), side), **pixels}
+
+
+def for_stock(inputs):
+    """The same inputs by the names that the stock class of the installed version knows."""
+    return {_IMAGE_PIXELS if name == "pixel_values" else name: value for name, value in inputs.items()}
+
+
+def new_tokens(model, inputs, **kwargs):
+    output = model.generate(**inputs, **{**GREEDY, **kwargs})
+    length = inputs["input_ids"].shape[1]
+    times = len(output) // len(inputs["input_ids"])
+    assert torch.equal(output[:, :length], inputs["input_ids"].repeat_interleave(times, 0))
+    return output[:, length:]
+
+
+@torch.no_grad()
+def whole_features(stock, image_pixels, video_pixels):
+    """Of each image and of each clip, all that upstream feeds."""
+    of_images = stock.model.get_image_features(**{_IMAGE_PIXELS: image_pixels}).pooler_output
+    of_clips = stock.model.get_video_features(pixel_values_videos=video_pixels).pooler_output
+    return list(of_images), list(of_clips.reshape(len(video_pixels), -1, of_clips.shape[-1]))
+
+
+@torch.no_grad()
+def tower_patches(stock, video):
+    return stock.model.video_tower(video, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+
+def counts_of_frames(kept, frames=FRAMES):
+    return torch.bincount(kept // FED, minlength=frames).tolist()
+
+
+class TestSelection:
+    def test_each_kept_feature_is_the_one_at_its_position(self, ours, stock):
+        of_images, of_clips = whole_features(stock, images(), clips())
+        for output, whole in (
+            (ours.get_image_features(pixel_values=images()), of_images),
+            (ours.model.get_video_features(pixel_values_videos=clips()), of_clips),
+        ):
+            assert output.num_placeholders == list(map(len, whole))
+            for features, kept, expected in zip(output.pooler_output, output.keep_indices, whole):
+                assert torch.equal(features, expected[kept])
+                assert torch.equal(kept, kept.sort().values)
+
+    def test_the_cls_token_of_a_frame_is_kept_and_counts(self, ours, stock):
+        for video, kept in zip(clips(), ours.model.get_video_features(pixel_values_videos=clips()).keep_indices):
+            chosen = select_tokens(tower_patches(stock, video), BUDGET - 1, extra_kept=1).indices
+            expected = [
+                torch.cat([torch.tensor([0]), patches + 1]) + frame * FED for frame, patches in enumerate(chosen)
+            ]
+            assert torch.equal(kept, torch.cat(expected))
+
+    def test_the_cls_token_of_an_image_is_left_out_as_upstream_does(self, stock):
+        kept = build().get_image_features(pixel_values=images()).keep_indices
+        assert [len(indices) for indices in kept] == [BUDGET, BUDGET]
+        assert min(int(indices.min()) for indices in kept) >= 0
+        for indices in build(keep_cls=True).get_image_features(pixel_values=images()).keep_indices:
+            assert len(indices) == BUDGET
+            assert (indices == -1).tolist() == [True] + [False] * (BUDGET - 1)
+
+    def test_both_names_of_the_pixels(self, ours):
+        one = ours.get_image_features(pixel_values=images()).keep_indices
+        other = ours.get_image_features(pixel_values_images=images()).keep_indices
+        assert all(torch.equal(*pair) for pair in zip(one, other))
+        inputs = full_batch()
+        pixels = inputs.pop("pixel_values")
+        with torch.no_grad():
+            assert torch.equal(
+                ours(**inputs, pixel_values=pixels).logits, ours(**inputs, pixel_values_images=pixels).logits
+            )
+
+    def test_attention_scores(self):
+        ours = build(score="cls_attention", quota="bounded")
+        kept = ours.model.get_video_features(pixel_values_videos=clips()).keep_indices
+        assert [counts_of_frames(indices) for indices in kept] == [[BUDGET] * FRAMES] * 2
+
+
+class TestTotals:
+    @pytest.mark.parametrize("dynamic", [False, True], ids=["equal", "dynamic"])
+    @pytest.mark.parametrize("budget", [25, 0.2], ids=["count", "share"])
+    def test_the_total_of_a_clip_is_exact(self, budget, dynamic):
+        ours = build(budget, budget_scope="image", dynamic=dynamic)
+        for kept in ours.model.get_video_features(pixel_values_videos=clips()).keep_indices:
+            assert len(kept) == (budget if isinstance(budget, int) else FRAMES * FED // 5)
+
+    def test_an_equal_total_is_the_budget_of_each_frame(self, ours):
+        totals = [BUDGET * FRAMES] * 2
+        by_frame = ours.model.get_video_features(pixel_values_videos=clips()).keep_indices
+        by_clip = ours.model.get_video_features(pixel_values_videos=clips(), num_visual_tokens=totals).keep_indices
+        assert all(torch.equal(*pair) for pair in zip(by_frame, by_clip))
+
+    def test_static_frames_cost_little(self):
+        video = clips(1, frames=5)
+        video[:, 1] = video[:, 0]
+        video[:, 3] = video[:, 2]
+        ours = build(40, budget_scope="image", dynamic=True)
+        (kept,) = ours.model.get_video_features(pixel_values_videos=video).keep_indices
+        counts = counts_of_frames(kept, frames=5)
+        assert sum(counts) == 40
+        assert counts[1] == counts[3] == 2  # the CLS token and one patch
+        assert min(counts[0], counts[2], counts[4]) > 8
+
+    def test_the_information_of_frames(self, stock):
+        frames = tower_patches(stock, clips(1)[0])
+        frames = torch.cat([frames, frames[-1:], frames[-1:] + 0.05 * torch.randn(1, NUM_PATCHES, 32)])
+        information = frame_information(frames)
+        scores = 1 - redundancy(frames)
+        assert information[0] == float(scores[0])
+        for frame in range(1, len(frames)):
+            change = (1 - torch.cosine_similarity(frames[frame], frames[frame - 1], dim=-1)).mean()
+            assert information[frame] == pytest.approx(min(float(scores[frame]), float(change)), abs=1e-6)
+        assert information[3] == pytest.approx(0, abs=1e-6)
+        assert 0 < information[4] < information[0]
+        ours = build(30, budget_scope="image", dynamic=True)
+        (kept,) = ours.model.get_video_features(pixel_values_videos=clips(1)).keep_indices
+        weights = frame_information(tower_patches(stock, clips(1)[0]))
+        assert counts_of_frames(kept) == share_total(30, weights, [FED] * FRAMES, minimum=2)
+
+    def test_a_dynamic_budget_of_each_frame_follows_the_paper(self, stock):
+        ours = build(10, dynamic=True, reference_information=0.5)
+        (kept,) = ours.model.get_video_features(pixel_values_videos=clips(1)).keep_indices
+        scores = 1 - redundancy(tower_patches(stock, clips(1)[0])).double()
+        assert counts_of_frames(kept) == [int(10 * float(score) / 0.5 + 0.5) for score in scores]
+
+    def test_listed_totals_are_for_images_and_then_for_clips(self, ours):
+        totals = [5, 9, 20, NUM_PATCHES * FRAMES]
+        output = ours(**full_batch(), num_visual_tokens=totals)
+        words = [len(text) + 1 + one + other for (one, other), text in ROWS]
+        assert output.keep_mask.sum(1).tolist() == [
+            words[0] + 5 + 20, words[1] + NUM_PATCHES * FRAMES, words[2], words[3] + 9
+        ]  # fmt: skip
+        assert torch.equal(
+            new_tokens(ours, full_batch(), num_visual_tokens=totals),
+            new_tokens(ours, full_batch(), num_visual_tokens=torch.tensor(totals)),
+        )
+
+
+class TestOff:
+    @pytest.mark.parametrize("scope", ["view", "image"])
+    @pytest.mark.parametrize("budget", [None, 1.0, 10**6])
+    def test_bit_identical_to_the_stock_class(self, budget, scope):
+        ours = build(budget, budget_scope=scope)
+        stock, inputs = stock_twin(ours), full_batch()
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= IMAGE, -100)
+        with torch.no_grad():
+            output, expected = ours(**inputs, labels=labels), stock(**for_stock(inputs), labels=labels)
+        assert torch.equal(output.logits, expected.logits)
+        assert torch.equal(output.loss, expected.loss)
+        assert torch.equal(output.video_hidden_states, expected.video_hidden_states)
+        assert torch.equal(new_tokens(ours, inputs), new_tokens(stock, for_stock(inputs)))
+
+    def test_the_same_model_switches(self, ours, stock):
+        inputs = full_batch()
+        assert torch.equal(new_tokens(ours, inputs, num_visual_tokens=1.0), new_tokens(stock, for_stock(inputs)))
+        assert not torch.equal(new_tokens(ours, inputs), new_tokens(stock, for_stock(inputs)))
+
+
+class TestGenerate:
+    MODES = {
+        "greedy": {},
+        "beams": {"num_beams": 3, "num_return_sequences": 2},
+        "sampling": {"do_sample": True, "num_return_sequences": 2},
+        "static cache": {"cache_implementation": "static"},
+        "no cache": {"use_cache": False},
+        "chunked prefill": {"prefill_chunk_size": 7},
+    }
+
+    @pytest.mark.parametrize("prompts", ["full", "short"])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_answers_are_those_of_the_stock_class_on_the_kept_features(self, ours, stock, mode, prompts):
+        inputs = full_batch()
+        short = batch(rows(BUDGET, FRAMES * BUDGET))
+        given = {**inputs, **short} if prompts == "short" else inputs
+        torch.manual_seed(0)
+        answer = new_tokens(ours, given, **self.MODES[mode])
+        encoded = {}
+        for modality, output, whole in zip(
+            ("image", "video"),
+            (
+                ours.get_image_features(pixel_values=inputs["pixel_values"]),
+                ours.model.get_video_features(pixel_values_videos=inputs["pixel_values_videos"]),
+            ),
+            whole_features(stock, inputs["pixel_values"], inputs["pixel_values_videos"]),
+        ):
+            kept = torch.stack([view[indices] for view, indices in zip(whole, output.keep_indices)])
+            encoded[modality] = BaseModelOutputWithPooling(pooler_output=kept)
+        torch.manual_seed(0)
+        expected = new_tokens(stock, {**short, "mm_encoder_outputs": encoded}, **self.MODES[mode])
+        assert torch.equal(answer, expected)
+
+    def test_a_batch_answers_like_single_rows(self, ours):
+        answers, taken = new_tokens(ours, full_batch()), [0, 0]
+        kept_of_clips = ours.model.get_video_features(pixel_values_videos=clips()).keep_indices
+        for row, (counts, _) in enumerate(ROWS):
+            alone = batch(rows(NUM_PATCHES, FRAMES * FED, ROWS[row : row + 1]))
+            for index, (name, pixels) in enumerate({"pixel_values": images(), "pixel_values_videos": clips()}.items()):
+                if counts[index]:
+                    alone[name] = pixels[taken[index] : taken[index] + counts[index]]
+                    taken[index] += counts[index]
+            if counts[1]:
+                own = ours.model.get_video_features(pixel_values_videos=alone["pixel_values_videos"]).keep_indices[0]
+                assert torch.equal(own, kept_of_clips[taken[1] - 1])
+            assert torch.equal(new_tokens(ours, alone)[0], answers[row])
+
+    def test_a_chat_about_a_clip_goes_on_with_its_cache(self, ours):
+        first = {**batch(rows(0, FRAMES * FED, ROWS[1:2])), "pixel_values_videos": clips(1)}
+        output = ours.generate(**first, **GREEDY, return_dict_in_generate=True)
+        ids = torch.cat([output.sequences, torch.tensor([[12, 13]])], dim=1)
+        expected = new_tokens(ours, {"input_ids": ids, "pixel_values_videos": clips(1)})
+        for given in ({}, {"pixel_values_videos": clips(1)}):
+            cache = copy.deepcopy(output.past_key_values)
+            assert torch.equal(new_tokens(ours, {"input_ids": ids, **given}, past_key_values=cache), expected)
+
+
+class TestForward:
+    def test_loss_and_keep_mask(self, ours):
+        inputs = full_batch("right")
+        labels = inputs["input_ids"].masked_fill((inputs["input_ids"] >= IMAGE) | (inputs["input_ids"] == PAD), -100)
+        output = ours(**inputs, labels=labels)
+        short = batch(rows(BUDGET, FRAMES * BUDGET), "right")
+        short_labels = short["input_ids"].masked_fill(
+            (short["input_ids"] >= IMAGE) | (short["input_ids"] == PAD), -100
+        )
+        expected = ours(**{**inputs, **short}, labels=short_labels)
+        torch.testing.assert_close(output.loss, expected.loss)
+        torch.testing.assert_close(output.logits, expected.logits)
+        for row, length in enumerate(short["attention_mask"].sum(1).tolist()):
+            columns = output.keep_mask[row].nonzero()[:, 0]
+            assert torch.equal(inputs["input_ids"][row, columns], short["input_ids"][row, :length])
+
+    def test_the_base_model_shortens_as_well(self, ours):
+        with torch.no_grad():
+            hidden = ours.model(**full_batch()).last_hidden_state
+            assert torch.equal(ours.lm_head(hidden), ours(**full_batch()).logits)
+        assert hidden.shape[1] == max(map(len, rows(BUDGET, FRAMES * BUDGET)))
+
+    def test_gradients_reach_projector_language_model_and_both_towers(self, ours):
+        inputs = full_batch("right")
+        ours(**inputs, labels=inputs["input_ids"]).loss.backward()
+        towers = [ours.model.image_tower, ours.model.video_tower]
+        embeddings = [
+            next(module for name, module in tower.named_modules() if name.endswith("embeddings")) for tower in towers
+        ]
+        for module in (ours.model.multi_modal_projector, ours.model.language_model.layers[0], *embeddings):
+            assert all(float(weight.grad.abs().sum()) > 0 for weight in module.parameters())
+
+
+class TestErrors:
+    @pytest.mark.parametrize("call", ["forward", "generate", "base"])
+    def test_another_number_of_placeholders(self, ours, call):
+        inputs = {**batch([[1, *[VIDEO] * 41, 7]]), "pixel_values_videos": clips(1)}
+        function = {"forward": ours, "generate": ours.generate, "base": ours.model}[call]
+        with pytest.raises(ValueError, match=r"Video features and video tokens do not match, tokens: 41"):
+            function(**inputs)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"num_visual_tokens": [5]}, "one count for each of the 2 .* got 1"),
+            ({"num_visual_tokens": 1}, "num_visual_tokens=1 gives 3 tokens .* 3 views .* at least 6: 2 of each"),
+            ({"num_visual_tokens": 0}, "num_visual_tokens must be a positive integer.* got 0"),
+            ({"vision_feature_layer": 9}, "vision_feature_layer must lie in"),
+        ],
+    )
+    def test_what_cannot_be_done_is_named(self, ours, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            ours.model.get_video_features(**{"pixel_values_videos": clips(), **arguments})
+
+    def test_a_tower_without_cls(self):
+        ours = build(vision={"model_type": "siglip_vision_model"})
+        with pytest.raises(ValueError, match="siglip_vision_model.*needs a tower with one CLS token"):
+            ours.model.get_video_features(pixel_values_videos=clips())
+
+
+class TestLoading:
+    def test_a_stock_checkpoint_loads_whole_and_ours_loads_into_the_stock_class(self, ours, stock, tmp_path):
+        stock.save_pretrained(tmp_path / "stock")
+        for ours_class, reference in (
+            (PruneSIDVideoLlavaForConditionalGeneration, stock),
+            (PruneSIDVideoLlavaModel, stock.model),
+        ):
+            loaded, info = ours_class.from_pretrained(
+                tmp_path / "stock", prunesid_config={"budget": BUDGET}, output_loading_info=True
+            )
+            assert not info["missing_keys"]
+            assert not [key for key in info["unexpected_keys"] if "lm_head" not in key]
+            for name, weight in reference.state_dict().items():
+                assert torch.equal(loaded.state_dict()[name], weight), name
+        ours.save_pretrained(tmp_path / "ours")
+        one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "ours"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        config = json.loads((tmp_path / "ours" / "config.json").read_text())
+        assert config["architectures"] == ["PruneSIDVideoLlavaForConditionalGeneration"]
+        _, info = VideoLlavaForConditionalGeneration.from_pretrained(
+            tmp_path / "ours", config=stock_config(ours.config), output_loading_info=True
+        )
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+
+
+PREPARE = """
+import sys
+folder, tests, torchvision = sys.argv[1:4]
+sys.path[:0] = [tests]
+from torchvision_shim import add_torchvision
+library = add_torchvision(torchvision)
+import json, torch
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoConfig, AutoProcessor
+
+def greedy(model, inputs):
+    return model.generate(**inputs, do_sample=False, max_new_tokens=5)[:, inputs["input_ids"].shape[1]:].tolist()
+
+def ask(processor, **kwargs):
+    text = ["<image> what <video> is", "this <video>", "what is", "<image> this"]
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (3, 40, 50), generator=generator, dtype=torch.uint8).numpy() for _ in range(2)]
+    videos = [torch.randint(0, 256, (3, 40, 50, 3), generator=generator, dtype=torch.uint8).numpy() for _ in range(2)]
+    arguments = {"text": text, "images": images, "videos": videos, "padding": True, "return_tensors": "pt", **kwargs}
+    return processor(**arguments)
+"""
+
+WITH_PACKAGE = (
+    PREPARE
+    + """
+import tiny, test_video_llava
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, VideoLlavaImageProcessor, VideoLlavaVideoProcessor
+from modeling_prunesid import PruneSIDVideoLlavaProcessor
+
+words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "what": 4, "is": 5, "this": 6, "<image>": 100, "<video>": 101}
+tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                    unk_token="<unk>", padding_side="left")
+tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
+sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+
+def build_processor(**settings):
+    return PruneSIDVideoLlavaProcessor(image_processor=VideoLlavaImageProcessor(**sizes), tokenizer=tokenizer,
+                                       video_processor=VideoLlavaVideoProcessor(**sizes), patch_size=4, **settings)
+
+report = {"cases": []}
+full = ask(build_processor())
+assert "num_visual_tokens" not in full
+report["full"] = [int((full["input_ids"] == token).sum()) for token in (100, 101)]
+for budget, scope in ((6, "view"), (0.2, "view"), (20, "image"), (0.2, "image")):
+    short = ask(build_processor(num_visual_tokens=budget, budget_scope=scope))
+    off, ours = test_video_llava.build(None), test_video_llava.build(budget, budget_scope=scope)
+    report["cases"].append({
+        "kept": short["num_visual_tokens"].tolist(),
+        "written": [int((short["input_ids"] == token).sum()) for token in (100, 101)],
+        "answers": [greedy(off, short), greedy(ours, short), greedy(ours, full)],
+    })
+asked = ask(build_processor(num_visual_tokens=6), num_visual_tokens=9)
+report["asked"] = asked["num_visual_tokens"].tolist()
+only = ask(build_processor(num_visual_tokens=6), images=None, text=["<video> what", "this <video>"])
+report["only clips"] = only["num_visual_tokens"].tolist()
+processor, ours = build_processor(num_visual_tokens=6), test_video_llava.build(6)
+ours.save_pretrained(folder)
+processor.save_pretrained(folder)
+report["saved"] = greedy(ours, ask(processor))
+print(json.dumps(report))
+"""
+)
+
+WITHOUT_PACKAGE = (
+    PREPARE
+    + """
+sys.modules["modeling_prunesid"] = None
+trust = {"trust_remote_code": True}
+processor = AutoProcessor.from_pretrained(folder, **trust)
+inputs = ask(processor)
+report = {"answers": [], "keys": [], "processor": type(processor).__name__}
+for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    model, info = auto_class.from_pretrained(folder, output_loading_info=True, **trust)
+    report["keys"] += [*info["missing_keys"], *info["unexpected_keys"]]
+    report["answers"].append(greedy(model, inputs))
+report["base"] = type(AutoModel.from_config(AutoConfig.from_pretrained(folder, **trust), **trust)).__name__
+print(json.dumps(report))
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def torchvision_folder(request):
+    """Video processors need torchvision, which the rest of the project does not: installed once, apart from it."""
+    cache = request.config.cache.mkdir(TORCHVISION)
+    folder = cache / "site"
+    if not folder.exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(cache / "new")]
+        subprocess.run([*command, TORCHVISION], check=True)
+        (cache / "new").rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(torchvision_folder, tmp_path_factory):
+    """A saved repo, and what its processor and model said before that, in a process that has torchvision."""
+    root = tmp_path_factory.mktemp("video_llava")
+    report = run_script(WITH_PACKAGE, root / "repo", torchvision_folder, PYTHONPATH=str(Path(__file__).parents[1]))
+    return root, report
+
+
+def run_script(script, folder, torchvision_folder, **environment):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(folder), str(Path(__file__).parent), str(torchvision_folder)],
+        cwd=folder.parent, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+class TestProcessor:
+    def test_without_a_budget_it_is_the_stock_processor(self, saved):
+        assert saved[1]["full"] == [2 * NUM_PATCHES, 2 * FRAMES * FED]
+
+    def test_short_prompts_are_what_the_model_keeps(self, saved):
+        expected = [[6, 6, 18, 18], [10, 10, 30, 30], [20] * 4, [10, 10, 30, 30]]
+        for case, kept in zip(saved[1]["cases"], expected, strict=True):
+            assert case["kept"] == kept
+            assert case["written"] == [sum(kept[:2]), sum(kept[2:])]
+            assert case["answers"][0] == case["answers"][1] == case["answers"][2]
+
+    def test_a_call_may_ask_for_another_budget(self, saved):
+        assert saved[1]["asked"] == [9, 9, 27, 27]
+
+    def test_clips_without_images(self, saved):
+        assert saved[1]["only clips"] == [18, 18]
+
+    def test_a_saved_repo_works_in_a_process_without_this_package(self, saved, torchvision_folder):
+        root, report = saved
+        moved = shutil.copytree(root / "repo", root / "moved")
+        environment = {"HF_HOME": str(root / "home"), "PYTHONPATH": ""}
+        again = run_script(WITHOUT_PACKAGE, Path(moved), torchvision_folder, **environment)
+        assert again["answers"] == [report["saved"]] * 3
+        assert again["keys"] == []
+        assert again["base"] == "PruneSIDVideoLlavaModel"
+        assert again["processor"] == "PruneSIDVideoLlavaProcessor"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("video_llava_136_17_per_frame", {"budget": 17}),
+        ("video_llava_136_per_clip_dynamic", {"budget": 136, "budget_scope": "image", "dynamic": True}),
+    ],
+)
+def test_presets(name, settings):
+    folder = Path(__file__).parents[1] / "configuration"
+    loaded = PruneSIDConfig.from_pretrained(folder / f"{name}.json")
+    assert loaded.to_dict() == PruneSIDConfig(**settings).to_dict()
