@@ -75,6 +75,13 @@ def load_checkpoint(name: str):
     return model, AutoProcessor.from_pretrained(name)
 
 
+def load_photograph(source: str) -> Image.Image:
+    try:
+        return load_image(source).convert("RGB")
+    except Exception as error:  # whatever the library behind a path or a URL raises
+        raise ValueError(f"--image must be the path or URL of an image, got {source!r}: {error}") from error
+
+
 def stock_twin(model) -> LlavaForConditionalGeneration:
     """The stock class around the very modules of `model`: the same weights, held once."""
     settings = model.config.to_dict()
@@ -304,7 +311,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     if arguments.image:
-        photographs = {arguments.image: load_image(arguments.image).convert("RGB")}
+        photographs = {arguments.image: load_photograph(arguments.image)}
     else:
         import parts
 
