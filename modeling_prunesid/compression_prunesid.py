@@ -237,7 +237,8 @@ class CompressedModelMixin:
         cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
         has_views = bool(self._dropped_tokens(inputs))
         # A compiled step has its mask in the form that attention takes, which fits the cache.
-        has_memory = hasattr(cache, "_prunesid_prompt") and (_is_flat(mask) or not torch.compiler.is_compiling())
+        has_memory = hasattr(cache, "_prunesid_prompt") or hasattr(cache, "_prunesid_rope_deltas")
+        has_memory = has_memory and (_is_flat(mask) or not torch.compiler.is_compiling())
         # The common decoding step, eager or compiled: nothing to look at, and no wait for the device.
         is_step = columns is not None and (columns.shape[1] == 1 or torch.compiler.is_compiling())
         if columns is None or (is_step and not is_generation and not has_views and not has_memory):

@@ -24,16 +24,16 @@ class MRoPEModelMixin(CompressedModelMixin):
     def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As the other families, but the grids stay; and a cache brings back the deltas of its own prompt."""
         cache = inputs.get("past_key_values")
-        if getattr(cache, "_prunesid_rope_deltas", None) is not None and cache.get_seq_length():
-            self.rope_deltas = self._short_rope_deltas = cache._prunesid_rope_deltas
+        deltas = getattr(cache, "_prunesid_rope_deltas", None)
+        if deltas is not None and inputs.get("position_ids") is None and cache.get_seq_length():
+            self.rope_deltas = self._short_rope_deltas = deltas
         grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
         return {**super().encode_views(inputs), **grids}
 
     def forward_compressed(self, forward, **inputs):
         output = super().forward_compressed(forward, **inputs)
-        # With return_dict=False a tuple comes back.
-        cache = None if isinstance(output, tuple) else output.get("past_key_values")
-        self.remember_deltas(cache)
+        if not isinstance(output, tuple) and not torch.compiler.is_compiling():
+            self.remember_deltas(output.get("past_key_values"))
         return output
 
     def remember_deltas(self, cache: Any) -> None:

@@ -189,19 +189,28 @@ def test_fifty_decoded_positions_equal_those_of_the_uncompressed_run(ours, stock
         assert torch.equal(step, stock_step)
 
 
+@pytest.mark.parametrize("is_short", [False, True])
 @pytest.mark.parametrize("with_mask", [True, False])
 @pytest.mark.parametrize("name", ["image and video", "video, images and text-only rows"])
-def test_fifty_positions_of_a_manual_decode_equal_those_of_the_uncompressed_run(ours, stock, family, name, with_mask):
+def test_fifty_positions_of_a_manual_decode_equal_those_of_the_uncompressed_run(
+    ours, stock, family, name, with_mask, is_short
+):
     inputs = inputs_of(family, name)
     if not with_mask:
         # Without a mask `forward` takes every column for a token, so that there may be no padding.
         inputs = batch(family, prompt(family, *PROMPTS[name][0]))
-        del inputs["attention_mask"]
-    mask, cache = inputs.get("attention_mask"), DynamicCache()
+    given = dict(inputs)
+    if is_short:
+        keep_mask = keep_mask_of(ours, inputs)
+        for column in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            given[column] = of_kept(inputs[column], keep_mask)
+    if not with_mask:
+        del given["attention_mask"]
+    mask, cache = given.get("attention_mask"), DynamicCache()
     with torch.no_grad(), positions_seen(ours) as seen:
-        ours(**inputs, past_key_values=cache)
+        ours(**given, past_key_values=cache)
         for _ in range(49):
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1) if with_mask else None
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1) if with_mask else None
             token = torch.full((len(inputs["input_ids"]), 1), 7)
             ours(input_ids=token, attention_mask=mask, past_key_values=cache)
     with torch.no_grad():
@@ -212,7 +221,7 @@ def test_fifty_positions_of_a_manual_decode_equal_those_of_the_uncompressed_run(
         expected = stock.model.compute_3d_position_ids(
             input_ids=None,
             inputs_embeds=torch.empty(batch_size, length + step, 0),
-            attention_mask=None if mask is None else mask[:, : length + step],
+            attention_mask=torch.nn.functional.pad(inputs["attention_mask"], (0, step), value=1),
             image_grid_thw=None,
             video_grid_thw=None,
             past_key_values=None,
