@@ -49,7 +49,7 @@ from transformers.utils import logging
 
 PHOTOGRAPHS = ("chelsea", "coffee", "pexels-1317558")
 PROMPT = "What is in this photograph? Answer in one sentence."
-ROUNDS = 5
+ROUNDS = 3
 
 
 def load_assembled(folder: Path):
@@ -123,17 +123,6 @@ def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
     return {"rho": rho, "tau": len(kept) / 32 * rho, "kept": kept.cpu(), "groups": selection.groups[0].cpu()}
 
 
-def tokens_entering(model, inputs) -> int:
-    """The length of the prompt that the language model itself receives."""
-    lengths: list[int] = []
-    hook = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
-    first_token_seconds(model, inputs)
-    hook.remove()
-    return lengths[0]
-
-
 def first_token_seconds(model, inputs) -> float:
     synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     synchronize()
@@ -167,9 +156,15 @@ def peak_bytes(model, inputs) -> int:
     return peak
 
 
-def answer(model, processor, inputs) -> str:
+def answer(model, processor, inputs) -> tuple[str, int]:
+    """The answer, and the length of the prompt that the language model itself received."""
+    lengths: list[int] = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
     output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    hook.remove()
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), lengths[0]
 
 
 def measure(model, stock, processor, question, budgets: list) -> list[dict]:
@@ -186,7 +181,7 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
 
     rows = []
     for name, candidate, settings.budget in cases:
-        prompt_tokens = tokens_entering(candidate, question)
+        text, prompt_tokens = answer(candidate, processor, question)
         median = statistics.median(seconds[name])
         row = {
             "case": name,
@@ -195,7 +190,7 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
             "first_token_ms": 1000 * median,
             "speedup": statistics.median(seconds["stock class"]) / median,
             "peak_mib": peak_bytes(candidate, question) / 2**20,
-            "answer": answer(candidate, processor, question),
+            "answer": text,
         }
         if settings.budget is not None:
             selection = select(model, question["pixel_values"], settings.budget)

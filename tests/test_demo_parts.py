@@ -161,10 +161,11 @@ def test_stock_twin_shares_the_weights_and_agrees_with_the_model_switched_off():
     assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
 
 
-def test_tokens_entering_are_those_of_the_language_model():
+def test_an_answer_comes_with_the_tokens_that_entered_the_language_model():
     ids = torch.tensor([prompt([NUM_PATCHES], [7, 8])])
-    count = demo.tokens_entering(build(), {"input_ids": ids, "pixel_values": pixels(1)})
-    assert count == ids.shape[1] - NUM_PATCHES + BUDGET
+    processor = SimpleNamespace(decode=lambda ids, skip_special_tokens: f"{len(ids)} tokens")
+    text, count = demo.answer(build(), processor, {"input_ids": ids, "pixel_values": pixels(1)})
+    assert (text, count) == ("32 tokens", ids.shape[1] - NUM_PATCHES + BUDGET)
 
 
 def test_peak_memory_counts_the_tensors_alive_at_once():
