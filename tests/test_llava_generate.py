@@ -10,6 +10,7 @@ import itertools
 import pytest
 import torch
 from tiny import (
+    BOS,
     BUDGET,
     EOS,
     IMAGE,
@@ -92,7 +93,7 @@ MODES = {
     "repetition penalty": {"repetition_penalty": 1.3},
     "no repeated ngrams": {"no_repeat_ngram_size": 2},
     "bad words": {"bad_words_ids": [[41], [80]]},
-    "guidance": {"min_p": 0.05, "do_sample": True},
+    "min p": {"min_p": 0.05, "do_sample": True},
     "long": {"max_new_tokens": 40},
 }
 
@@ -107,6 +108,14 @@ def test_every_mode_answers_as_the_stock_model_does_on_the_kept_tokens(ours, sto
     got = new_tokens(ours, inputs, **kwargs)
     torch.manual_seed(3)
     assert torch.equal(got, oracle_generate(stock, short_rows(), inputs["pixel_values"], **kwargs))
+
+
+def test_guidance_away_from_a_text(ours, stock):
+    """Classifier-free guidance; upstream gives it one row."""
+    inputs, kwargs = one_row(), {"guidance_scale": 1.7, "negative_prompt_ids": torch.tensor([[BOS, 3, 4]]), **GREEDY}
+    got = new_tokens(ours, inputs, **kwargs)
+    assert torch.equal(got, oracle_generate(stock, [prompt([BUDGET], [7, 8, 9])], inputs["pixel_values"], **kwargs))
+    assert not torch.equal(got, new_tokens(ours, inputs, **GREEDY))
 
 
 def test_an_assistant_model_gives_the_greedy_answer(ours):

@@ -1,0 +1,285 @@
+"""
+Folders: stock checkpoints load into our class, our weights load into the stock class, and a process that cannot import
+our package loads all of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import BUDGET, NUM_PATCHES, build, pixels, prompt, stock_twin
+from tiny_checkpoint import build_processor, picture, save_checkpoint
+from transformers import AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration, pipeline
+
+from modeling_prunesid import (
+    PruneSIDConfig,
+    PruneSIDLlavaForConditionalGeneration,
+    PruneSIDLlavaModel,
+    PruneSIDLlavaProcessor,
+)
+
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+CLEAN_PROCESS = """
+import json, sys
+
+class NoPackage:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_prunesid":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoPackage())
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+from transformers import pipeline
+
+folder = sys.argv[1]
+trust = {"trust_remote_code": True}
+found = {"config": type(AutoConfig.from_pretrained(folder, **trust)).__name__}
+processor = AutoProcessor.from_pretrained(folder, **trust)
+found["processor"] = type(processor).__name__
+picture = Image.frombytes("RGB", (28, 28), bytes(range(256)) * 9 + bytes(48))
+inputs = processor(images=picture, text="<image> word7 word8", return_tensors="pt")
+found["length"] = inputs["input_ids"].shape[1]
+for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    model, info = auto.from_pretrained(folder, **trust, output_loading_info=True)
+    found[auto.__name__] = {
+        "class": type(model).__name__,
+        "keys": sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]])),
+        "answer": model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    built = auto.from_config(AutoConfig.from_pretrained(folder, **trust), **trust)
+    found[auto.__name__]["from_config"] = type(built).__name__
+chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "word7"}]}]
+answer = pipeline("image-text-to-text", model=folder, **trust)
+found["one chat"] = answer(text=chat, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
+batch = answer(text=[chat, chat], max_new_tokens=4, return_full_text=False, batch_size=2)
+found["two chats"] = [part[0]["generated_text"] for part in batch]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A stock checkpoint."""
+    return save_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+def load(folder, model_class=PruneSIDLlavaForConditionalGeneration, **kwargs):
+    """A model of which every weight was loaded."""
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    assert not any(info[name] for name in LISTS), info
+    return model.eval()
+
+
+def from_base(base, **settings):
+    return load(base, prunesid_config=PruneSIDConfig(budget=BUDGET, **settings))
+
+
+@pytest.fixture(scope="module")
+def variant(base, tmp_path_factory):
+    """A saved PruneSID model, made from the stock checkpoint."""
+    folder = tmp_path_factory.mktemp("variant")
+    from_base(base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clean(variant, tmp_path_factory):
+    """What a process finds that cannot import our package."""
+    home = tmp_path_factory.mktemp("home")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    environment = {**kept, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", CLEAN_PROCESS, str(variant)],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class TestStockCheckpoint:
+    def test_every_weight_is_loaded_and_nothing_is_left_over(self, base):
+        model = from_base(base)
+        stock = LlavaForConditionalGeneration.from_pretrained(base)
+        expected = stock.state_dict()
+        got = model.state_dict()
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+    def test_settings_may_be_a_dict(self, base):
+        model = load(base, prunesid_config={"budget": 5, "layer": -3})
+        assert (model.config.prunesid_config.budget, model.config.prunesid_config.layer) == (5, -3)
+
+    def test_off_is_the_stock_answer(self, base):
+        model, stock = (
+            load(base, prunesid_config={"budget": None}),
+            LlavaForConditionalGeneration.from_pretrained(base),
+        )
+        inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7])]), "pixel_values": pixels(1)}
+        assert torch.equal(model.generate(**inputs, **GREEDY), stock.generate(**inputs, **GREEDY))
+
+    def test_the_generation_config_is_the_bases(self, base):
+        assert from_base(base).generation_config.max_new_tokens == 6
+
+    def test_the_base_model_alone(self, base):
+        model, info = PruneSIDLlavaModel.from_pretrained(base, output_loading_info=True)
+        assert not info["missing_keys"]
+        expected = LlavaForConditionalGeneration.from_pretrained(base).model.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+class TestSavedWeights:
+    def test_they_are_the_bases_byte_for_byte(self, base, variant):
+        assert Path(variant, "model.safetensors").read_bytes() == Path(base, "model.safetensors").read_bytes()
+
+    def test_the_stock_class_reads_them(self, base, variant):
+        config = LlavaForConditionalGeneration.from_pretrained(base).config
+        stock = load(variant, LlavaForConditionalGeneration, config=config)
+        expected = load_file(Path(base, "model.safetensors"))
+        stock.save_pretrained(Path(variant, "again"))
+        again = load_file(Path(variant, "again", "model.safetensors"))
+        assert again.keys() == expected.keys()
+        assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+    def test_our_class_reads_them(self, base, variant):
+        inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7])]), "pixel_values": pixels(1)}
+        assert torch.equal(load(variant).generate(**inputs, **GREEDY), from_base(base).generate(**inputs, **GREEDY))
+
+    def test_shards(self, base, tmp_path):
+        model = from_base(base)
+        model.save_pretrained(tmp_path, max_shard_size="40KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        loaded = load(tmp_path)
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+    def test_sharded_stock_checkpoints(self, base, tmp_path):
+        save_checkpoint(tmp_path, max_shard_size="40KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        expected = from_base(base).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in from_base(tmp_path).state_dict().items())
+
+
+class TestSavedFolder:
+    def test_the_configuration_names_our_classes(self, variant):
+        config = json.loads(Path(variant, "config.json").read_text())
+        assert config["model_type"] == "prunesid_llava"
+        assert config["architectures"] == ["PruneSIDLlavaForConditionalGeneration"]
+        assert config["auto_map"] == {
+            "AutoConfig": "configuration_prunesid.PruneSIDLlavaConfig",
+            "AutoModel": "modeling_prunesid_llava.PruneSIDLlavaAutoModel",
+            "AutoModelForImageTextToText": "modeling_prunesid_llava.PruneSIDLlavaForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_prunesid_llava.PruneSIDLlavaForConditionalGeneration",
+            "AutoProcessor": "processing_prunesid.PruneSIDLlavaProcessor",
+        }
+
+    def test_every_module_that_is_imported_is_there(self, variant):
+        modules = {path.stem for path in Path(variant).glob("*.py")}
+        assert {"configuration_prunesid", "modeling_prunesid_llava", "processing_prunesid"} <= modules
+        for path in Path(variant).glob("*.py"):
+            for line in path.read_text().splitlines():
+                if line.strip().startswith("from ."):
+                    assert line.split()[1].removeprefix(".") in modules, f"{path.name}: {line}"
+
+    def test_settings_survive(self, base, tmp_path):
+        from_base(base, score="cls_attention", quota="bounded", keep_cls=True).save_pretrained(tmp_path)
+        settings = load(tmp_path).config.prunesid_config
+        got = (settings.budget, settings.score, settings.quota, settings.keep_cls)
+        assert got == (BUDGET, "cls_attention", "bounded", True)
+
+    def test_a_saved_setting_may_be_changed_on_loading(self, variant):
+        model = load(variant, prunesid_config={"budget": 3})
+        assert model.config.prunesid_config.budget == 3
+        assert len(model.get_image_features(pixels(1)).keep_indices[0]) == 3
+
+    def test_saving_twice_gives_the_same_folder(self, variant, tmp_path):
+        load(variant).save_pretrained(tmp_path)
+        for name in ("config.json", "model.safetensors", "modeling_prunesid_llava.py", "processor_config.json"):
+            assert Path(tmp_path, name).read_bytes() == Path(variant, name).read_bytes(), name
+
+    def test_the_base_model_is_saved_for_auto_model_alone(self, tmp_path):
+        build().model.save_pretrained(tmp_path)
+        config = json.loads(Path(tmp_path, "config.json").read_text())
+        assert config["architectures"] == ["PruneSIDLlavaModel"]
+        assert config["auto_map"]["AutoModel"] == "modeling_prunesid_llava.PruneSIDLlavaModel"
+
+
+class TestCleanProcess:
+    @pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"])
+    def test_every_auto_class_gives_a_model_that_answers(self, clean, variant, auto_class):
+        found = clean[auto_class]
+        assert found["class"] == "PruneSIDLlavaForConditionalGeneration"
+        assert found["keys"] == []
+        assert found["answer"] == clean["AutoModel"]["answer"]
+        assert len(found["answer"][0]) == clean["length"] + 6
+        assert found["parameters"] == sum(parameter.numel() for parameter in build().parameters())
+
+    def test_from_config_gives_engines_the_base_model(self, clean):
+        assert clean["AutoModel"]["from_config"] == "PruneSIDLlavaModel"
+        assert clean["AutoModelForImageTextToText"]["from_config"] == "PruneSIDLlavaForConditionalGeneration"
+
+    def test_configuration_and_processor(self, clean):
+        assert clean["config"] == "PruneSIDLlavaConfig"
+        assert clean["processor"] == "PruneSIDLlavaProcessor"
+        assert clean["length"] == BUDGET + 2
+
+    def test_the_pipeline_answers_chats_alone_and_in_batches(self, clean):
+        assert clean["one chat"].split()
+        assert clean["two chats"] == [clean["one chat"]] * 2
+
+
+class TestInThisProcess:
+    def test_auto_model_gives_a_model_that_can_generate(self, variant):
+        model, info = AutoModel.from_pretrained(variant, output_loading_info=True)
+        assert not any(info[name] for name in LISTS)
+        assert type(model) is PruneSIDLlavaForConditionalGeneration
+        assert type(AutoModel.from_config(model.config)) is PruneSIDLlavaModel
+
+    def test_the_pipeline_answers_alike_with_the_stock_processor(self, variant):
+        model = load(variant, AutoModelForImageTextToText)
+        ask = {"text": "<image> word7 word8", "images": [picture()], "max_new_tokens": 4, "return_full_text": False}
+        processors = (build_processor(), PruneSIDLlavaProcessor.from_pretrained(variant))
+        answers = [pipeline("image-text-to-text", model=model, processor=each)(**ask) for each in processors]
+        texts = [answer[0]["generated_text"] for answer in answers]
+        assert texts[0].split() and texts[0] == texts[1]
+
+
+class TestPlacement:
+    """Accelerate's hooks move weights to where a submodule's own `forward` runs."""
+
+    @pytest.fixture
+    def inputs(self):
+        return {"input_ids": torch.tensor([prompt([NUM_PATCHES] * 2, [7, 8])]), "pixel_values": pixels(2)}
+
+    @pytest.mark.parametrize("offloaded", ["vision_tower", "multi_modal_projector", "language_model"])
+    def test_a_part_on_disk_gives_the_same_tokens(self, variant, inputs, tmp_path, offloaded):
+        expected = load(variant).generate(**inputs, **GREEDY)
+        parts = ("vision_tower", "multi_modal_projector", "language_model")
+        device_map = {f"model.{part}": "disk" if part == offloaded else "cpu" for part in parts} | {"lm_head": "cpu"}
+        model = PruneSIDLlavaForConditionalGeneration.from_pretrained(
+            variant, device_map=device_map, offload_folder=tmp_path
+        )
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_dtypes(self, variant, inputs, dtype):
+        model = load(variant, dtype=dtype)
+        assert model.dtype == dtype
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 6
+
+    def test_the_stock_twin_of_a_loaded_model(self, variant, inputs):
+        model = load(variant)
+        model.config.prunesid_config.budget = None
+        assert torch.equal(model(**inputs).logits, stock_twin(model)(**inputs).logits)

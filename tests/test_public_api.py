@@ -1,0 +1,100 @@
+"""What callers rely on: names, and upstream's own arguments in upstream's order."""
+
+import inspect
+
+import pytest
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+)
+from transformers.models.auto import modeling_auto
+
+import modeling_prunesid
+from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaModel
+from modeling_prunesid.selection_prunesid import select_tokens
+
+
+FAMILIES = ["Llava", "LlavaNext", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "VideoLlava"]
+OURS = "num_visual_tokens"
+
+
+def names_of(function):
+    """Parameters by name, without `self` and what only gathers the rest."""
+    gathers = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.name != "self" and parameter.kind not in gathers]
+
+
+def test_every_promised_name_is_exported():
+    promised = {"PruneSIDConfig", "PruneSIDLlavaProcessor"}
+    for family in FAMILIES:
+        promised |= {f"PruneSID{family}{part}" for part in ("Config", "Model", "ForConditionalGeneration")}
+    assert promised <= set(modeling_prunesid.__all__)
+    assert all(hasattr(modeling_prunesid, name) for name in modeling_prunesid.__all__)
+    assert sorted(modeling_prunesid.__all__) == sorted(set(modeling_prunesid.__all__))
+
+
+@pytest.mark.parametrize(
+    "ours, stock",
+    [
+        (PruneSIDLlavaModel.forward, LlavaModel.forward),
+        (PruneSIDLlavaModel.get_image_features, LlavaModel.get_image_features),
+        (PruneSIDLlavaForConditionalGeneration.forward, LlavaForConditionalGeneration.forward),
+        (PruneSIDLlavaForConditionalGeneration.get_image_features, LlavaForConditionalGeneration.get_image_features),
+    ],
+    ids=["model", "model features", "head", "head features"],
+)
+def test_arguments_are_upstreams_in_upstreams_order(ours, stock):
+    own = [name for name in names_of(ours) if name != OURS]
+    expected = names_of(stock)
+    # Ours must take what any promised version of Transformers takes.
+    assert [name for name in own if name in expected] == expected
+    assert set(own) - set(expected) <= {"mm_encoder_outputs", "inputs", "image_sizes"}
+
+
+def test_generate_takes_upstreams_arguments_by_place_and_all_others_by_name():
+    own = names_of(PruneSIDLlavaForConditionalGeneration.generate)
+    assert own == names_of(LlavaForConditionalGeneration.generate)[: len(own)]
+    assert own[-1] == "streamer"
+
+
+def test_the_arguments_of_select_tokens():
+    assert names_of(select_tokens) == [
+        "hidden_states",
+        "budget",
+        "cls_attention",
+        "num_groups",
+        "nms_lambda",
+        "score",
+        "center",
+        "quota",
+        "grouping",
+        "seed",
+        "extra_kept",
+        "return_details",
+    ]
+
+
+def test_auto_classes_know_ours():
+    config = PruneSIDLlavaConfig()
+    assert type(AutoConfig.for_model("prunesid_llava")) is PruneSIDLlavaConfig
+    assert AutoModelForImageTextToText._model_mapping[type(config)] is PruneSIDLlavaForConditionalGeneration
+    assert AutoModelForMultimodalLM._model_mapping[type(config)] is PruneSIDLlavaForConditionalGeneration
+    assert issubclass(AutoModel._model_mapping[type(config)], PruneSIDLlavaModel)
+
+
+@pytest.mark.parametrize(
+    "table", ["MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"]
+)
+def test_pipelines_and_serving_find_the_class_by_name(table):
+    assert getattr(modeling_auto, table)["prunesid_llava"] == "PruneSIDLlavaForConditionalGeneration"
+
+
+def test_our_classes_are_the_stock_ones_and_more():
+    assert issubclass(PruneSIDLlavaForConditionalGeneration, LlavaForConditionalGeneration)
+    assert issubclass(PruneSIDLlavaModel, LlavaModel)
+    assert PruneSIDLlavaForConditionalGeneration.config_class is PruneSIDLlavaConfig
