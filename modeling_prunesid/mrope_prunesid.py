@@ -144,6 +144,13 @@ class MRoPEModelMixin(CompressedModelMixin):
             before[placeholders], after[placeholders] = torch.cat(gaps, dim=1).to(columns.device)
         return before, after
 
+    def _shorten(self, inputs: dict[str, Any], prompt: ShortPrompt) -> dict[str, Any]:
+        types = inputs.get("mm_token_type_ids")
+        if types is not None and types.shape[1] < prompt.full_length:  # answers were appended to the ids alone
+            missing = prompt.full_length - types.shape[1]
+            inputs = {**inputs, "mm_token_type_ids": torch.nn.functional.pad(types, (0, missing))}
+        return super()._shorten(inputs, prompt)
+
     def _shorten_positions(self, position_ids: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
         """The caller's own positions `(batch, length)` or `(3 or 4, batch, length)`: every token keeps its own."""
         if position_ids.dim() == 2:

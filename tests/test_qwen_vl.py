@@ -548,6 +548,14 @@ def test_a_cached_chat_answers_as_one_without_a_cache(ours, family, turn, given)
         assert torch.equal(step, uncached)
 
 
+def test_a_cached_chat_goes_on_without_the_token_types_of_its_answer(ours, family):
+    inputs, cache = inputs_of(family, "image and video"), DynamicCache()
+    answer = ours.generate(**inputs, **GREEDY, past_key_values=cache)
+    expected = ours.generate(**inputs, do_sample=False, max_new_tokens=10, min_new_tokens=10)
+    again = {**inputs, "input_ids": answer, "attention_mask": torch.ones_like(answer)}
+    assert torch.equal(ours.generate(**again, do_sample=False, max_new_tokens=2, past_key_values=cache), expected)
+
+
 def test_three_cached_turns_with_a_view_in_each(ours, family):
     inputs, cache = inputs_of(family, "one image"), DynamicCache()
     for parts in (TURNS["new image"], TURNS["new image and video"], TURNS["text"]):
