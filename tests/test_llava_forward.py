@@ -92,6 +92,19 @@ class TestLogits:
         positions = torch.arange(inputs["input_ids"].shape[1])[None]
         torch.testing.assert_close(ours(**inputs, position_ids=positions).logits, ours(**inputs).logits)
 
+    def test_sequences_packed_in_one_row(self, ours):
+        """Positions that start anew tell them apart, as upstream reads them."""
+        rows = [prompt([NUM_PATCHES], [7, 8, 9]), prompt([NUM_PATCHES], [9, 4])]
+        positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+        packed = ours(
+            input_ids=torch.tensor([rows[0] + rows[1]]),
+            pixel_values=pixels(2),
+            position_ids=positions,
+            use_cache=False,
+        )
+        alone = [ours(input_ids=torch.tensor([row]), pixel_values=pixels(2)[[i]]).logits for i, row in enumerate(rows)]
+        torch.testing.assert_close(packed.logits, torch.cat(alone, dim=1), atol=1e-4, rtol=1e-4)
+
     def test_logits_to_keep(self, ours):
         inputs = full_batch()
         logits = ours(**inputs).logits
@@ -223,6 +236,15 @@ class TestOff:
         assert torch.equal(got.logits, expected.logits)
         assert torch.equal(got.loss, expected.loss)
         assert got.keys() == expected.keys()
+
+    def test_nothing_is_selected_or_shortened(self, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("called")
+
+        monkeypatch.setattr("modeling_prunesid.views_prunesid.select_tokens", refuse)
+        monkeypatch.setattr("modeling_prunesid.modeling_prunesid_llava.run_tower", refuse)
+        monkeypatch.setattr("modeling_prunesid.compression_prunesid.ShortPrompt.from_keep_mask", refuse)
+        build(budget=None).generate(**full_batch(), max_new_tokens=2)
 
     def test_gradients_are_bit_identical(self, stock):
         model = build(budget=None)

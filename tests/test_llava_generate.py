@@ -6,6 +6,7 @@ What is compared is the new tokens; the caller's own prompt comes before them, w
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
     TextStreamer,
@@ -553,6 +555,28 @@ class TestChat:
             got = new_tokens(ours, chat, past_key_values=copy.deepcopy(cache), **GREEDY)
             assert torch.equal(got, expected)
 
+    @pytest.mark.parametrize("length", [4, 11, 15])
+    def test_a_cropped_cache(self, ours, length):
+        """Cut within the image, behind it, and within the answer."""
+        inputs, first = self.first_turn(ours, num_images=1)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[11, 12]])], dim=1)
+        if length == 15:
+            ids = torch.cat([first.sequences, torch.tensor([[11, 12]])], dim=1)
+        chat = {"input_ids": ids, "pixel_values": inputs["pixel_values"]}
+        expected = new_tokens(ours, chat, **GREEDY)
+        cache = first.past_key_values
+        cache.crop(length - cache.get_seq_length())
+        assert torch.equal(new_tokens(ours, chat, past_key_values=cache, **GREEDY), expected)
+
+    def test_a_static_cache_that_is_emptied_and_used_again(self, ours):
+        cache = StaticCache(config=ours.config.get_text_config(), max_cache_len=64)
+        for num_images in (2, 1):
+            inputs = one_row(num_images)
+            expected = new_tokens(ours, inputs, **GREEDY)
+            got = new_tokens(ours, inputs, past_key_values=cache, disable_compile=True, **GREEDY)
+            assert torch.equal(got, expected)
+            cache.reset()
+
     def test_dynamic_budgets(self):
         model = build(dynamic=True, reference_information=0.6)
         inputs, first = self.first_turn(model)
@@ -591,6 +615,13 @@ class TestEncodedBefore:
         for rows in (full_rows(), short_rows()):
             got = new_tokens(ours, {**batch(rows), "mm_encoder_outputs": {"image": features}}, **GREEDY)
             assert torch.equal(got, expected)
+
+    def test_features_of_ones_own_with_a_short_prompt(self, ours, stock):
+        """Without `keep_indices` they are taken as they are, as upstream does."""
+        images = pixels(sum(IMAGES_OF_ROW))
+        features, _ = oracle_features(stock, images)
+        got = new_tokens(ours, {**batch(short_rows()), "mm_encoder_outputs": {"image": features}}, **GREEDY)
+        assert torch.equal(got, oracle_generate(stock, short_rows(), images, **GREEDY))
 
     def test_pixels_and_features_together_are_refused(self, ours):
         inputs = one_row()
@@ -661,6 +692,14 @@ class TestErrors:
             ours.generate(**wrong, **GREEDY)
         assert torch.equal(new_tokens(ours, inputs, **GREEDY), before)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in ours.modules())
+
+
+def test_threads_ask_one_model_for_different_budgets(ours):
+    inputs, budgets = mixed_batch(), [3, 20, 8, 49]
+    expected = [new_tokens(ours, inputs, num_visual_tokens=budget, **GREEDY) for budget in budgets]
+    with ThreadPoolExecutor(4) as pool:
+        got = pool.map(lambda budget: new_tokens(ours, inputs, num_visual_tokens=budget, **GREEDY), budgets * 3)
+        assert all(torch.equal(tokens, expected[index % 4]) for index, tokens in enumerate(got))
 
 
 def test_a_placeholder_among_the_new_tokens_is_a_word_like_others(ours):
