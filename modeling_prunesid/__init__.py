@@ -1,15 +1,6 @@
 """PruneSID for Transformers: the same model classes, a tenth of the visual tokens."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-    Qwen2_5_VLProcessor,
-    Qwen2VLProcessor,
-    Qwen3VLProcessor,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from .configuration_prunesid import (
     PruneSIDConfig,
@@ -52,6 +43,11 @@ from .modeling_prunesid_video_llava import (
 )
 from .processing_prunesid import PruneSIDLlavaProcessor
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
+from .processing_prunesid_qwen_vl import (
+    PruneSIDQwen2_5_VLProcessor,
+    PruneSIDQwen2VLProcessor,
+    PruneSIDQwen3VLProcessor,
+)
 from .processing_prunesid_video_llava import PruneSIDVideoLlavaProcessor
 
 
@@ -64,14 +60,24 @@ for _config, _auto_model, _model, _processor in (
         PruneSIDLlavaNextForConditionalGeneration,
         PruneSIDLlavaNextProcessor,
     ),
-    (PruneSIDQwen2VLConfig, PruneSIDQwen2VLAutoModel, PruneSIDQwen2VLForConditionalGeneration, Qwen2VLProcessor),
+    (
+        PruneSIDQwen2VLConfig,
+        PruneSIDQwen2VLAutoModel,
+        PruneSIDQwen2VLForConditionalGeneration,
+        PruneSIDQwen2VLProcessor,
+    ),
     (
         PruneSIDQwen2_5_VLConfig,
         PruneSIDQwen2_5_VLAutoModel,
         PruneSIDQwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
+        PruneSIDQwen2_5_VLProcessor,
     ),
-    (PruneSIDQwen3VLConfig, PruneSIDQwen3VLAutoModel, PruneSIDQwen3VLForConditionalGeneration, Qwen3VLProcessor),
+    (
+        PruneSIDQwen3VLConfig,
+        PruneSIDQwen3VLAutoModel,
+        PruneSIDQwen3VLForConditionalGeneration,
+        PruneSIDQwen3VLProcessor,
+    ),
     (
         PruneSIDVideoLlavaConfig,
         PruneSIDVideoLlavaAutoModel,
@@ -98,12 +104,15 @@ __all__ = [
     "PruneSIDQwen2VLConfig",
     "PruneSIDQwen2VLForConditionalGeneration",
     "PruneSIDQwen2VLModel",
+    "PruneSIDQwen2VLProcessor",
     "PruneSIDQwen2_5_VLConfig",
     "PruneSIDQwen2_5_VLForConditionalGeneration",
     "PruneSIDQwen2_5_VLModel",
+    "PruneSIDQwen2_5_VLProcessor",
     "PruneSIDQwen3VLConfig",
     "PruneSIDQwen3VLForConditionalGeneration",
     "PruneSIDQwen3VLModel",
+    "PruneSIDQwen3VLProcessor",
     "PruneSIDVideoLlavaConfig",
     "PruneSIDVideoLlavaForConditionalGeneration",
     "PruneSIDVideoLlavaModel",

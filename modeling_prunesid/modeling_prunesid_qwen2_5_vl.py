@@ -22,6 +22,7 @@ from .configuration_prunesid import PruneSIDQwen2_5_VLConfig
 from .hub_prunesid import HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
+from .processing_prunesid_qwen_vl import PruneSIDQwen2_5_VLProcessor
 
 
 class PruneSIDQwen2_5_VLModel(MRoPEModelMixin, HubModelMixin, Qwen2_5_VLModel):
@@ -159,6 +160,7 @@ class PruneSIDQwen2_5_VLForConditionalGeneration(
         "AutoModelForImageTextToText": "PruneSIDQwen2_5_VLForConditionalGeneration",
         "AutoModelForMultimodalLM": "PruneSIDQwen2_5_VLForConditionalGeneration",
     }
+    _processor_class = PruneSIDQwen2_5_VLProcessor
 
     def __init__(self, config: PruneSIDQwen2_5_VLConfig):
         Qwen2_5_VLPreTrainedModel.__init__(self, config)

@@ -22,6 +22,7 @@ from .configuration_prunesid import PruneSIDQwen2VLConfig
 from .hub_prunesid import HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
+from .processing_prunesid_qwen_vl import PruneSIDQwen2VLProcessor
 
 
 class PruneSIDQwen2VLModel(MRoPEModelMixin, HubModelMixin, Qwen2VLModel):
@@ -157,6 +158,7 @@ class PruneSIDQwen2VLForConditionalGeneration(
         "AutoModelForImageTextToText": "PruneSIDQwen2VLForConditionalGeneration",
         "AutoModelForMultimodalLM": "PruneSIDQwen2VLForConditionalGeneration",
     }
+    _processor_class = PruneSIDQwen2VLProcessor
 
     def __init__(self, config: PruneSIDQwen2VLConfig):
         Qwen2VLPreTrainedModel.__init__(self, config)

@@ -20,6 +20,7 @@ from .configuration_prunesid import PruneSIDQwen3VLConfig
 from .hub_prunesid import HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
+from .processing_prunesid_qwen_vl import PruneSIDQwen3VLProcessor
 
 
 class PruneSIDQwen3VLModel(MRoPEModelMixin, HubModelMixin, Qwen3VLModel):
@@ -159,6 +160,7 @@ class PruneSIDQwen3VLForConditionalGeneration(
         "AutoModelForImageTextToText": "PruneSIDQwen3VLForConditionalGeneration",
         "AutoModelForMultimodalLM": "PruneSIDQwen3VLForConditionalGeneration",
     }
+    _processor_class = PruneSIDQwen3VLProcessor
 
     def __init__(self, config: PruneSIDQwen3VLConfig):
         Qwen3VLPreTrainedModel.__init__(self, config)

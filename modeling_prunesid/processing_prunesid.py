@@ -28,8 +28,8 @@ class PruneSIDLlavaProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = getattr(LlavaProcessor.valid_processor_kwargs, "_defaults", {})
 
 
-class ShortPromptProcessorMixin:
-    """For a processor whose `replace_image_token` writes T placeholders for an image."""
+class VariantProcessorMixin:
+    """For a processor that is published with a model."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -53,6 +53,10 @@ class ShortPromptProcessorMixin:
     def _budget_arguments(cls) -> list[str]:
         parameters = inspect.signature(cls.__init__).parameters
         return [name for name in ("num_visual_tokens", "budget_scope") if name in parameters]
+
+
+class ShortPromptProcessorMixin(VariantProcessorMixin):
+    """For a processor whose `replace_image_token` writes T placeholders for an image."""
 
     def _num_kept(self, num_tokens: int, num_visual_tokens: int | float | None) -> int:
         budget = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
