@@ -244,8 +244,8 @@ def principal_components(
     rescaled *= finite[:, None]
     gram = _gram(rescaled)
     eigenvalues, eigenvectors = top_eigenvectors(gram, min(max(num_components, 2), tokens))
-    # The same vectors once more, now with equal entries for equal tokens, whatever the solver rounded. (At least two of
-    # them: a product with a single vector rounds equal rows differently.)
+    # The same vectors once more, now with equal entries for equal tokens, whatever the solver rounded. (At least two:
+    # a product with a single vector rounds equal rows differently.)
     eigenvectors = gram @ eigenvectors / eigenvalues
     null = eigenvalues <= tokens * EPS * eigenvalues[0].clamp(min=tokens * dim * EPS)
     return eigenvectors.abs().masked_fill(null, 0)[:, :num_components]
@@ -272,18 +272,17 @@ def top_eigenvectors(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, to
     tokens = len(matrix)
     steps = math.ceil((1.75 * count + 48) / KRYLOV_BLOCK)
     if 3 * steps * KRYLOV_BLOCK < tokens:
+        basis = matrix.new_empty(steps * KRYLOV_BLOCK, tokens)
+        products = torch.empty_like(basis)
         block = _fixed_start(tokens, matrix.device) @ matrix
-        blocks, products = [], []
-        for _ in range(steps):
-            if blocks:
-                known = torch.cat(blocks)
-                block = _orthonormal_rows(torch.addmm(block, block @ known.T, known, alpha=-1))
+        for first in range(0, len(basis), KRYLOV_BLOCK):
+            known = basis[:first]
+            for _ in range(2):
                 block = torch.addmm(block, block @ known.T, known, alpha=-1)
-            block = _orthonormal_rows(block)
-            blocks.append(block)
+            block = torch.linalg.qr(block.T).Q.T
+            basis[first : first + KRYLOV_BLOCK] = block
             block = block @ matrix
-            products.append(block)
-        basis, products = torch.cat(blocks), torch.cat(products)
+            products[first : first + KRYLOV_BLOCK] = block
         eigenvalues, rotation = torch.linalg.eigh(basis @ products.T)
         eigenvalues, rotation = eigenvalues.flip(0)[:count], rotation.flip(1)[:, :count].T
         eigenvectors = rotation @ basis
@@ -433,15 +432,9 @@ def _gram(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _fixed_start(tokens: int, device: torch.device) -> torch.Tensor:
-    """A start block `(KRYLOV_BLOCK, tokens)` in [-1, 1) without structure: an integer hash of the position."""
-    mixed = torch.arange(KRYLOV_BLOCK * tokens, device=device) * 2654435761 % 2**32
-    mixed = (mixed ^ (mixed >> 15)) * 2246822519 % 2**32
-    mixed = mixed ^ (mixed >> 13)
-    return (mixed / 2**31 - 1).float().view(KRYLOV_BLOCK, tokens)
-
-
-def _orthonormal_rows(block: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.qr(block.T).Q.T
+    """A start block `(KRYLOV_BLOCK, tokens)` without structure, the same on every run: sin(i^2)."""
+    index = torch.arange(KRYLOV_BLOCK * tokens, dtype=torch.float64, device=device)
+    return index.square().sin().float().view(KRYLOV_BLOCK, tokens)
 
 
 def _select_of_one_image(
@@ -512,7 +505,9 @@ def _finite_features(
     if cls_attention is not None:
         finite = finite & cls_attention.isfinite()
     scales = torch.where(finite & (lengths > 0), 1 / lengths, 0.0)
-    return torch.where(finite[:, None], features, 0.0), scales, finite
+    if torch.compiler.is_compiling() or not finite.all():
+        features = torch.where(finite[:, None], features, 0.0)
+    return features, scales, finite
 
 
 def _mean_similarity(features: torch.Tensor, scales: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
