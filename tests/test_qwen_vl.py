@@ -698,6 +698,24 @@ def test_stock_checkpoints_load_whole_and_ours_load_into_stock_classes(ours, sto
     assert torch.equal(again.generate(**inputs, **GREEDY), stock.generate(**inputs, **GREEDY))
 
 
+@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen2_5_VL"])
+def test_checkpoints_with_a_flat_configuration_load_whole(family, tmp_path):
+    ours = build(family)
+    stock_twin(ours, family).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    del text["model_type"], config["vision_config"]["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps({**text, **config}))
+    loaded, info = our_class(family).from_pretrained(
+        tmp_path, prunesid_config={"budget": 0.25, "min_budget": 4}, output_loading_info=True
+    )
+    assert_nothing_is_missing(info)
+    inputs = inputs_of(family, "image and video")
+    assert torch.equal(loaded.generate(**inputs, **GREEDY), ours.generate(**inputs, **GREEDY))
+
+
 CLIENT = """
 import importlib.util, json, sys, torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
