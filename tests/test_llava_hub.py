@@ -66,6 +66,19 @@ print(json.dumps(found))
 """
 
 
+TWO_PROCESSES = """
+import os, sys
+import torch
+from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
+
+model = PruneSIDLlavaForConditionalGeneration.from_pretrained(sys.argv[1], tp_plan="auto")
+tokens = model.generate(**torch.load(f"{sys.argv[2]}/inputs.pt"), max_new_tokens=6, do_sample=False)
+weight = model.model.language_model.layers[0].self_attn.q_proj.weight
+local = weight.to_local() if hasattr(weight, "to_local") else weight
+torch.save((tokens, len(local)), f"{sys.argv[2]}/{os.environ['RANK']}.pt")
+"""
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A stock checkpoint."""
@@ -278,6 +291,28 @@ class TestPlacement:
         assert model.dtype == dtype
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 6
+
+    @pytest.mark.slow
+    def test_two_processes_share_the_language_model(self, variant, inputs, tmp_path):
+        """Each selects by itself, and both agree."""
+        script = tmp_path / "two.py"
+        script.write_text(TWO_PROCESSES)
+        torch.save(inputs, tmp_path / "inputs.pt")
+        root = Path(__file__).parents[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            + [str(script), str(variant), str(tmp_path)],
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        expected = load(variant).generate(**inputs, **GREEDY)
+        for rank in range(2):
+            tokens, local_rows = torch.load(tmp_path / f"{rank}.pt")
+            assert torch.equal(tokens, expected)
+            assert local_rows == 16  # of 32
 
     def test_the_stock_twin_of_a_loaded_model(self, variant, inputs):
         model = load(variant)
