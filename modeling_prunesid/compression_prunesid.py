@@ -38,9 +38,11 @@ class ShortPrompt:
     keep_mask: torch.BoolTensor
 
     @classmethod
-    def from_keep_mask(cls, keep_mask: torch.BoolTensor, padding_side: str) -> "ShortPrompt":
+    def from_keep_mask(
+        cls, keep_mask: torch.BoolTensor, padding_side: str, minimum_length: int = 0
+    ) -> "ShortPrompt":
         lengths = keep_mask.sum(1)
-        length = int(lengths.max())
+        length = max(int(lengths.max()), minimum_length)
         # A stable sort moves the kept columns to the front and leaves them in order.
         source = (~keep_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
         columns = torch.arange(length, device=keep_mask.device)
@@ -257,15 +259,17 @@ class CompressedModelMixin:
             self._check_not_forgotten(inputs, start, only_whole_views=True)
 
         keep_mask = self._mark_kept(inputs, start or (cached_length if repeats_cached else 0))
-        if keep_mask is not None and _is_flat(mask) and not cached_length:
-            keep_mask = keep_mask & ~_padding(mask, leading_only=is_generation)
         padding_side = "left" if is_generation or _is_left_padded(mask) else "right"
         prompt = None
         if start:
             rest = torch.ones_like(input_ids, dtype=torch.bool) if keep_mask is None else keep_mask
             prompt = earlier.prompt.then(ShortPrompt.from_keep_mask(rest[:, start:], padding_side))
         elif keep_mask is not None:
-            prompt = ShortPrompt.from_keep_mask(keep_mask, padding_side)
+            # Padding gives way to rows that lost less, but a length that the caller pads to shrinks by what was dropped.
+            length = int(keep_mask.sum(1).min())
+            if _is_flat(mask) and not cached_length:
+                keep_mask = keep_mask & ~_padding(mask, leading_only=is_generation)
+            prompt = ShortPrompt.from_keep_mask(keep_mask, padding_side, minimum_length=length)
         if prompt is not None:
             inputs = self._shorten(inputs, prompt)
         inputs = self.place(inputs, is_generation)
@@ -321,15 +325,16 @@ class CompressedModelMixin:
             token_id = getattr(self.config, f"{modality}_token_id", None)
             if token_id is None or outputs.get(modality) is not None:
                 continue
-            rows = (input_ids[:, start:] == token_id).sum(1).tolist()
-            if any(rows) and (not only_whole_views or self.are_whole_views(rows)):
+            placeholders = input_ids[:, start:] == token_id
+            found = int(placeholders.sum())
+            if found and (not only_whole_views or self.are_whole_views(_run_lengths(placeholders))):
                 raise ValueError(
-                    f"{modality.capitalize()} features and {modality} tokens do not match, tokens: {sum(rows)}, "
+                    f"{modality.capitalize()} features and {modality} tokens do not match, tokens: {found}, "
                     f"features: 0. The prompt has {modality} placeholders but no {modality}; pass {pixels[0]}."
                 )
 
-    def are_whole_views(self, rows: list[int]) -> bool:
-        """Whether these numbers of placeholders in each row stand for whole views; False where a family cannot tell."""
+    def are_whole_views(self, run_lengths: list[int]) -> bool:
+        """Whether runs of so many placeholders each stand for whole views; False where a family cannot tell."""
         return False
 
     def _shorten(self, inputs: dict[str, Any], prompt: ShortPrompt) -> dict[str, Any]:
@@ -414,6 +419,12 @@ def _settle(output: Any, **changes: Any) -> Any:
 def _is_flat(mask: Any) -> bool:
     """Whether a mask has the shape `(batch, length)`. Upstream also takes `(batch, 1, queries, keys)` and dicts."""
     return isinstance(mask, torch.Tensor) and mask.dim() == 2
+
+
+def _run_lengths(placeholders: torch.BoolTensor) -> list[int]:
+    """The lengths of the runs of adjacent placeholders in the rows."""
+    edges = torch.nn.functional.pad(placeholders.long(), (1, 1)).diff(dim=1)
+    return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
 
 
 def _padding(mask: torch.Tensor, leading_only: bool) -> torch.BoolTensor:

@@ -44,12 +44,12 @@ class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def are_whole_views(self, rows: list[int]) -> bool:
+    def are_whole_views(self, run_lengths: list[int]) -> bool:
         vision = self.config.vision_config
         full = (vision.image_size // vision.patch_size) ** 2
         full += self.config.vision_feature_select_strategy == "full"
         short = min(resolve_budget(self.config.prunesid_config.budget, full), full)
-        return any(all(count % tokens == 0 for count in rows) for tokens in (full, short))
+        return any(all(length % tokens == 0 for length in run_lengths) for tokens in (full, short))
 
     @can_return_tuple
     def get_image_features(
