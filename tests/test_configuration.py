@@ -25,7 +25,10 @@ PAPER = {
     "quota": "proportional",
     "keep_cls": False,
     "grouping": "psca",
+    "mrope_positions": "original",
     "seed": 0,
+    "base_model_name_or_path": None,
+    "base_model_revision": None,
 }
 RELEASE = {**PAPER, "score": "cls_attention", "center": "features", "quota": "bounded", "keep_cls": True}
 DYNAMIC = {**PAPER, "dynamic": True, "reference_information": 0.4, "min_budget": 16, "max_budget": 192}
@@ -80,7 +83,7 @@ def test_invalid_value_is_refused_at_assignment_and_changes_nothing(name, value)
 
 
 def test_a_misspelt_name_is_refused_and_the_right_ones_are_listed():
-    with pytest.raises(ValueError, match=r"no field 'bugdet'.*budget, center"):
+    with pytest.raises(ValueError, match=r"no field 'bugdet'.*budget, budget_scope, center"):
         PruneSIDConfig(bugdet=32)
     with pytest.raises(ValueError, match="no field 'bugdet'"):
         PruneSIDConfig().bugdet = 32
