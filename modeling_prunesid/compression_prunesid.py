@@ -362,6 +362,8 @@ class CompressedModelMixin:
         for name, fill in fills.items():
             if inputs.get(name) is not None:
                 inputs[name] = prompt.take(inputs[name], fill)
+        if inputs.get("shift_labels") is not None and inputs["shift_labels"].shape[1] == prompt.full_length:
+            inputs["shift_labels"] = _shorten_shifted_labels(inputs["shift_labels"], prompt)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = self._shorten_positions(inputs["position_ids"], prompt)
         return inputs
@@ -419,6 +421,12 @@ def _settle(output: Any, **changes: Any) -> Any:
 def _is_flat(mask: Any) -> bool:
     """Whether a mask has the shape `(batch, length)`. Upstream also takes `(batch, 1, queries, keys)` and dicts."""
     return isinstance(mask, torch.Tensor) and mask.dim() == 2
+
+
+def _shorten_shifted_labels(shift_labels: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
+    """`shift_labels` holds at each column the label of the next one; in the short prompt, of the next that remains."""
+    labels = torch.nn.functional.pad(shift_labels[:, :-1], (1, 0), value=_IGNORED_LABEL)
+    return torch.cat([prompt.take(labels, _IGNORED_LABEL)[:, 1:], shift_labels[:, -1:]], dim=1)
 
 
 def _run_lengths(placeholders: torch.BoolTensor) -> list[int]:

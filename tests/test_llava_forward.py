@@ -295,6 +295,13 @@ class TestLabels:
         scaled = ours(**inputs, labels=labels, num_items_in_batch=count).loss
         torch.testing.assert_close(scaled * count, mean * targets)
 
+    def test_shifted_labels_are_shortened_to_the_next_kept_column(self, ours):
+        inputs = full_batch("left")
+        labels = labels_of(inputs)
+        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        got = ours(**inputs, labels=labels, shift_labels=shifted).loss
+        torch.testing.assert_close(got, ours(**inputs, labels=labels).loss)
+
 
 class TestCaches:
     def greedy_by_hand(self, model, inputs, output, steps=6):
