@@ -30,7 +30,7 @@ CHOICES = {
 
 EPS = torch.finfo(torch.float32).eps
 KRYLOV_BLOCK = 8
-STRIP = 64
+STRIP = 96
 COMPILED_ROUNDS = 15
 
 
@@ -422,7 +422,7 @@ def _pour(amount: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
 def _gram(rows: torch.Tensor) -> torch.Tensor:
     """`rows @ rows.T`, in three strips if large: what lies above their diagonal blocks is copied from below."""
     tokens = len(rows)
-    height = math.ceil(tokens / 3) if tokens >= 3 * STRIP else tokens
+    height = math.ceil(tokens / 3) if tokens > 2 * STRIP else tokens
     gram = rows.new_empty(tokens, tokens)
     for top in range(0, tokens, height):
         strip = rows[top : top + height] @ rows[: top + height].T
@@ -535,7 +535,7 @@ def _similarity_to_better(units: torch.Tensor, members: torch.Tensor) -> list[to
         own, others = members[top : top + STRIP, None], members[left : top + STRIP]
         better = (own == others).tril(top - left - 1)
         similarity = units[top : top + STRIP] @ units[left : top + STRIP].T
-        strips.append(similarity.masked_fill(~better, -math.inf))
+        strips.append(torch.where(better, similarity, -math.inf))
     return strips
 
 
