@@ -1,0 +1,263 @@
+"""convert.py, verify.py, calibrate.py and the presets of `configuration/`."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import IMAGE_SIZE
+from tiny_checkpoint import picture, save_checkpoint
+from transformers import BertConfig
+
+from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration
+from modeling_prunesid.selection_prunesid import information_budgets, redundancy
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import calibrate
+import convert
+
+
+SCRIPTS = Path(convert.__file__).parent
+PRESETS = sorted(convert.PRESETS.glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A stock checkpoint."""
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "base")
+
+
+def arguments(base, output, *more):
+    return [str(base), "--budget", "8", "--output", str(output), *more]
+
+
+def refusal(*argv, script=convert):
+    """The message with which a script ends."""
+    with pytest.raises(SystemExit) as ended:
+        script.main([str(argument) for argument in argv])
+    assert isinstance(ended.value.code, str)
+    return ended.value.code
+
+
+class TestPresets:
+    @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+    def test_is_valid_and_loads_by_name_and_as_a_file(self, path):
+        fields = convert.load_preset(path.stem)
+        assert fields == convert.load_preset(path)
+        saved = PruneSIDConfig.from_pretrained(path)
+        assert {name: getattr(saved, name) for name in fields} == fields
+        assert json.loads(path.read_text())["model_type"] == "prunesid"
+
+    @pytest.mark.parametrize("budget", [192, 128, 64])
+    def test_of_llava_are_the_papers_and_the_releases(self, budget):
+        assert convert.load_preset(f"llava_1.5_{budget}") == {"budget": budget}
+        assert convert.load_preset(f"llava_1.5_{budget}_release") == {
+            "budget": budget,
+            "score": "cls_attention",
+            "center": "features",
+            "quota": "bounded",
+            "keep_cls": True,
+        }
+
+    def test_unknown_name_lists_the_known_ones(self):
+        with pytest.raises(ValueError, match=r"one of llava_1.5_128, .*, got 'llava_1.5_65'"):
+            convert.load_preset("llava_1.5_65")
+
+    def test_invalid_file_is_refused(self, tmp_path):
+        (tmp_path / "broken.json").write_text("{")
+        with pytest.raises(ValueError, match="is no JSON"):
+            convert.load_preset(tmp_path / "broken.json")
+        (tmp_path / "misspelt.json").write_text('{"bugdet": 64}')
+        with pytest.raises(ValueError, match="no field 'bugdet'"):
+            convert.load_preset(tmp_path / "misspelt.json")
+
+
+class TestConvert:
+    @pytest.mark.parametrize("kind", ["thin", "full"])
+    def test_writes_a_verified_variant(self, base, tmp_path, capsys, kind):
+        output = tmp_path / "new" / "variant"
+        convert.main(arguments(base, output, *(["--thin"] if kind == "thin" else [])))
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert report == {
+            "model": str(base),
+            "class": "PruneSIDLlavaForConditionalGeneration",
+            "budget": 8,
+            "thin": kind == "thin",
+            "processor": True,
+            "output": str(output),
+            "bytes": sum(path.stat().st_size for path in output.iterdir()),
+        }
+        if kind == "thin":
+            assert report["bytes"] < 200_000
+            assert not list(output.glob("*.safetensors"))
+        else:
+            assert (output / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+        assert f'repo = "{output}"' in (output / "README.md").read_text()
+        assert os.listdir(tmp_path) == ["new"]
+        assert os.listdir(tmp_path / "new") == ["variant"]
+
+    def test_settings_come_from_preset_and_arguments(self):
+        given = ["model", "--output", "out", "--preset", "llava_1.5_64_release"]
+        settings = convert.read_settings(convert.parse_arguments([*given, "--budget", "0.25"]))
+        assert settings == {**convert.load_preset("llava_1.5_64_release"), "budget": 0.25}
+        dynamic = [*given, "--dynamic", "--reference-information", "0.4"]
+        settings = convert.read_settings(convert.parse_arguments(dynamic))
+        assert (settings["dynamic"], settings["reference_information"]) == (True, 0.4)
+
+    def test_a_dynamic_budget_without_its_reference_names_the_mend(self, base, tmp_path):
+        assert "calibrate.py" in refusal(*arguments(base, tmp_path / "out", "--dynamic"))
+
+    def test_supported_families_are_all_of_the_package(self):
+        assert {"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llava"} <= set(convert.families())
+
+    @pytest.mark.parametrize("budget", ["0", "-3", "1.5"])
+    def test_invalid_budget(self, base, tmp_path, budget):
+        message = refusal(base, "--budget", budget, "--output", tmp_path / "out")
+        assert "budget must be a positive integer" in message
+        assert budget in message
+
+    def test_unsupported_family_lists_the_supported_ones(self, tmp_path):
+        BertConfig().save_pretrained(tmp_path / "bert")
+        message = refusal(*arguments(tmp_path / "bert", tmp_path / "out"))
+        assert "model_type 'bert', which PruneSID does not support. It supports llava, llava_next, " in message
+
+    def test_missing_checkpoint(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        assert "has no config.json" in refusal(*arguments(tmp_path / "empty", tmp_path / "out"))
+        assert "nowhere" in refusal(*arguments(tmp_path / "nowhere", tmp_path / "out"))
+        assert os.listdir(tmp_path) == ["empty"]
+
+    def test_incomplete_checkpoint(self, base, tmp_path):
+        broken = shutil.copytree(base, tmp_path / "broken")
+        weights = load_file(broken / "model.safetensors")
+        weights.pop("language_model.lm_head.weight")
+        save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+        assert "lacks weights: lm_head.weight" in refusal(*arguments(broken, tmp_path / "out"))
+        assert os.listdir(tmp_path) == ["broken"]
+
+    def test_output_that_is_not_empty(self, base, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        assert f"--output must be a new or an empty folder, got {tmp_path}" in refusal(*arguments(base, tmp_path))
+        assert os.listdir(tmp_path) == ["notes.txt"]
+
+    def test_output_that_cannot_be_written(self, base):
+        """No user may create anything in /proc."""
+        assert "/proc" in refusal(*arguments(base, "/proc/variant"))
+
+    def test_full_disk_leaves_nothing_behind(self, base, tmp_path):
+        """A limit on the size of files refuses the weights in the way a full disk does."""
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+        done = subprocess.run(
+            [sys.executable, str(SCRIPTS / "convert.py"), *arguments(base, tmp_path / "out")],
+            env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"},
+            preexec_fn=limit,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("convert.py: ")
+        assert "File too large" in done.stderr.splitlines()[-1]
+        assert os.listdir(tmp_path) == []
+
+    def test_a_variant_that_answers_otherwise_is_not_kept(self, base, tmp_path, monkeypatch):
+        monkeypatch.setattr(convert, "answer", lambda model, processor: [1, 2, 3])
+        message = refusal(*arguments(base, tmp_path / "out", "--thin"))
+        assert "a clean process answers [" in message
+        assert "and the model in memory [1, 2, 3]" in message
+        assert os.listdir(tmp_path) == []
+
+    def test_a_thin_variant_of_a_folder_is_not_pushed(self, base, tmp_path):
+        message = refusal(*arguments(base, tmp_path / "out", "--thin", "--push-to-hub", "owner/variant"))
+        assert "is a folder of this machine, from which nobody else can load a thin variant" in message
+        assert os.listdir(tmp_path) == []
+
+
+def varied_images(count=24):
+    """From flat to busy."""
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        side = 2 ** (index % 6)
+        pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        yield Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    for index, image in enumerate(varied_images()):
+        image.save(folder / f"{index:02}.png")
+    return folder
+
+
+class TestCalibrate:
+    def test_the_mean_budget_is_the_one_asked_for(self, base, photographs, tmp_path, capsys):
+        output = tmp_path / "settings" / "calibrated.json"
+        calibrate.main([str(base), str(photographs), "--budget", "12", "--output", str(output)])
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        settings = convert.load_preset(output)
+        assert report["views"] == 24
+        assert abs(report["mean_budget"] - 12) < 0.5
+        assert (settings["budget"], settings["dynamic"]) == (12, True)
+
+        model = PruneSIDLlavaForConditionalGeneration.from_pretrained(base, prunesid_config=settings)
+        processor = model._processor_class.from_pretrained(base)
+        inputs = processor.image_processor(images=list(varied_images()), return_tensors="pt")
+        kept = model.get_image_features(pixel_values=inputs["pixel_values"]).keep_indices
+        assert sum(map(len, kept)) / len(kept) == pytest.approx(report["mean_budget"], abs=1e-3)
+        with torch.no_grad():
+            states = model.model.vision_tower(**inputs, output_hidden_states=True).hidden_states[-2][:, 1:]
+        assert settings["reference_information"] == pytest.approx((1 - redundancy(states)).mean().item(), abs=1e-4)
+
+    def test_draws_the_histogram(self, base, photographs, tmp_path):
+        calibrate.main([str(base), str(photographs), "--budget", "12", "--output", str(tmp_path / "calibrated.json")])
+        drawn = matplotlib.image.imread(tmp_path / "calibrated.png")
+        assert drawn.shape[:2] == (600, 1050)
+        blue = (np.abs(drawn[..., :3] - np.array([0x3B, 0x6F, 0xB6]) / 255) < 0.02).all(-1)
+        assert blue.mean() > 0.02
+
+    def test_reads_a_saved_dataset_and_stops_at_the_limit(self, base, photographs, tmp_path, capsys):
+        rows = {"id": list(range(24)), "photo": [str(path) for path in sorted(photographs.iterdir())]}
+        dataset = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())
+        dataset.save_to_disk(tmp_path / "dataset")
+        output = tmp_path / "calibrated.json"
+        calibrate.main(
+            [str(base), str(tmp_path / "dataset"), "--budget", "12", "--limit", "9", "--output", str(output)]
+        )
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["views"] == 9
+
+    def test_bounds_are_made_up_for(self):
+        views = [(rho, 49) for rho in np.linspace(0.05, 0.95, 40).tolist()]
+        settings = PruneSIDConfig(budget=16, max_budget=20)
+        reference = calibrate.find_reference(views, settings)
+        budgets = information_budgets(torch.tensor([rho for rho, _ in views]), 16, 49, reference, maximum=20)
+        assert abs(budgets.double().mean() - 16) < 0.5
+        assert reference < np.mean([1 - rho for rho, _ in views])
+
+    def test_bounds_that_exclude_the_budget_are_refused(self):
+        with pytest.raises(ValueError, match="No reference gives a mean of budget=16 within min_budget=20"):
+            calibrate.find_reference([(0.2, 49), (0.7, 49)], PruneSIDConfig(budget=16, min_budget=20))
+
+    def test_no_images(self, base, tmp_path):
+        message = refusal(base, tmp_path, "--budget", 12, "--output", tmp_path / "out.json", script=calibrate)
+        assert f"The folder {tmp_path} has no images" in message
+
+    def test_unreadable_image(self, base, tmp_path):
+        picture().save(tmp_path / "a.png")
+        (tmp_path / "b.png").write_bytes(b"no image")
+        message = refusal(base, tmp_path, "--budget", 12, "--output", tmp_path / "out.json", script=calibrate)
+        assert "b.png is not a readable image" in message
+        assert not (tmp_path / "out.json").exists()
