@@ -3,6 +3,7 @@
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PretrainedConfig
@@ -102,9 +103,7 @@ def write_card(
         weights="This repo holds no weights: they are taken from the base when it is loaded." if thin else "",
         repo=repo,
         settings="\n".join(
-            f"| `{name}` | `{value}` |"
-            for name, value in settings.items()
-            if name not in _NO_SETTINGS
+            f"| `{name}` | `{value}` |" for name, value in settings.items() if name not in _NO_SETTINGS
         ),
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
@@ -122,7 +121,7 @@ def _describe_budget(settings: PretrainedConfig) -> str:
 
 
 @functools.lru_cache
-def _licence(base: str) -> dict[str, str]:
+def _licence(base: str) -> dict[str, Any]:
     """The licence fields in the card of the base; none where it has no card, or the card cannot be reached."""
     try:
         path = cached_file(base, "README.md")

@@ -33,6 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from convert import find_family, load_preset, parse_budget
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, UnidentifiedImageError
 
 from modeling_prunesid import PruneSIDConfig
@@ -118,6 +119,7 @@ def measure(model: Any, image_processor: Any, images: Iterable[Image.Image]) -> 
 
 def budgets_at(reference: float, views: list[tuple[float, int]], settings: PruneSIDConfig) -> np.ndarray:
     """N' of each view."""
+    assert settings.budget is not None
     bounds = {"minimum": settings.min_budget, "maximum": settings.max_budget}
     return np.array(
         [
@@ -134,6 +136,7 @@ def find_reference(views: list[tuple[float, int]], settings: PruneSIDConfig) -> 
     Raises:
         `ValueError`: if the bounds keep every mean away from N.
     """
+    assert settings.budget is not None
     asked = np.mean([resolve_budget(settings.budget, tokens) for _, tokens in views])
     reference = float(np.mean([1 - rho for rho, _ in views]))
     low, high = reference / 64, reference * 64
@@ -168,7 +171,7 @@ def draw_histogram(scores: np.ndarray, reference: float, title: str, path: Path)
     axes.set_title(f"{title}: {len(scores)} views", loc="left", color=INK)
     axes.set_xlabel(r"information score  $\varphi = 1 - \rho$", color=INK)
     axes.set_ylabel("views", color=INK)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=MUTED)
     axes.margins(y=0.12)
