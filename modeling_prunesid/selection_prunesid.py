@@ -386,11 +386,12 @@ def proportional_quotas(sizes: torch.Tensor, total: int | torch.Tensor) -> torch
 
 def bounded_quotas(sizes: torch.Tensor, total: int | torch.Tensor, nominal: int, tokens: int) -> torch.Tensor:
     """
-    Share out `total` tokens as the authors' release does: cumulative rounding of the shares, between bounds.
+    Share out `total` tokens between bounds, as the authors' release does.
 
-    Each group with survivors gets at least one token and at most 5 * ceil(N / 64), raised by the least that lets the
-    groups hold `total`. These rules are ours: what the bounds cut off or add is made good in group order, and no group
-    is sure of a token where the groups outnumber `total`.
+    Each group with survivors gets one token; the others follow by cumulative rounding of the survivors' shares, up to
+    5 * ceil(N / 64) a group, a bound raised by the least that lets the groups hold `total`; what it cuts off goes to
+    the groups with most survivors. Two rules are ours: no group takes a suppressed token before another's survivor,
+    and no group is sure of a token where the groups outnumber `total`.
 
     Args:
         sizes (`torch.LongTensor` of shape `(groups,)`): survivors of each group.
@@ -401,22 +402,18 @@ def bounded_quotas(sizes: torch.Tensor, total: int | torch.Tensor, nominal: int,
     Returns:
         `torch.LongTensor` of shape `(groups,)`, none above its group's size, their sum `total`.
     """
-    held_by_cap = sizes.clamp(max=torch.arange(tokens + 1, device=sizes.device)[:, None]).sum(1)
-    cap = (held_by_cap < total).sum().clamp(min=5 * math.ceil(nominal / 64))
-    upper = sizes.minimum(cap)
+    held_by_bound = sizes.clamp(max=torch.arange(tokens + 1, device=sizes.device)[:, None]).sum(1)
+    upper = sizes.minimum((held_by_bound < total).sum().clamp(min=5 * math.ceil(nominal / 64)))
     lower = sizes.clamp(max=1)
     lower = lower * (lower.sum() <= total)
 
     cumulative = sizes.cumsum(0)
-    rounded = (2 * total * cumulative + cumulative[-1]) // (2 * cumulative[-1]).clamp(min=1)
-    quotas = rounded.diff(prepend=torch.zeros_like(rounded[:1])).clamp(lower, upper)
-    missing = total - quotas.sum()
-    return quotas + _pour(missing.clamp(min=0), upper - quotas) - _pour((-missing).clamp(min=0), quotas - lower)
-
-
-def _pour(amount: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-    """Fill `room` with `amount` from the first place on."""
-    return (amount - (room.cumsum(0) - room)).clamp(min=0).minimum(room)
+    goals = (2 * (total - lower.sum()) * cumulative + cumulative[-1]) // (2 * cumulative[-1]).clamp(min=1)
+    quotas = (lower + goals.diff(prepend=torch.zeros_like(goals[:1]))).minimum(upper)
+    largest_first = sizes.argsort(descending=True, stable=True)
+    room = (upper - quotas)[largest_first]
+    added = (total - quotas.sum() - (room.cumsum(0) - room)).clamp(min=0).minimum(room)
+    return quotas.scatter_add(0, largest_first, added)
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:

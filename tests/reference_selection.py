@@ -92,25 +92,22 @@ def proportional(sizes, total):
 
 
 def bounded(sizes, total, nominal):
-    """The release's quotas: rounded cumulative shares, each in [1, 5 * ceil(N / 64)], bounds that may give way."""
-    cap = 5 * math.ceil(nominal / 64)
-    while sum(min(size, cap) for size in sizes) < total:
-        cap += 1
-    upper = [min(size, cap) for size in sizes]
+    """The release's quotas: one a group, the rest by cumulative rounding; what the bound cuts off to large groups."""
+    bound = 5 * math.ceil(nominal / 64)
+    while sum(min(size, bound) for size in sizes) < total:
+        bound += 1
     lower = [min(size, 1) for size in sizes]
     if sum(lower) > total:
         lower = [0] * len(sizes)
     quotas, reached, given = [], 0, 0
-    for k, size in enumerate(sizes):
+    for size, first in zip(sizes, lower, strict=True):
         reached += size
-        goal = math.floor(Fraction(total * reached, sum(sizes)) + Fraction(1, 2))
-        quotas.append(min(max(goal - given, lower[k]), upper[k]))
+        goal = math.floor(Fraction((total - sum(lower)) * reached, sum(sizes)) + Fraction(1, 2))
+        quotas.append(min(first + goal - given, size, bound))
         given = goal
-    for k in range(len(sizes)):
-        while sum(quotas) < total and quotas[k] < upper[k]:
+    for k in sorted(range(len(sizes)), key=lambda k: (-sizes[k], k)):
+        while sum(quotas) < total and quotas[k] < min(sizes[k], bound):
             quotas[k] += 1
-        while sum(quotas) > total and quotas[k] > lower[k]:
-            quotas[k] -= 1
     return quotas
 
 

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from reference_selection import reference_rho, reference_select
+from reference_selection import bounded, proportional, reference_rho, reference_select
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_prunesid.selection_prunesid import (
+    bounded_quotas,
     information_budgets,
+    proportional_quotas,
     redundancy,
     select_tokens,
     top_eigenvectors,
@@ -114,6 +116,22 @@ def test_agrees_with_the_oracle_at_the_size_of_a_tower(variant):
         agreed += len(set(expected) & set(select(x[None], budget, variant).indices[0].tolist()))
         total += budget
     assert agreed >= 0.98 * total
+
+
+def test_quotas():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for _ in range(2000):
+        sizes = torch.randint(0, 40, (draw(1, 30),), generator=generator)
+        sizes[0] += 1
+        total, nominal = draw(1, int(sizes.sum())), draw(1, 200)
+        assert proportional_quotas(sizes, total).tolist() == proportional(sizes.tolist(), total)
+        quotas = bounded_quotas(sizes, total, nominal, tokens=50)
+        assert quotas.tolist() == bounded(sizes.tolist(), total, nominal)
+        assert quotas.sum() == total and (quotas >= 0).all() and (quotas <= sizes).all()
 
 
 HARD_INPUTS = {
