@@ -85,13 +85,9 @@ class PruneSIDQwen3VLModel(MRoPEModelMixin, HubModelMixin, Qwen3VLModel):
         Encodes videos and keeps N tokens of each temporal slice; as `get_image_features`, where a list in
         `num_visual_tokens` holds the total of each video.
         """
-        # Upstream encodes a video as an image; a share of 1.0 leaves it whole until here.
-        output = super().get_video_features(
-            pixel_values_videos=pixel_values_videos,
-            video_grid_thw=video_grid_thw,
-            num_visual_tokens=1.0,
-            return_dict=True,
-            **kwargs,
+        # Upstream's encoder of videos is that of images, called by a name that we override.
+        output = super().get_image_features(
+            pixel_values=pixel_values_videos, image_grid_thw=video_grid_thw, return_dict=True, **kwargs
         )
         return self._keep_tokens(output, video_grid_thw, num_visual_tokens)
 

@@ -650,9 +650,13 @@ def test_a_prompt_of_another_count_is_refused(ours, family):
         ours.generate(**inputs, **GREEDY)
 
 
-def test_features_as_a_tuple(ours, family):
-    output = ours.get_image_features(pixels([BIG], 0), torch.tensor([BIG]), return_dict=False)
-    assert isinstance(output, tuple)
+@pytest.mark.parametrize("kind, grid", [("image", BIG), ("video", LONG_CLIP)])
+def test_features_as_a_tuple(ours, family, kind, grid):
+    encode, arguments = getattr(ours, f"get_{kind}_features"), (pixels([grid], 0), torch.tensor([grid]))
+    assert isinstance(encode(*arguments, return_dict=False), tuple)
+    assert len(encode(*arguments, return_dict=True).pooler_output) == 1
+    ours.config.return_dict = False
+    assert isinstance(encode(*arguments), tuple)
 
 
 def test_a_copy_of_a_used_model_works(ours, family):
