@@ -232,7 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"convert.py: {error}")
     for path in sorted(arguments.output.iterdir()):
         print(f"{path.stat().st_size:>14,}  {path.name}")
-    print(f"{report['bytes']:>14,}  bytes in all; a clean process loads it and gives the same answer")
+    question = "" if report["processor"] else " (to text alone: the checkpoint has no processor that loads)"
+    print(f"{report['bytes']:>14,}  bytes in all; a clean process loads it and gives the same answer{question}")
     print(json.dumps(report))
 
 
