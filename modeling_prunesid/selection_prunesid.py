@@ -342,7 +342,7 @@ def survivors(similarity: list[torch.Tensor], tau: torch.Tensor) -> torch.Tensor
     photographs tried, and an odd count never leaves two tokens in conflict.
 
     Args:
-        similarity (`list` of `torch.FloatTensor`): see [`similarity_to_better`].
+        similarity (`list` of `torch.FloatTensor`): see `_similarity_to_better`.
         tau (`torch.FloatTensor`, a scalar): the threshold.
 
     Returns:
