@@ -30,6 +30,7 @@ from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixi
 from .configuration_prunesid import PruneSIDLlavaNextConfig
 from .hub_prunesid import HubModelMixin, register_class_names
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
+from .selection_prunesid import resolve_budget
 from .sharing_prunesid import choose_tokens_of_views, request_budgets
 from .tower_prunesid import resolve_layer, run_tower
 
@@ -55,6 +56,12 @@ class PruneSIDLlavaNextModel(CompressedModelMixin, HubModelMixin, LlavaNextModel
         self.vocab_size = config.text_config.vocab_size
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def are_whole_views(self, run_lengths: list[int]) -> bool:
+        """An image has at least the tokens of the crop that shows the whole of it."""
+        vision = self.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return min(run_lengths) >= resolve_budget(self.config.prunesid_config.budget, patches)
 
     @can_return_tuple
     def get_image_features(

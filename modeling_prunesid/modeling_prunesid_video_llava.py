@@ -29,7 +29,7 @@ from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixi
 from .configuration_prunesid import PruneSIDVideoLlavaConfig
 from .hub_prunesid import HubModelMixin, register_class_names
 from .processing_prunesid_video_llava import PruneSIDVideoLlavaProcessor
-from .selection_prunesid import redundancy
+from .selection_prunesid import redundancy, resolve_budget
 from .sharing_prunesid import SharedBudgets, choose_tokens_of_views, request_budgets
 from .tower_prunesid import resolve_layer, run_tower
 
@@ -58,6 +58,12 @@ class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaMod
         self.vocab_size = config.text_config.vocab_size
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def are_whole_views(self, run_lengths: list[int]) -> bool:
+        vision = self.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        short = resolve_budget(self.config.prunesid_config.budget, patches)
+        return any(all(length % tokens == 0 for length in run_lengths) for tokens in (patches, patches + 1, short))
 
     @can_return_tuple
     def get_image_features(

@@ -11,7 +11,7 @@ from .selection_prunesid import information_budgets, redundancy, resolve_budget,
 
 def listed_budgets(
     num_visual_tokens: int | float | Sequence[int] | torch.Tensor | None, num_inputs: int
-) -> list[int] | None:
+) -> list | None:
     """
     The counts where a caller passes one for each image or clip; None where he passes a single value, or nothing.
 

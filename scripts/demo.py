@@ -15,6 +15,7 @@ Examples:
     python scripts/demo.py --budgets 192 64 16 --image kitchen.jpg --output out/kitchen
     python scripts/demo.py --model llava-hf/llava-1.5-7b-hf \\
         --image http://images.cocodataset.org/val2017/000000039769.jpg --prompt "What are the cats doing?"
+    python scripts/demo.py --video clip.mp4     # Video-LLaVA on 8 frames, see clip.py
 """
 
 import argparse
@@ -289,22 +290,31 @@ def budget(text: str) -> int | float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a LLaVA-1.5 checkpoint: Hub name or folder (default: assembled here)")
+    parser.add_argument(
+        "--model", help="a LLaVA-1.5 (with --video: Video-LLaVA) checkpoint, Hub name or folder (default: assembled)"
+    )
     parser.add_argument("--image", help="path or URL (default: three photographs that packages ship)")
+    parser.add_argument("--video", type=Path, help="a video file, in place of images")
     parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
     parser.add_argument(
         "--budgets",
         type=budget,
         nargs="+",
-        default=[192, 128, 64],
         metavar="N",
-        help="visual tokens kept of each image: counts, or shares such as 0.1 (default: 192 128 64)",
+        help="visual tokens kept of each image or frame: counts, or shares such as 0.1 "
+        "(default: 192 128 64, with --video 17)",
     )
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for results (default: %(default)s)")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
+    if arguments.video:
+        import clip
+
+        print(json.dumps(clip.run(arguments)))
+        return
+    arguments.budgets = arguments.budgets or [192, 128, 64]
     if arguments.image:
         photographs = {arguments.image: load_photograph(arguments.image)}
     else:

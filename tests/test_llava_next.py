@@ -442,6 +442,13 @@ class TestForward:
 
 
 class TestErrors:
+    @pytest.mark.parametrize("count", [full_count, short_count], ids=["full", "short"])
+    @pytest.mark.parametrize("call", ["forward", "generate", "base"])
+    def test_a_forgotten_image(self, ours, call, count):
+        function = {"forward": ours, "generate": ours.generate, "base": ours.model}[call]
+        with pytest.raises(ValueError, match="but no image; pass pixel_values"):
+            function(**batch(rows(count, ROWS[:1])))
+
     @pytest.mark.parametrize("call", ["forward", "generate", "base"])
     def test_another_number_of_placeholders(self, ours, call):
         inputs = {**batch([prompt([41], [7])]), **images(SIZES[:1])}

@@ -345,6 +345,13 @@ class TestForward:
 
 
 class TestErrors:
+    @pytest.mark.parametrize("tokens", [FED, BUDGET], ids=["full", "short"])
+    @pytest.mark.parametrize("call", ["forward", "generate", "base"])
+    def test_a_forgotten_clip(self, ours, call, tokens):
+        function = {"forward": ours, "generate": ours.generate, "base": ours.model}[call]
+        with pytest.raises(ValueError, match="but no video; pass pixel_values_videos"):
+            function(**batch(rows(0, FRAMES * tokens, ROWS[1:2])))
+
     @pytest.mark.parametrize("call", ["forward", "generate", "base"])
     def test_another_number_of_placeholders(self, ours, call):
         inputs = {**batch([[1, *[VIDEO] * 41, 7]]), "pixel_values_videos": clips(1)}
