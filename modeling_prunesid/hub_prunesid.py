@@ -91,7 +91,7 @@ class HubModelMixin:
                 key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs
             }
             config, kwargs = cls.config_class.from_pretrained(
-                name if config is None else config, return_unused_kwargs=True, **location, **kwargs
+                name if config is None else config, return_unused_kwargs=True, **(kwargs | location)
             )
             kwargs |= placement | {key: location[key] for key in _ACCESS_ARGUMENTS if key in location}
         return cls._from_base(name, config, location, model_args, kwargs)

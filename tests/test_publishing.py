@@ -8,7 +8,13 @@ import torch
 from huggingface_hub import ModelCard
 from tiny import batch, build, pixels, prompt, stock_twin
 from tiny_checkpoint import CHAT_TEMPLATE, picture, save_checkpoint
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaModel
 
@@ -87,6 +93,32 @@ class TestThin:
         assert loaded.config.text_config._attn_implementation == "eager"
         loaded, _ = load(thin, prunesid_config={"budget": 4})
         assert loaded.config.prunesid_config.budget == 4
+
+    @pytest.mark.parametrize("loader", [PruneSIDLlavaForConditionalGeneration, AutoModelForImageTextToText])
+    def test_all_that_the_caller_asks_for_is_asked_of_the_base(self, model, tmp_path, monkeypatch, loader):
+        model.loaded_revision = "v1.0"
+        model.save_pretrained(tmp_path, thin=True)
+        asked = {
+            "dtype": torch.float16,
+            "device_map": "cpu",
+            "quantization_config": {"load_in_4bit": True},
+            "cache_dir": str(tmp_path / "cache"),
+            "token": "hf_secret",
+            "local_files_only": True,
+            "force_download": False,
+        }
+        seen = {}
+
+        def record(cls, name, **kwargs):
+            seen.update(kwargs, name=name)
+            raise OSError("recorded")
+
+        monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(record))
+        with pytest.raises(OSError, match="recorded"):
+            loader.from_pretrained(tmp_path, revision="of-the-variant", **asked)
+        assert {name: seen[name] for name in asked} == asked
+        assert seen["name"] == model.config.name_or_path
+        assert seen["revision"] == "v1.0"
 
     def test_its_own_generation_config_wins(self, model, thin):
         assert load(thin)[0].generation_config.max_new_tokens == 6
