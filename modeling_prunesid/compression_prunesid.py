@@ -38,9 +38,7 @@ class ShortPrompt:
     keep_mask: torch.BoolTensor
 
     @classmethod
-    def from_keep_mask(
-        cls, keep_mask: torch.BoolTensor, padding_side: str, minimum_length: int = 0
-    ) -> "ShortPrompt":
+    def from_keep_mask(cls, keep_mask: torch.BoolTensor, padding_side: str, minimum_length: int = 0) -> "ShortPrompt":
         lengths = keep_mask.sum(1)
         length = max(int(lengths.max()), minimum_length)
         # A stable sort moves the kept columns to the front and leaves them in order.
@@ -130,7 +128,7 @@ def mark_kept_placeholders(
     Marks the columns of a prompt that remain.
 
     Args:
-        placeholders (`torch.BoolTensor` of shape `(batch, length)`): the visual placeholders, in the order of the views.
+        placeholders (`torch.BoolTensor` of shape `(batch, length)`): visual placeholders, in the order of the views.
         num_placeholders (`list[int]`): T of each view, the placeholders that the stock processor writes for it.
         keep_indices (`list[torch.LongTensor]`): the kept of these, N of each view. -1 stands for a token that has no
             placeholder of its own (the CLS token) and takes the view's first free one.
@@ -250,7 +248,8 @@ class CompressedModelMixin:
         repeats_cached = is_generation and (not _is_flat(mask) or mask.shape[1] == columns.shape[1])
         start = 0
         if earlier is not None and not repeats_cached:
-            inputs["attention_mask"] = mask = _shorten_cached_mask(mask, earlier.prompt, cached_length, columns.shape[1])
+            mask = _shorten_cached_mask(mask, earlier.prompt, cached_length, columns.shape[1])
+            inputs["attention_mask"] = mask
         elif earlier is not None and earlier.starts(input_ids):
             start = earlier.prompt.full_length
         if is_generation and (not cached_length or earlier is not None):
@@ -265,7 +264,7 @@ class CompressedModelMixin:
             rest = torch.ones_like(input_ids, dtype=torch.bool) if keep_mask is None else keep_mask
             prompt = earlier.prompt.then(ShortPrompt.from_keep_mask(rest[:, start:], padding_side))
         elif keep_mask is not None:
-            # Padding gives way to rows that lost less, but a length that the caller pads to shrinks by what was dropped.
+            # Padding gives way to rows that lost less; a length that the caller pads to shrinks by what was dropped.
             length = int(keep_mask.sum(1).min())
             if _is_flat(mask) and not cached_length:
                 keep_mask = keep_mask & ~_padding(mask, leading_only=is_generation)
@@ -375,8 +374,8 @@ class CompressedModelMixin:
         """An id for added padding that is no placeholder."""
         placeholder_ids = [getattr(self.config, f"{modality}_token_id", None) for modality in _PIXELS]
         padding_id = self.config.get_text_config().pad_token_id
-        candidates = [padding_id, 0, 1, 2]
-        return next(candidate for candidate in candidates if candidate is not None and candidate not in placeholder_ids)
+        candidates = [0, 1, 2] if padding_id is None else [padding_id, 0, 1, 2]
+        return next(candidate for candidate in candidates if candidate not in placeholder_ids)
 
     def _drop_cached_features(self, inputs: dict[str, Any], cached_length: int) -> dict[str, Any]:
         """Features whose placeholders are in the cache already are not needed again."""
@@ -414,8 +413,13 @@ def _finish_forward(output: Any, input_ids: torch.LongTensor | None, prompt: Sho
 
 def _settle(output: Any, **changes: Any) -> Any:
     """A copy of an encoder's output with upstream's fields alone: it fits the prompt, and upstream may reorder it."""
-    return type(output)(**{field.name: changes.get(field.name, output[field.name]) for field in fields(output)
-                           if output.get(field.name) is not None})
+    return type(output)(
+        **{
+            field.name: changes.get(field.name, output[field.name])
+            for field in fields(output)
+            if output.get(field.name) is not None
+        }
+    )
 
 
 def _is_flat(mask: Any) -> bool:
@@ -520,7 +524,7 @@ class CompressedGenerationMixin:
         begin with the caller's own `input_ids`, and `max_length` and `min_length` count from them.
 
         Args:
-            num_visual_tokens (`int`, `float`, or `list[int]` or `torch.LongTensor` of one count for each view, *optional*):
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
                 The budget of this call, in place of `config.prunesid_config.budget`.
 
         Raises:

@@ -82,8 +82,8 @@ class PruneSIDConfig(PretrainedConfig):
 
     Args:
         budget (`int`, `float` or `None`, defaults to 64):
-            N. An int is the number of tokens kept of each encoded view (image, crop or frame); a float in (0, 1] is the
-            share kept; None switches compression off. A budget of at least the view's own tokens is off as well.
+            N. An int is the number of tokens kept of each encoded view (image, crop or frame); a float in (0, 1] is
+            the share kept; None switches compression off. A budget of at least the view's own tokens is off as well.
         budget_scope (`"view"` or `"image"`, defaults to `"view"`):
             What an int or a share counts: the tokens of each encoded view, or the total of a whole image or clip (the
             crops of LLaVA-NeXT, the frames of Video-LLaVA), which is shared over its views: equally, or with `dynamic`
@@ -102,9 +102,9 @@ class PruneSIDConfig(PretrainedConfig):
             The mean information score over a set of typical images; the mean budget over that set is then N. Required
             by `dynamic` with `budget_scope="view"`.
         min_budget, max_budget (`int`, *optional*):
-            Bounds of the dynamic budget of a view, in tokens; none with `budget_scope="image"`, whose totals are exact.
-            In Qwen-VL, where `min_budget` is 16 by default, a share never stands for fewer tokens than it either, so
-            that a view of up to 16 tokens is left whole (release).
+            Bounds of the dynamic budget of a view, in tokens; none with `budget_scope="image"`, whose totals are
+            exact. In Qwen-VL, where `min_budget` is 16 by default, a share never stands for fewer tokens than it
+            either, so that a view of up to 16 tokens is left whole (release).
         score (`"component"` or `"cls_attention"`, defaults to `"component"`):
             What ranks the tokens of a group: |V| of equation 3, or the attention that the CLS token pays (the authors'
             release).
@@ -182,7 +182,7 @@ class PruneSIDConfig(PretrainedConfig):
         bounds = (self.min_budget, self.max_budget)
         if self.budget_scope == "image" and bounds != (None, None):
             raise ValueError(
-                f"prunesid_config.min_budget and max_budget bound the budget of a view, but budget_scope='image' fixes "
+                "prunesid_config.min_budget and max_budget bound the budget of a view, but budget_scope='image' fixes "
                 f"the total, got min_budget={self.min_budget}, max_budget={self.max_budget}. Leave them None."
             )
         if self.dynamic and self.budget_scope == "view" and self.reference_information is None:

@@ -56,7 +56,7 @@ class HubModelMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: our weights are initialised by upstream's own `_init_weights`, which upstream does not trust others with."""
+        """False, so that upstream initialises our weights as its own: they are the same modules."""
         return False
 
     @classmethod

@@ -27,7 +27,7 @@ class MRoPEModelMixin(CompressedModelMixin):
         deltas = getattr(cache, "_prunesid_rope_deltas", None)
         if deltas is not None and inputs.get("position_ids") is None and cache.get_seq_length():
             self.rope_deltas = self._short_rope_deltas = deltas
-        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
+        grids: dict[str, Any] = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
         return {**super().encode_views(inputs), **grids}
 
     def forward_compressed(self, forward, **inputs):

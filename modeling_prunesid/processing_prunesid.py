@@ -1,8 +1,8 @@
 """
 Processors that write short prompts: one placeholder for each kept token.
 
-A fixed budget is known before any image is seen, so engines that size prompts up front, static caches and exporters can
-have prompts of the final length. For a dynamic budget they write the full prompt, which the models accept as well.
+A fixed budget is known before any image is seen, so engines that size prompts up front, static caches and exporters
+can have prompts of the final length. For a dynamic budget they write the full prompt, which the models accept as well.
 """
 
 import inspect

@@ -1,6 +1,6 @@
 """
-Runs a vision tower no further than needed, and reads on the way what selection needs: the hidden states of a few layers
-and, where wanted, the attention that the CLS token pays in one layer.
+Runs a vision tower no further than needed, and reads on the way what selection needs: the hidden states of a few
+layers and, where wanted, the attention that the CLS token pays in one layer.
 """
 
 import contextvars

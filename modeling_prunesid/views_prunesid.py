@@ -42,8 +42,8 @@ def requested_budgets(
 
     Args:
         settings (`PruneSIDConfig`).
-        num_visual_tokens: what the caller asks for in place of `settings.budget`: a count or a share for every view, or
-            one count for each of them.
+        num_visual_tokens: what the caller asks for in place of `settings.budget`: a count or a share for every view,
+            or one count for each of them.
         num_views (`int`), num_tokens (`int`): T of each view.
 
     Raises:
