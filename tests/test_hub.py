@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PUBLISH = """
 import json, sys
 from pathlib import Path
+import convert
 from huggingface_hub import ModelCard
 from tiny_checkpoint import CARD, build_processor, save_checkpoint
 from transformers import LlavaForConditionalGeneration
@@ -41,6 +42,9 @@ model.push_to_hub("owner/full", max_shard_size="100KB")
 model.push_to_hub("owner/slimmed")
 model.push_to_hub("owner/slimmed", thin=True)
 model.push_to_hub("owner/branched", thin=True, revision="experiment")
+model.save_pretrained("saved", thin=True, push_to_hub=True, repo_id="owner/saved", commit_message="From a folder")
+to_hub = ["--push-to-hub", "owner/converted", "--private"]
+convert.main(["owner/base", "--budget", "4", "--thin", "--output", "out", *to_hub])
 
 stock = LlavaForConditionalGeneration.from_pretrained("stock")
 stock.push_to_hub("owner/secret-base", private=True)
@@ -217,6 +221,19 @@ def test_the_weights_of_a_full_repo_are_sharded(hub, published):
     shards = [path for path in hub.files("owner/full") if path.endswith(".safetensors")]
     assert len(shards) > 1
     assert "model.safetensors.index.json" in hub.files("owner/full")
+
+
+def test_saving_with_push_to_hub_publishes_the_same_files(hub, published):
+    assert set(hub.files("owner/saved")) == set(hub.files("owner/thin"))
+
+
+def test_convert_pushes_what_it_verified(hub, published, home):
+    assert hub.repos["owner/converted"].private
+    written = {path.name: path.read_bytes() for path in (home / "out").iterdir()}
+    pushed = {path: content for path, content in hub.files("owner/converted").items() if path != ".gitattributes"}
+    assert written == pushed
+    assert b'"base_model_name_or_path": "owner/base"' in pushed["config.json"]
+    assert b'repo = "owner/converted"' in pushed["README.md"]
 
 
 def test_every_push_is_one_commit(hub, published):
