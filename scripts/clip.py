@@ -11,13 +11,15 @@ Examples:
 """
 
 import statistics
+from functools import partial
 from pathlib import Path
 
 import av
 import torch
 import transformers
-from demo import ROUNDS, answer, first_token_seconds, load_assembled
+from demo import ROUNDS, answer, load_assembled
 from matplotlib import pyplot
+from measuring import seconds_by_turns
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -131,13 +133,13 @@ def measure(model, inputs: dict, cases: dict[str, dict]) -> list[dict]:
     off = {"budget": None}
     candidates = {"stock class": (stock_twin(model), off), "PruneSID off": (model, off)}
     candidates |= {name: (model, settings) for name, settings in cases.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for round_number in range(1 + ROUNDS):
-        for name, (candidate, settings) in candidates.items():
-            model.config.prunesid_config = settings
-            elapsed = first_token_seconds(candidate, inputs)
-            if round_number:  # the first round warms up
-                seconds[name].append(elapsed)
+
+    def first_token(candidate, settings):
+        model.config.prunesid_config = settings
+        candidate.generate(**inputs, max_new_tokens=1, do_sample=False)
+
+    runs = {name: partial(first_token, *candidate) for name, candidate in candidates.items()}
+    seconds = seconds_by_turns(runs, ROUNDS)
 
     rows = []
     for name, (candidate, settings) in candidates.items():

@@ -21,18 +21,14 @@ Examples:
 import argparse
 import colorsys
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: its profiler is not to print here
-
 import matplotlib
+from measuring import machine, peak_bytes, seconds_by_turns
 
 
 matplotlib.use("Agg")
@@ -42,7 +38,6 @@ import transformers
 from matplotlib import pyplot
 from matplotlib.collections import LineCollection
 from PIL import Image
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 from transformers.image_utils import load_image
 from transformers.utils import logging
@@ -124,39 +119,6 @@ def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
     return {"rho": rho, "tau": len(kept) / 32 * rho, "kept": kept.cpu(), "groups": selection.groups[0].cpu()}
 
 
-def first_token_seconds(model, inputs) -> float:
-    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    synchronize()
-    return time.perf_counter() - start
-
-
-def peak_bytes(model, inputs) -> int:
-    """The largest sum of tensors alive at once that PyTorch allocated while the first token was computed."""
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        first_token_seconds(model, inputs)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        first_token_seconds(model, inputs)
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        profiler.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
-    alive, total, peak = {}, 0, 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        address, size = event["args"]["Addr"], event["args"]["Bytes"]
-        if size > 0:
-            alive[address] = size
-            total += size
-        else:
-            total -= alive.pop(address, 0)
-        peak = max(peak, total)
-    return peak
-
-
 def answer(model, processor, inputs) -> tuple[str, int]:
     """The answer, and the length of the prompt that the language model itself received."""
     lengths: list[int] = []
@@ -173,13 +135,13 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
     settings = model.config.prunesid_config
     cases = [("stock class", stock, None), ("PruneSID off", model, None)]
     cases += [(f"PruneSID {count}", model, count) for count in budgets]
-    seconds: dict[str, list[float]] = {name: [] for name, _, _ in cases}
-    for round_number in range(1 + ROUNDS):
-        for name, candidate, settings.budget in cases:
-            elapsed = first_token_seconds(candidate, question)
-            if round_number:  # the first round warms up
-                seconds[name].append(elapsed)
 
+    def first_token(candidate, count):
+        settings.budget = count
+        candidate.generate(**question, max_new_tokens=1, do_sample=False)
+
+    runs = {name: partial(first_token, candidate, count) for name, candidate, count in cases}
+    seconds = seconds_by_turns(runs, ROUNDS)
     rows = []
     for name, candidate, settings.budget in cases:
         text, prompt_tokens = answer(candidate, processor, question)
@@ -190,7 +152,7 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
             "prompt_tokens": prompt_tokens,
             "first_token_ms": 1000 * median,
             "speedup": statistics.median(seconds["stock class"]) / median,
-            "peak_mib": peak_bytes(candidate, question) / 2**20,
+            "peak_mib": peak_bytes(runs[name]) / 2**20,
             "answer": text,
         }
         if settings.budget is not None:
@@ -326,7 +288,8 @@ def main() -> None:
         load_checkpoint(arguments.model) if arguments.model else load_assembled(arguments.output / "model")
     )
     stock = stock_twin(model)
-    print(f"{type(model).__name__} from {type(model).__module__}, {model.device}, {model.dtype}")
+    print(f"{type(model).__name__} from {type(model).__module__}, {model.dtype}")
+    print(machine())
 
     questions = [ask(processor, photograph, arguments.prompt, model) for photograph in photographs.values()]
     rows = measure(model, stock, processor, questions[0], arguments.budgets)
@@ -350,6 +313,7 @@ def main() -> None:
         "model": arguments.model or "assembled",
         "device": str(model.device),
         "dtype": str(model.dtype),
+        "machine": machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "rounds": ROUNDS,

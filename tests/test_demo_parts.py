@@ -19,6 +19,7 @@ from transformers import Dinov2Config, Dinov2Model
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import assemble
 import demo
+import measuring
 import parts
 
 
@@ -169,14 +170,14 @@ def test_an_answer_comes_with_the_tokens_that_entered_the_language_model():
 
 
 def test_peak_memory_counts_the_tensors_alive_at_once():
-    def generate(**_):
+    def run():
         first = torch.zeros(1_000_000)
         second = first + 1
         del first
         third = second + 1
         return third
 
-    assert 8_000_000 <= demo.peak_bytes(SimpleNamespace(generate=generate, device=torch.device("cpu")), {}) < 8_100_000
+    assert 8_000_000 <= measuring.peak_bytes(run) < 8_100_000
 
 
 def test_outlines_join_neighbours_of_one_group():
