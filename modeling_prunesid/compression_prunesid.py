@@ -252,12 +252,16 @@ class CompressedModelMixin:
             inputs["attention_mask"] = mask
         elif earlier is not None and earlier.starts(input_ids):
             start = earlier.prompt.full_length
+        # What follows the earlier prompt in the cache is its answer, where an id of a placeholder is a word.
+        seen = cached_length if repeats_cached else 0
+        if start:
+            seen = start + max(cached_length - earlier.prompt.length, 0)
         if is_generation and (not cached_length or earlier is not None):
-            self._check_not_forgotten(inputs, start)
+            self._check_not_forgotten(inputs, start, seen)
         elif cache is None and not is_generation:
-            self._check_not_forgotten(inputs, start, only_whole_views=True)
+            self._check_not_forgotten(inputs, start, seen, only_whole_views=True)
 
-        keep_mask = self._mark_kept(inputs, start or (cached_length if repeats_cached else 0))
+        keep_mask = self._mark_kept(inputs, start, seen)
         padding_side = "left" if is_generation or _is_left_padded(mask) else "right"
         prompt = None
         if start:
@@ -295,15 +299,18 @@ class CompressedModelMixin:
         outputs = inputs.get("mm_encoder_outputs") or {}
         return {name: out for name, out in outputs.items() if getattr(out, "keep_indices", None) is not None}
 
-    def _mark_kept(self, inputs: dict[str, Any], start: int) -> torch.BoolTensor | None:
-        """The columns that remain, None for all; those before `start` are in the cache and were shortened with it."""
+    def _mark_kept(self, inputs: dict[str, Any], start: int, seen: int) -> torch.BoolTensor | None:
+        """
+        The columns that remain, None for all. Those before `start` were shortened with the cache, and those before
+        `seen` are in it.
+        """
         keep_mask = None
         for modality, output in self._dropped_tokens(inputs).items():
             placeholders = self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
             new = placeholders
-            if start:
-                new = placeholders.clone()
-                new[:, :start] = False
+            if seen:
+                placeholders = _without_answer(placeholders, start, seen)
+                new = placeholders & (torch.arange(placeholders.shape[1], device=placeholders.device) >= seen)
                 # Either the new views alone are passed, or those of the whole conversation again.
                 counts = (sum(output.num_placeholders), sum(len(kept) for kept in output.keep_indices))
                 new = new if int(new.sum()) in counts else placeholders
@@ -312,7 +319,9 @@ class CompressedModelMixin:
                 keep_mask = kept if keep_mask is None else keep_mask & kept
         return keep_mask
 
-    def _check_not_forgotten(self, inputs: dict[str, Any], start: int, only_whole_views: bool = False) -> None:
+    def _check_not_forgotten(
+        self, inputs: dict[str, Any], start: int, seen: int, only_whole_views: bool = False
+    ) -> None:
         """
         Upstream embeds a placeholder without a view like a word; with compression on, that is an error. A `forward` on
         ids that are no prompt, as profilers and tests run it, is left to upstream: `only_whole_views`.
@@ -324,7 +333,7 @@ class CompressedModelMixin:
             token_id = getattr(self.config, f"{modality}_token_id", None)
             if token_id is None or outputs.get(modality) is not None:
                 continue
-            placeholders = input_ids[:, start:] == token_id
+            placeholders = _without_answer(input_ids == token_id, start, seen)[:, start:]
             found = int(placeholders.sum())
             if found and (not only_whole_views or self.are_whole_views(_run_lengths(placeholders))):
                 raise ValueError(
@@ -431,6 +440,20 @@ def _shorten_shifted_labels(shift_labels: torch.LongTensor, prompt: ShortPrompt)
     """`shift_labels` holds at each column the label of the next one; in the short prompt, of the next that remains."""
     labels = torch.nn.functional.pad(shift_labels[:, :-1], (1, 0), value=_IGNORED_LABEL)
     return torch.cat([prompt.take(labels, _IGNORED_LABEL)[:, 1:], shift_labels[:, -1:]], dim=1)
+
+
+def _without_answer(placeholders: torch.BoolTensor, start: int, seen: int) -> torch.BoolTensor:
+    """
+    The placeholders but for ids in the answer to an earlier prompt of length `start`, which are words: the columns up
+    to `seen`, that are in its cache, and a last one that is not.
+    """
+    if not start:
+        return placeholders
+    is_answer = torch.zeros_like(placeholders)
+    is_answer[:, start:seen] = True
+    alone = placeholders & ~torch.nn.functional.pad(placeholders[:, 1:], (0, 1))
+    is_answer[:, seen : seen + 1] = alone[:, seen : seen + 1]
+    return placeholders & ~is_answer
 
 
 def _run_lengths(placeholders: torch.BoolTensor) -> list[int]:

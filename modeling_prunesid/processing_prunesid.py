@@ -87,7 +87,8 @@ class ShortPromptProcessorMixin(VariantProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "num_visual_tokens"]
+        names = super().model_input_names
+        return names if self.num_visual_tokens is None else [*names, "num_visual_tokens"]
 
 
 class PruneSIDLlavaProcessor(ShortPromptProcessorMixin, LlavaProcessor):

@@ -504,6 +504,19 @@ class TestChat:
         second = {"input_ids": ids, "pixel_values": both if images == "all" else both[1:]}
         assert torch.equal(new_tokens(ours, second, past_key_values=first.past_key_values, **GREEDY), expected)
 
+    def test_an_answer_may_contain_the_id_of_a_placeholder(self, ours, stock):
+        def say_image(ids, scores):
+            return scores.index_fill(1, torch.tensor([IMAGE]), 1e9)
+
+        inputs, first = self.first_turn(ours, num_images=1, logits_processor=[say_image])
+        assert (first.sequences[0, -4:] == IMAGE).all()
+        ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], dim=1)
+        short = torch.cat([torch.tensor([prompt([BUDGET], [])]), ids[:, NUM_PATCHES + 2 :]], dim=1)
+        cache = copy.deepcopy(first.past_key_values)
+        expected = stock.generate(input_ids=short, past_key_values=cache, **GREEDY)[:, short.shape[1] :]
+        got = new_tokens(ours, {"input_ids": ids}, past_key_values=first.past_key_values, **GREEDY)
+        assert torch.equal(got, expected)
+
     def test_images_after_a_beginning_of_text(self, ours):
         first = ours.generate(input_ids=torch.tensor([prompt([], [7, 8, 9])]), return_dict_in_generate=True, **GREEDY)
         ids = torch.cat([first.sequences, torch.tensor([prompt([NUM_PATCHES], [11, 12])])], dim=1)
