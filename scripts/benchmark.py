@@ -66,7 +66,7 @@ SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 12,
 SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 TEXT = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "pad_token_id": 0}
 IMAGE = 32000
-TEXT_TOKENS = 50
+TEXT_TOKENS, DECODED = 50, 16
 
 
 def release_style(hidden_states: torch.Tensor, budget: int) -> list[list[int]]:
@@ -257,22 +257,17 @@ def compare_models(is_next: bool, budgets: list[int], rounds: int) -> dict[str, 
     )
     print(f"{'KV cache':>12}{'peak':>12}")
 
-    def generate(model, budget, new_tokens):
+    def answer(model, budget):
         settings.budget = budget
-        return model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, use_cache=True
-        )
+        return model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
 
     first = seconds_by_turns(
-        {
-            case: (lambda model=model, budget=budget: generate(model, budget, 1))
-            for case, (model, budget) in cases.items()
-        },
+        {case: (lambda model=model, budget=budget: answer(model, budget)) for case, (model, budget) in cases.items()},
         rounds,
     )
     prompts = {}
     for case, (model, budget) in cases.items():
-        cache = generate(model, budget, 1).past_key_values
+        cache = answer(model, budget).past_key_values
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         prompts[case] = (cache.get_seq_length(), held)
     embeddings = {
@@ -286,18 +281,28 @@ def compare_models(is_next: bool, budgets: list[int], rounds: int) -> dict[str, 
         },
         max(rounds, 3),
     )
+    word = torch.randn(1, 1, ours.config.text_config.hidden_size, device=DEVICE, dtype=ours.dtype)
+
+    def decode(cache):
+        for _ in range(DECODED):
+            ours.model.language_model(inputs_embeds=word, past_key_values=cache)
+
+    caches = {
+        case: ours.model.language_model(inputs_embeds=rows, use_cache=True).past_key_values
+        for case, rows in embeddings.items()
+    }
+    decoding = seconds_by_turns({case: (lambda cache=cache: decode(cache)) for case, cache in caches.items()}, 3)
     ratios = {}
     for case, (model, budget) in cases.items():
         length, held = prompts[case]
-        seconds = seconds_by_turns({case: lambda model=model, budget=budget: generate(model, budget, 17)}, 1)[case][0]
-        step = (seconds - statistics.median(first[case])) / 16
+        rate = DECODED / statistics.median(decoding[case])
         ratio = statistics.median(first["stock"]) / statistics.median(first[case])
         alone = statistics.median(prefill["stock"]) / statistics.median(prefill[case])
         limit = operations(views, prompts["stock"][0]) / operations(views, length)
-        peak = peak_bytes(lambda model=model, budget=budget: generate(model, budget, 1)) / 2**20
+        peak = peak_bytes(lambda model=model, budget=budget: answer(model, budget)) / 2**20
         print(
             f"{case:12}{length:8}{spread(first[case]):>34}{ratio:7.2f}x{limit:7.2f}x"
-            f"{1000 * statistics.median(prefill[case]):7.0f} ms{alone:7.2f}x{1 / step:8.1f} tok/s"
+            f"{1000 * statistics.median(prefill[case]):7.0f} ms{alone:7.2f}x{rate:8.1f} tok/s"
             f"{held / 2**20:8.1f} MiB{peak:8.0f} MiB"
         )
         if budget is not None:
@@ -336,8 +341,8 @@ def main() -> None:
     if not arguments.quick:
         cases = [(batch, 576, budget) for batch in (1, 5) for budget in (192, 128, 64, 32)] + [(8, 256, 17)]
     ratios = compare_selection(tokens, cases, 5 if arguments.quick else 7)
-    ratios |= compare_tower(tokens, 1 if arguments.quick else 3, arguments.quick)
-    ratios |= compare_models(False, [64] if arguments.quick else [192, 128, 64, 32], 1 if arguments.quick else 3)
+    ratios |= compare_tower(tokens, 2 if arguments.quick else 3, arguments.quick)
+    ratios |= compare_models(False, [64] if arguments.quick else [192, 128, 64, 32], 2 if arguments.quick else 3)
     if not arguments.quick:
         ratios |= compare_models(True, [128, 64, 32], 1 if DEVICE == "cpu" else 5)
         grow(tokens, 3)
