@@ -259,6 +259,7 @@ class PruneSIDQwen3VLAutoModel(PruneSIDQwen3VLModel):
         return PruneSIDQwen3VLModel._from_config(config, **kwargs)
 
 
+# Stock checkpoints have the names of our modules: upstream registers no conversion for Qwen3-VL to pass on.
 register_class_names(
     PruneSIDQwen3VLConfig.model_type, "PruneSIDQwen3VLForConditionalGeneration", "PruneSIDQwen3VLModel"
 )
