@@ -41,11 +41,15 @@ class TowerStates:
         hidden_states (`dict[int, torch.Tensor]`): `(batch, tokens, dim)` by index, 0 being the embeddings.
         cls_attention (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
             The attention weights of the CLS query, summed over the heads, in float32.
+        queries, keys (`torch.Tensor` of shape `(batch, tokens, dim)`, *optional*):
+            What the projections of that layer gave, the heads side by side.
     """
 
     outputs: Any = None
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
     cls_attention: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
 
 
 def resolve_layer(layer: int, num_layers: int, name: str) -> int:
@@ -102,6 +106,7 @@ def run_tower(
             stack.enter_context(_stop_after(needed))
         states.outputs = tower(pixel_values, return_dict=True, **kwargs)
     if cls_attention_layer is not None:
+        states.queries, states.keys = projections
         states.cls_attention = _cls_attention(*projections, num_heads=tower.config.num_attention_heads)
     return states
 
