@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
+from .configuration_mini_gemini import MiniGeminiConfig
 from .configuration_prunesid import (
     PruneSIDConfig,
     PruneSIDLlavaConfig,
@@ -11,6 +12,8 @@ from .configuration_prunesid import (
     PruneSIDQwen3VLConfig,
     PruneSIDVideoLlavaConfig,
 )
+from .configuration_prunesid_mini_gemini import PruneSIDMiniGeminiConfig
+from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
 from .modeling_prunesid_llava import (
     PruneSIDLlavaAutoModel,
     PruneSIDLlavaForConditionalGeneration,
@@ -20,6 +23,11 @@ from .modeling_prunesid_llava_next import (
     PruneSIDLlavaNextAutoModel,
     PruneSIDLlavaNextForConditionalGeneration,
     PruneSIDLlavaNextModel,
+)
+from .modeling_prunesid_mini_gemini import (
+    PruneSIDMiniGeminiAutoModel,
+    PruneSIDMiniGeminiForConditionalGeneration,
+    PruneSIDMiniGeminiModel,
 )
 from .modeling_prunesid_qwen2_5_vl import (
     PruneSIDQwen2_5_VLAutoModel,
@@ -41,8 +49,10 @@ from .modeling_prunesid_video_llava import (
     PruneSIDVideoLlavaForConditionalGeneration,
     PruneSIDVideoLlavaModel,
 )
+from .processing_mini_gemini import MiniGeminiProcessor
 from .processing_prunesid import PruneSIDLlavaProcessor
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
+from .processing_prunesid_mini_gemini import PruneSIDMiniGeminiProcessor
 from .processing_prunesid_qwen_vl import (
     PruneSIDQwen2_5_VLProcessor,
     PruneSIDQwen2VLProcessor,
@@ -84,6 +94,13 @@ for _config, _auto_model, _model, _processor in (
         PruneSIDVideoLlavaForConditionalGeneration,
         PruneSIDVideoLlavaProcessor,
     ),
+    (MiniGeminiConfig, MiniGeminiModel, MiniGeminiForConditionalGeneration, MiniGeminiProcessor),
+    (
+        PruneSIDMiniGeminiConfig,
+        PruneSIDMiniGeminiAutoModel,
+        PruneSIDMiniGeminiForConditionalGeneration,
+        PruneSIDMiniGeminiProcessor,
+    ),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _auto_model)
@@ -92,6 +109,10 @@ for _config, _auto_model, _model, _processor in (
     AutoProcessor.register(_config, _processor)
 
 __all__ = [
+    "MiniGeminiConfig",
+    "MiniGeminiForConditionalGeneration",
+    "MiniGeminiModel",
+    "MiniGeminiProcessor",
     "PruneSIDConfig",
     "PruneSIDLlavaConfig",
     "PruneSIDLlavaForConditionalGeneration",
@@ -101,6 +122,10 @@ __all__ = [
     "PruneSIDLlavaNextModel",
     "PruneSIDLlavaNextProcessor",
     "PruneSIDLlavaProcessor",
+    "PruneSIDMiniGeminiConfig",
+    "PruneSIDMiniGeminiForConditionalGeneration",
+    "PruneSIDMiniGeminiModel",
+    "PruneSIDMiniGeminiProcessor",
     "PruneSIDQwen2VLConfig",
     "PruneSIDQwen2VLForConditionalGeneration",
     "PruneSIDQwen2VLModel",

@@ -17,19 +17,23 @@ from transformers import (
 )
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_budget(value: Any) -> bool:
+    is_count = is_integer(value) and value >= 1
+    is_share = is_number(value) and not is_integer(value) and 0 < value <= 1
+    return value is None or is_count or is_share
 
 
 def check_budget(value: Any, name: str = "prunesid_config.budget") -> None:
     """Raise a `ValueError` unless `value` is a count of tokens, a share of them, or None."""
-    is_count = _is_integer(value) and value >= 1
-    is_share = _is_number(value) and not _is_integer(value) and 0 < value <= 1
-    if not (value is None or is_count or is_share):
+    if not is_budget(value):
         raise ValueError(
             f"{name} must be a positive integer (tokens kept of each encoded view), a float in (0, 1] (share of its "
             f"tokens) or None (off), got {value!r}. Write for example {name.split('.')[-1]}=64."
@@ -40,43 +44,85 @@ def _one_of(*choices: str):
     return lambda value: value in choices, "one of " + ", ".join(repr(choice) for choice in choices)
 
 
-def _optional_count():
-    return lambda value: value is None or (_is_integer(value) and value >= 1), "a positive integer or None"
+def optional_count():
+    return lambda value: value is None or (is_integer(value) and value >= 1), "a positive integer or None"
 
 
-def _optional_name():
+def optional_name():
     return lambda value: value is None or (isinstance(value, str) and value != ""), "a non-empty string or None"
 
 
 # field: (is it valid?, what is valid)
 _RULES = {
-    "num_groups": _optional_count(),
-    "layer": (_is_integer, "an integer index into the tower's hidden states, for example -2"),
+    "num_groups": optional_count(),
+    "layer": (is_integer, "an integer index into the tower's hidden states, for example -2"),
     "nms_lambda": (
-        lambda value: value is None or value == "auto" or (_is_number(value) and value > 0),
+        lambda value: value is None or value == "auto" or (is_number(value) and value > 0),
         "a positive number, 'auto' or None (N/32)",
     ),
+    "llm_budget": (is_budget, "a positive integer, a float in (0, 1] or None"),
     "budget_scope": _one_of("view", "image"),
     "dynamic": (lambda value: isinstance(value, bool), "True or False"),
     "reference_information": (
-        lambda value: value is None or (_is_number(value) and 0 < value <= 2),
+        lambda value: value is None or (is_number(value) and 0 < value <= 2),
         "a number in (0, 2] (the mean information score of a set of images) or None",
     ),
-    "min_budget": _optional_count(),
-    "max_budget": _optional_count(),
+    "min_budget": optional_count(),
+    "max_budget": optional_count(),
     "score": _one_of("component", "cls_attention"),
     "center": _one_of("tokens", "features"),
     "quota": _one_of("proportional", "bounded"),
     "keep_cls": (lambda value: isinstance(value, bool), "True or False"),
     "grouping": _one_of("psca", "kmeans", "random"),
     "mrope_positions": _one_of("original", "contiguous"),
-    "seed": (lambda value: _is_integer(value) and value >= 0, "an integer of at least 0"),
-    "base_model_name_or_path": _optional_name(),
-    "base_model_revision": _optional_name(),
+    "seed": (lambda value: is_integer(value) and value >= 0, "an integer of at least 0"),
+    "base_model_name_or_path": optional_name(),
+    "base_model_revision": optional_name(),
 }
 
 
-class PruneSIDConfig(PretrainedConfig):
+class NestedSettings(PretrainedConfig):
+    """Settings inside a model's configuration: a budget and fields with rules, checked at every assignment."""
+
+    # field: (is it valid?, what is valid)
+    _rules = {}
+
+    def __post_init__(self, **kwargs):
+        for name in kwargs:
+            self._check_name(name)
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def __setattr__(self, name, value):
+        self._check_name(name)
+        if name == "budget":
+            check_budget(value, name=f"{self.base_config_key}.budget")
+        elif name in self._rules:
+            is_valid, description = self._rules[name]
+            if not is_valid(value):
+                raise ValueError(f"{self.base_config_key}.{name} must be {description}, got {value!r}.")
+        super().__setattr__(name, value)
+
+    def _check_name(self, name):
+        # Everything that Transformers itself gives a configuration is an attribute of the class, or one of these two.
+        known = name.startswith("_") or hasattr(type(self), name)
+        if not known and name not in ("attn_implementation", "experts_implementation"):
+            fields = ", ".join(sorted(["budget", *self._rules]))
+            raise ValueError(f"{self.base_config_key} has no field {name!r}. Its fields are: {fields}.")
+
+    def check(self) -> None:
+        """Raise a `ValueError` for fields that contradict each other. Runs at construction and before each use."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings alone, without the fields that Transformers gives to every configuration."""
+        fields = {"budget": self.budget, **{name: getattr(self, name) for name in self._rules}}
+        return {"model_type": self.model_type, "transformers_version": transformers.__version__, **fields}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class PruneSIDConfig(NestedSettings):
     r"""
     How visual tokens are chosen (PruneSID, ICLR 2026). The defaults are the paper's settings for LLaVA-1.5.
 
@@ -88,6 +134,10 @@ class PruneSIDConfig(PretrainedConfig):
             What an int or a share counts: the tokens of each encoded view, or the total of a whole image or clip (the
             crops of LLaVA-NeXT, the frames of Video-LLaVA), which is shared over its views: equally, or with `dynamic`
             in proportion to their information scores. A total is exact, so that prompts can be sized up front.
+        llm_budget (`int` or `float`, *optional*):
+            LLaVA-1.5 only (ours): the mean number of visual tokens of an image over the layers of the language model,
+            as a count or a share of its tokens. The N that enter are thinned out in front of two of its layers, by the
+            norms of their keys as in ViTCoP. None drops nothing there.
         num_groups (`int`, *optional*):
             K, the number of PSCA groups. Default: N/4 (section 4.3, table 6).
         layer (`int`, defaults to -2):
@@ -130,9 +180,11 @@ class PruneSIDConfig(PretrainedConfig):
 
     model_type = "prunesid"
     base_config_key = "prunesid_config"
+    _rules = _RULES
 
     budget: int | float | None = 64
     budget_scope: str = "view"
+    llm_budget: int | float | None = None
     num_groups: int | None = None
     layer: int = -2
     nms_lambda: int | float | str | None = None
@@ -150,31 +202,7 @@ class PruneSIDConfig(PretrainedConfig):
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
 
-    def __post_init__(self, **kwargs):
-        for name in kwargs:
-            self._check_name(name)
-        super().__post_init__(**kwargs)
-        self.check()
-
-    def __setattr__(self, name, value):
-        self._check_name(name)
-        if name == "budget":
-            check_budget(value)
-        elif name in _RULES:
-            is_valid, description = _RULES[name]
-            if not is_valid(value):
-                raise ValueError(f"prunesid_config.{name} must be {description}, got {value!r}.")
-        super().__setattr__(name, value)
-
-    def _check_name(self, name):
-        # Everything that Transformers itself gives a configuration is an attribute of the class, or one of these two.
-        known = name.startswith("_") or hasattr(type(self), name)
-        if not known and name not in ("attn_implementation", "experts_implementation"):
-            fields = ", ".join(sorted(["budget", *_RULES]))
-            raise ValueError(f"prunesid_config has no field {name!r}. Its fields are: {fields}.")
-
     def check(self) -> None:
-        """Raise a `ValueError` for fields that contradict each other. Runs at construction and before each use."""
         if self.min_budget is not None and self.max_budget is not None and self.min_budget > self.max_budget:
             raise ValueError(
                 f"prunesid_config.min_budget={self.min_budget} exceeds max_budget={self.max_budget}. Swap them."
@@ -190,14 +218,6 @@ class PruneSIDConfig(PretrainedConfig):
                 "prunesid_config.dynamic=True needs reference_information, the mean information score of typical "
                 "images, got None. `scripts/calibrate.py` measures it."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings alone, without the fields that Transformers gives to every configuration."""
-        fields = {"budget": self.budget, **{name: getattr(self, name) for name in _RULES}}
-        return {"model_type": self.model_type, "transformers_version": transformers.__version__, **fields}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
 
 
 class _NestsPruneSIDConfig:
@@ -273,14 +293,11 @@ class _QwenVLDefaults:
             refuse_cls(self.prunesid_config)
 
 
-def refuse_cls(settings: PretrainedConfig) -> None:
-    """Raise a `ValueError` for settings that need the CLS token of a tower that has none."""
+def refuse_cls(settings: PretrainedConfig, reason: str = "its vision tower has no CLS token") -> None:
+    """Raise a `ValueError` for settings that need a CLS token, of a model that has none to give."""
     for name, refused, instead in (("score", "cls_attention", "component"), ("keep_cls", True, False)):
         if getattr(settings, name) == refused:
-            raise ValueError(
-                f"prunesid_config.{name} must be {instead!r} for this model, got {refused!r}: its vision tower has no "
-                "CLS token."
-            )
+            raise ValueError(f"prunesid_config.{name} must be {instead!r} for this model, got {refused!r}: {reason}.")
 
 
 @strict

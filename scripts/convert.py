@@ -32,6 +32,7 @@ from verify import answer
 
 import modeling_prunesid
 from modeling_prunesid import PruneSIDConfig
+from modeling_prunesid.compression_prunesid import CompressedGenerationMixin
 from modeling_prunesid.hub_prunesid import check_base_is_public, push_folder
 
 
@@ -64,7 +65,7 @@ def load_preset(name: str | os.PathLike) -> dict[str, Any]:
 def families() -> dict[str, type]:
     """The supported stock `model_type`s, with our class for each of them."""
     classes = [getattr(modeling_prunesid, name) for name in modeling_prunesid.__all__]
-    models = [model for model in classes if model.__name__.endswith("ForConditionalGeneration")]
+    models = [model for model in classes if issubclass(model, CompressedGenerationMixin)]
     return {model.config_class.model_type.removeprefix("prunesid_"): model for model in models}
 
 

@@ -18,7 +18,7 @@ from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGe
 from modeling_prunesid.selection_prunesid import select_tokens
 
 
-FAMILIES = ["Llava", "LlavaNext", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "VideoLlava"]
+FAMILIES = ["Llava", "LlavaNext", "MiniGemini", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "VideoLlava"]
 OURS = "num_visual_tokens"
 
 

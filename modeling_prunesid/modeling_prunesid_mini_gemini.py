@@ -1,0 +1,251 @@
+"""Mini-Gemini with PruneSID: tokens are chosen from the final image tokens, and only the kept ones are projected."""
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+    LlavaPreTrainedModel,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
+from .configuration_prunesid import refuse_cls
+from .configuration_prunesid_mini_gemini import PruneSIDMiniGeminiConfig
+from .hub_prunesid import HubModelMixin, register_class_names
+from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
+from .processing_prunesid_mini_gemini import PruneSIDMiniGeminiProcessor
+from .selection_prunesid import resolve_budget
+from .views_prunesid import choose_tokens, requested_budgets
+
+
+class PruneSIDMiniGeminiModel(CompressedModelMixin, HubModelMixin, MiniGeminiModel):
+    """
+    Modifications:
+        - `get_image_features` returns the features of the kept tokens alone, with their indices.
+        - `forward` drops the placeholders of the other tokens from the prompt.
+    """
+
+    config: PruneSIDMiniGeminiConfig
+    config_class = PruneSIDMiniGeminiConfig
+    _auto_class = "AutoModel"
+    _auto_map = {"AutoModel": "PruneSIDMiniGeminiModel"}
+
+    def are_whole_views(self, run_lengths: list[int]) -> bool:
+        full = self.config.num_image_tokens
+        short = min(resolve_budget(self.config.prunesid_config.budget, full), full)
+        return any(all(length % tokens == 0 for length in run_lengths) for tokens in (full, short))
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        high_res_pixel_values: torch.Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Encodes images, keeps N tokens of each and projects these.
+
+        Args:
+            pixel_values, high_res_pixel_values: as for [`MiniGeminiModel.get_image_features`].
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`.
+
+        Returns:
+            Upstream's output, whose `pooler_output` is a list of `(N, hidden_size)` for each image. Where tokens were
+            dropped it also has `keep_indices`, a list of `(N,)` ascending indices into upstream's T tokens, and
+            `num_placeholders`, T of each image.
+
+        Raises:
+            `ValueError`: for an invalid budget, settings that need a CLS token, or images of other shapes than the
+                configuration describes.
+        """
+        settings = self.config.prunesid_config
+        outputs, tokens = self.get_image_tokens(
+            pixel_values, high_res_pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
+        )
+        num_images, num_tokens = tokens.shape[:2]
+        budgets = requested_budgets(settings, num_visual_tokens, num_images, num_tokens)
+        if budgets is None:
+            outputs.pooler_output = list(self.multi_modal_projector(tokens))
+            return outputs
+
+        refuse_cls(settings, "it compares the final image tokens, among which is no CLS token")
+        is_dynamic = settings.dynamic and num_visual_tokens is None
+        kept = [rows.to(tokens.device) for rows in choose_tokens(settings, tokens, budgets, is_dynamic)]
+        features = self.multi_modal_projector(torch.cat([image[rows] for image, rows in zip(tokens, kept)]))
+        outputs.pooler_output = list(features.split([len(rows) for rows in kept]))
+        outputs["keep_indices"] = kept
+        outputs["num_placeholders"] = [num_tokens] * num_images
+        return outputs
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaModelOutputWithPast:
+        r"""
+        Upstream's `forward` on the shortened prompt.
+
+        Args:
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`.
+
+        Raises:
+            `ValueError`: if the prompt has neither T nor N placeholders for each image.
+        """
+        return self.forward_compressed(
+            super().forward,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            high_res_pixel_values=high_res_pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            mm_encoder_outputs=mm_encoder_outputs,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+
+
+class PruneSIDMiniGeminiForConditionalGeneration(
+    CompressedGenerationMixin, HubModelMixin, MiniGeminiForConditionalGeneration, GenerationMixin
+):
+    """
+    Modifications:
+        - `forward` and `generate` shorten the prompt at their entrance, labels included.
+        - the output of `forward` has `keep_mask`, which maps its logits to the columns of the full prompt.
+    """
+
+    config: PruneSIDMiniGeminiConfig
+    config_class = PruneSIDMiniGeminiConfig
+    _auto_class = "AutoModelForImageTextToText"
+    _auto_map = {
+        "AutoModel": "PruneSIDMiniGeminiAutoModel",
+        "AutoModelForImageTextToText": "PruneSIDMiniGeminiForConditionalGeneration",
+        "AutoModelForMultimodalLM": "PruneSIDMiniGeminiForConditionalGeneration",
+    }
+    _processor_class = PruneSIDMiniGeminiProcessor
+
+    def __init__(self, config: PruneSIDMiniGeminiConfig):
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = PruneSIDMiniGeminiModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        high_res_pixel_values: torch.Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See [`PruneSIDMiniGeminiModel.get_image_features`]."""
+        return super().get_image_features(
+            pixel_values,
+            high_res_pixel_values,
+            vision_feature_layer,
+            vision_feature_select_strategy,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        high_res_pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaCausalLMOutputWithPast:
+        r"""
+        Upstream's `forward` on the shortened prompt; logits have its length.
+
+        Args:
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`.
+
+        Returns:
+            Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
+            the columns of the caller's prompt that remain. In a batch whose rows lost different numbers of columns,
+            padding was added on the side where the batch is padded, on the right where it is not.
+
+        Raises:
+            `ValueError`: if the prompt has neither T nor N placeholders for each image.
+        """
+        return self.forward_compressed(
+            super().forward,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            high_res_pixel_values=high_res_pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            num_visual_tokens=num_visual_tokens,
+            **kwargs,
+        )
+
+
+class PruneSIDMiniGeminiAutoModel(PruneSIDMiniGeminiModel):
+    """
+    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
+    expect, and `from_config` the base model, as serving engines expect.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return PruneSIDMiniGeminiForConditionalGeneration.from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return PruneSIDMiniGeminiModel._from_config(config, **kwargs)
+
+
+# Checkpoints of `MiniGeminiForConditionalGeneration` have the names of our modules: there is no conversion to pass on.
+register_class_names(
+    PruneSIDMiniGeminiConfig.model_type, "PruneSIDMiniGeminiForConditionalGeneration", "PruneSIDMiniGeminiModel"
+)
+
+__all__ = [
+    "PruneSIDMiniGeminiAutoModel",
+    "PruneSIDMiniGeminiForConditionalGeneration",
+    "PruneSIDMiniGeminiModel",
+]

@@ -1,0 +1,372 @@
+"""Mini-Gemini: its patch-info mining against plain loops, PruneSID on its tokens, its processor, and the Hub."""
+
+import pytest
+import torch
+from tiny import BUDGET, IMAGE, NUM_PATCHES, TEXT, VISION, batch, prompt
+from torch.nn.functional import avg_pool2d
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_prunesid import (
+    MiniGeminiConfig,
+    MiniGeminiForConditionalGeneration,
+    PruneSIDMiniGeminiConfig,
+    PruneSIDMiniGeminiForConditionalGeneration,
+)
+from modeling_prunesid.modeling_mini_gemini import MiniGeminiPatchInfoMining
+from modeling_prunesid.selection_prunesid import information_budgets, redundancy, select_tokens
+
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+LOW, PATCH = VISION["image_size"], VISION["patch_size"]
+HIGH = 2 * LOW  # a map of 14 x 14: windows of 2 x 2 for the 7 x 7 patches
+HIGH_RES = {
+    "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1, 1, 2, 1],
+    "image_size": HIGH,
+    "layer_scale_init_value": 0.5,
+    "initializer_range": 0.3,
+}
+HD = {"image_grid": 2, "image_global": True}
+
+
+def build_config(budget=BUDGET, views=None, **settings):
+    return PruneSIDMiniGeminiConfig(
+        vision_config=dict(VISION),
+        text_config={**TEXT, "max_position_embeddings": 1024},
+        high_res_vision_config=dict(HIGH_RES),
+        image_token_index=IMAGE,
+        prunesid_config={"budget": budget, **settings},
+        **(views or {}),
+    )
+
+
+def build(budget=BUDGET, views=None, **settings):
+    """A random model whose answers depend on its images and end at `max_new_tokens`."""
+    torch.manual_seed(0)
+    model = PruneSIDMiniGeminiForConditionalGeneration(build_config(budget, views, **settings)).eval()
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(20)
+        model.lm_head.weight[[0, 2, IMAGE]] = 0
+    return model
+
+
+def stock_twin(model):
+    """The class without PruneSID, with the same weights."""
+    fields = model.config.to_dict()
+    config = MiniGeminiConfig(
+        **{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")}
+    )
+    stock = MiniGeminiForConditionalGeneration(config).eval()
+    stock.load_state_dict(model.state_dict())
+    return stock
+
+
+def pixels(num_images, seed=0, grid=1, has_global=False):
+    """Images in both resolutions, as the model takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    views = [grid**2 + has_global] if grid > 1 else []
+    return {
+        "pixel_values": torch.randn(num_images, *views, 3, LOW, LOW, generator=generator),
+        "high_res_pixel_values": torch.randn(num_images, 3, grid * HIGH, grid * HIGH, generator=generator),
+    }
+
+
+def projected(sequential, vector):
+    """LayerNorm and linear map of one vector, written out."""
+    norm, linear = sequential
+    normal = (vector - vector.mean()) / torch.sqrt(vector.var(correction=0) + norm.eps)
+    return linear.weight @ (normal * norm.weight + norm.bias) + linear.bias
+
+
+@torch.no_grad()
+def mined_by_loops(mining, tokens, feature_map):
+    """Patch-info mining of one view: `tokens` (side ** 2, dim), `feature_map` (high_dim, height, width)."""
+    side = round(len(tokens) ** 0.5)
+    window = feature_map.shape[-1] // side
+    found = []
+    for row in range(side):
+        for column in range(side):
+            query = projected(mining.query_projector, tokens[row * side + column])
+            places = [
+                feature_map[:, row * window + down, column * window + right]
+                for down in range(window)
+                for right in range(window)
+            ]
+            logits = torch.stack([query @ projected(mining.key_projector, place) for place in places])
+            weights = torch.exp(logits / len(query) ** 0.5)
+            values = [projected(mining.value_projector, place) for place in places]
+            found.append(sum(weight * value for weight, value in zip(weights / weights.sum(), values, strict=True)))
+    return torch.stack(found)
+
+
+def enlarged(feature_map, size):
+    """Bilinear interpolation of (dim, height, width) to (dim, size, size), pixel centres at halves."""
+    last = feature_map.shape[-1] - 1
+    result = torch.empty(len(feature_map), size, size)
+    for row in range(size):
+        for column in range(size):
+            y, x = ((place + 0.5) * (last + 1) / size - 0.5 for place in (row, column))
+            y, x = max(y, 0), max(x, 0)
+            up, left = int(y), int(x)
+            down, right = min(up + 1, last), min(left + 1, last)
+            upper = feature_map[:, up, left] * (1 - x + left) + feature_map[:, up, right] * (x - left)
+            lower = feature_map[:, down, left] * (1 - x + left) + feature_map[:, down, right] * (x - left)
+            result[:, row, column] = upper * (1 - y + up) + lower * (y - up)
+    return result
+
+
+@torch.no_grad()
+def map_by_stages(model, image):
+    """All stages of the ConvNeXt, one module after the other, in the resolution of the first."""
+    tower = model.model.high_res_vision_tower
+    hidden, stages = tower.embeddings(image[None]), []
+    for stage in tower.encoder.stages:
+        hidden = stage(hidden)
+        stages.append(hidden[0])
+    size = stages[0].shape[-1]
+    return torch.cat([stage if stage.shape[-1] == size else enlarged(stage, size) for stage in stages])
+
+
+@torch.no_grad()
+def low_res_tokens(model, view):
+    return model.model.vision_tower(view[None], output_hidden_states=True).hidden_states[-2][0, 1:]
+
+
+@torch.no_grad()
+def oracle_generate(stock, rows, images, budget, **kwargs):
+    """The new tokens of the model without PruneSID, on short prompts and features of the kept tokens."""
+    _, tokens = stock.model.get_image_tokens(**images)
+    kept = select_tokens(tokens, budget).indices
+    features = [stock.model.multi_modal_projector(image[rows]) for image, rows in zip(tokens, kept, strict=True)]
+    inputs = batch(rows)
+    output = stock.generate(
+        **inputs, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)}, **kwargs
+    )
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def new_tokens(model, rows, images, **kwargs):
+    inputs = batch(rows)
+    return model.generate(**inputs, **images, **GREEDY, **kwargs)[:, inputs["input_ids"].shape[1] :]
+
+
+class TestPatchInfoMining:
+    @pytest.mark.parametrize("side, window", [(1, 1), (2, 3), (3, 2), (5, 1), (2, 8)])
+    def test_every_token_attends_to_its_own_window(self, side, window):
+        torch.manual_seed(side * 10 + window)
+        mining = MiniGeminiPatchInfoMining(build_config()).double()
+        with torch.no_grad():
+            for parameter in mining.parameters():
+                parameter.normal_()
+        tokens = torch.randn(2, side**2, VISION["hidden_size"], dtype=torch.float64)
+        maps = torch.randn(2, sum(HIGH_RES["hidden_sizes"]), side * window, side * window, dtype=torch.float64)
+        expected = torch.stack([mined_by_loops(mining, *view) for view in zip(tokens, maps, strict=True)])
+        torch.testing.assert_close(mining(tokens, maps), expected)
+
+    def test_overflow_in_a_window_stays_in_it(self):
+        mining = MiniGeminiPatchInfoMining(build_config())
+        tokens = torch.randn(1, 4, VISION["hidden_size"])
+        maps = torch.randn(1, sum(HIGH_RES["hidden_sizes"]), 4, 4)
+        with torch.no_grad():
+            mining.query_projector[1].weight.mul_(1e30)
+            mining.key_projector[1].weight.mul_(1e30)
+        assert mining(tokens, maps).isfinite().all()
+
+
+class TestFinalTokens:
+    def test_one_view(self):
+        model, images = build(), pixels(2)
+        _, tokens = model.model.get_image_tokens(**images)
+        for image in range(2):
+            low = low_res_tokens(model, images["pixel_values"][image])
+            feature_map = map_by_stages(model, images["high_res_pixel_values"][image])
+            expected = low + mined_by_loops(model.model.patch_info_mining, low, feature_map)
+            torch.testing.assert_close(tokens[image], expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("has_global", [False, True])
+    def test_tiles_and_the_whole(self, has_global):
+        model = build(views={"image_grid": 2, "image_global": has_global})
+        images = pixels(2, grid=2, has_global=has_global)
+        _, tokens = model.model.get_image_tokens(**images)
+        assert tokens.shape[1] == model.config.num_image_tokens == (5 if has_global else 4) * NUM_PATCHES
+        for image in range(2):
+            whole = map_by_stages(model, images["high_res_pixel_values"][image])
+            half = whole.shape[-1] // 2
+            maps = [whole[:, y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
+            low = [low_res_tokens(model, view) for view in images["pixel_values"][image]]
+            order = range(4)
+            if has_global:
+                maps.append(avg_pool2d(whole, 2))
+                order = [4, 0, 1, 2, 3]
+            mining = model.model.patch_info_mining
+            expected = torch.cat([low[view] + mined_by_loops(mining, low[view], maps[view]) for view in order])
+            torch.testing.assert_close(tokens[image], expected, rtol=1e-4, atol=1e-4)
+
+    def test_gradients_reach_all_parts(self):
+        model = build()
+        model(input_ids=torch.tensor([prompt([NUM_PATCHES], [7, 8])]), **pixels(1)).logits.sum().backward()
+        without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        # What CLIP computes behind the layer that is read.
+        assert all("vision_tower.encoder.layers.3." in name or "post_layernorm" in name for name in without), without
+
+
+class TestOff:
+    @pytest.mark.parametrize("views", [None, HD], ids=["one view", "HD"])
+    @pytest.mark.parametrize("budget", [None, 1.0, 10_000])
+    def test_is_the_model_without_prunesid_bit_for_bit(self, budget, views):
+        model = build(budget, views)
+        stock, length = stock_twin(model), model.config.num_image_tokens
+        images = pixels(2, grid=2, has_global=True) if views else pixels(2)
+        inputs = {**batch([prompt([length], [7, 8]), prompt([length], [9])]), **images}
+        labels = inputs["input_ids"].clone()
+        ours, expected = model(**inputs, labels=labels), stock(**inputs, labels=labels)
+        assert torch.equal(ours.logits, expected.logits)
+        assert torch.equal(ours.loss, expected.loss)
+        assert torch.equal(model.generate(**inputs, **GREEDY), stock.generate(**inputs, **GREEDY))
+
+    def test_the_same_object_switches(self):
+        model = build()
+        stock = stock_twin(model)
+        inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7])]), **pixels(1)}
+        shortened = model(**inputs).logits
+        model.config.prunesid_config.budget = None
+        assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
+        model.config.prunesid_config.budget = BUDGET
+        assert torch.equal(model(**inputs).logits, shortened)
+
+
+class TestKeptTokens:
+    @pytest.mark.parametrize("views", [None, HD], ids=["one view", "HD"])
+    def test_are_chosen_among_the_final_tokens(self, views):
+        model = build(views=views)
+        images = pixels(3, grid=2, has_global=True) if views else pixels(3)
+        output = model.get_image_features(**images)
+        _, tokens = stock_twin(model).model.get_image_tokens(**images)
+        expected = select_tokens(tokens, BUDGET).indices
+        assert torch.equal(torch.stack(output.keep_indices), expected)
+        assert output.num_placeholders == [model.config.num_image_tokens] * 3
+        for image in range(3):
+            features = model.model.multi_modal_projector(tokens[image][expected[image]])
+            torch.testing.assert_close(output.pooler_output[image], features)
+
+    def test_each_image_may_have_its_own_budget(self):
+        output = build().get_image_features(**pixels(3), num_visual_tokens=[4, 49, 9])
+        assert [len(rows) for rows in output.keep_indices] == [4, 49, 9]
+
+    def test_a_dynamic_budget_follows_the_information(self):
+        model = build(budget=16, dynamic=True, reference_information=0.9)
+        images = pixels(3)
+        images["pixel_values"][1] = images["high_res_pixel_values"][1] = 0
+        _, tokens = model.model.get_image_tokens(**images)
+        expected = information_budgets(redundancy(tokens), 16, NUM_PATCHES, 0.9).tolist()
+        assert len(set(expected)) > 1
+        assert [len(rows) for rows in model.get_image_features(**images).keep_indices] == expected
+        rows = [prompt([NUM_PATCHES], [7]), prompt([NUM_PATCHES], [8]), prompt([NUM_PATCHES], [9])]
+        assert new_tokens(model, rows, images).shape == (3, 5)
+
+
+class TestPrompts:
+    @pytest.mark.parametrize("views", [None, HD], ids=["one view", "HD"])
+    def test_full_and_short_ones_get_the_answer_of_the_stock_parts(self, views):
+        model = build(views=views)
+        images = pixels(1, grid=2, has_global=True) if views else pixels(1)
+        full, short = prompt([model.config.num_image_tokens], [7, 8]), prompt([BUDGET], [7, 8])
+        expected = oracle_generate(stock_twin(model), [short], images, BUDGET, **GREEDY)
+        assert torch.equal(new_tokens(model, [full], images), expected)
+        assert torch.equal(new_tokens(model, [short], images), expected)
+        logits = [model(input_ids=torch.tensor([row]), **images).logits for row in (full, short)]
+        assert torch.equal(*logits)
+
+    def test_a_padded_batch_answers_as_its_rows_alone(self):
+        model, images = build(), pixels(3)
+        rows = [prompt([NUM_PATCHES], [7, 8, 9]), prompt([NUM_PATCHES], [7]), prompt([NUM_PATCHES], [11, 12])]
+        together = new_tokens(model, rows, images)
+        for index, row in enumerate(rows):
+            alone = {name: value[index : index + 1] for name, value in images.items()}
+            assert torch.equal(together[index : index + 1], new_tokens(model, [row], alone))
+
+    def test_several_images_in_a_prompt(self):
+        model, images = build(), pixels(3)
+        rows = [prompt([NUM_PATCHES] * 2, [7, 8]), prompt([NUM_PATCHES], [9])]
+        short = [prompt([BUDGET] * 2, [7, 8]), prompt([BUDGET], [9])]
+        expected = oracle_generate(stock_twin(model), short, images, BUDGET, **GREEDY)
+        assert torch.equal(new_tokens(model, rows, images), expected)
+        assert torch.equal(new_tokens(model, short, images), expected)
+
+    def test_a_second_turn_with_the_cache_is_the_answer_without_it(self):
+        model, images = build(), pixels(1)
+        first = model.generate(
+            input_ids=torch.tensor([prompt([NUM_PATCHES], [7])]), **images, **GREEDY, return_dict_in_generate=True
+        )
+        chat = torch.cat([first.sequences, torch.tensor([[8, 9]])], dim=1)
+        again = model.generate(input_ids=chat, **images, **GREEDY, past_key_values=first.past_key_values)
+        assert torch.equal(again, model.generate(input_ids=chat, **images, **GREEDY))
+
+    def test_labels_are_shortened_with_the_prompt(self):
+        model, images = build(), pixels(1)
+        ids = torch.tensor([prompt([NUM_PATCHES], [7, 8, 9])])
+        output = model(input_ids=ids, labels=ids, **images)
+        labels = ids[output.keep_mask][None]
+        expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], labels[0, 1:])
+        torch.testing.assert_close(output.loss, expected)
+
+    def test_sampling_and_beams_run_on_several_sequences(self):
+        model, images = build(), pixels(1)
+        ids = torch.tensor([prompt([NUM_PATCHES], [7])])
+        output = model.generate(input_ids=ids, **images, num_beams=3, num_return_sequences=2, **GREEDY)
+        assert output.shape == (2, ids.shape[1] + 5)
+
+
+class TestErrors:
+    def test_a_missing_resolution(self):
+        images = pixels(1)
+        del images["high_res_pixel_values"]
+        with pytest.raises(ValueError, match="high_res_pixel_values is missing"):
+            build()(input_ids=torch.tensor([prompt([NUM_PATCHES], [7])]), **images)
+
+    def test_other_numbers_of_images_in_the_two_resolutions(self):
+        images = {**pixels(2), "high_res_pixel_values": pixels(1)["high_res_pixel_values"]}
+        with pytest.raises(ValueError, match=r"pixel_values must have the shape \(1,\)"):
+            build().get_image_features(**images)
+
+    def test_tiles_of_another_grid(self):
+        with pytest.raises(ValueError, match=r"pixel_values must have the shape \(1, 5\)"):
+            build(views=HD).get_image_features(**pixels(1, grid=2))
+
+    @pytest.mark.parametrize("shape", [(57, 57), (56, 84), (60, 60)])
+    def test_a_high_resolution_without_whole_windows(self, shape):
+        images = {**pixels(1), "high_res_pixel_values": torch.randn(1, 3, *shape)}
+        with pytest.raises(ValueError, match="multiple of 28 pixels"):
+            build().get_image_features(**images)
+
+    def test_placeholders_that_fit_no_image(self):
+        with pytest.raises(ValueError, match="Image features and image tokens do not match"):
+            build()(input_ids=torch.tensor([prompt([NUM_PATCHES - 1], [7])]), **pixels(1))
+
+    def test_a_forgotten_image(self):
+        with pytest.raises(ValueError, match="pass pixel_values"):
+            build().generate(input_ids=torch.tensor([prompt([NUM_PATCHES], [7])]), **GREEDY)
+
+    @pytest.mark.parametrize("name, value", [("score", "cls_attention"), ("keep_cls", True)])
+    def test_settings_that_need_a_cls_token(self, name, value):
+        model = build()
+        setattr(model.config.prunesid_config, name, value)
+        with pytest.raises(ValueError, match=f"prunesid_config.{name} must be"):
+            model.get_image_features(**pixels(1))
+
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            ({"image_grid": 0}, "image_grid must be a positive integer, got 0"),
+            ({"image_global": True}, "image_global=True"),
+            ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy must be 'default'"),
+            ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer must be a single layer"),
+        ],
+    )
+    def test_configurations(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            MiniGeminiConfig(**fields)
+
+    def test_a_strategy_of_a_call(self):
+        with pytest.raises(ValueError, match="vision_feature_select_strategy must be 'default'"):
+            build().get_image_features(**pixels(1), vision_feature_select_strategy="full")
