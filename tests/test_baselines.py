@@ -1,0 +1,421 @@
+"""The methods that PruneSID is compared with: each by a property of its own, and all of them in a model."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import NUM_PATCHES, batch, build, pixels, prompt, stock_twin
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_prunesid import PruneSIDConfig
+from modeling_prunesid.selection_prunesid import information_budgets, redundancy
+from modeling_prunesid.tower_prunesid import run_tower
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from baselines import METHODS, applied, divprune, hired, prumerge, random_choice, tome, uniform, visionzip
+from baselines.encoder import View, top
+
+
+RELEASE = Path(__file__).parents[1] / "configuration" / "llava_1.5_64_release.json"
+BUDGET, HEADS, DIM, WIDTH = 8, 4, 6, 16
+CHOOSERS = {
+    "random": random_choice.choose,
+    "uniform": uniform.choose,
+    "hired": hired.choose,
+    "divprune": divprune.choose,
+    "prumerge": prumerge.choose,
+    "prumerge+": prumerge.choose_plus,
+    "visionzip": visionzip.choose,
+}
+PRUNING = ("random", "uniform", "hired", "divprune")
+ENCODER_SIDE = [name for name, method in METHODS.items() if method.place == "encoder"]
+DINOV2 = {"model_type": "dinov2"}
+
+
+def make_view(tokens, seed=0, **changes):
+    """A random view of `tokens` patches behind a CLS token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    weight = random(DIM, WIDTH)
+    values = {
+        "pixels": random(3, 4, 4),
+        "features": random(tokens, DIM),
+        "cls_feature": random(DIM),
+        "project": lambda features: features @ weight,
+        "compared": random(tokens, DIM),
+        "reference_information": 0.9,
+        "num_heads": HEADS,
+        "cls_attention": random(tokens).softmax(0),
+        "queries": random(1 + tokens, WIDTH),
+        "keys": random(1 + tokens, WIDTH),
+    }
+    return View(**{**values, **changes})
+
+
+def random_cases(count, seed=0):
+    """Random (T, N) with 1 <= N < T, small ones and the extremes among them."""
+    generator = torch.Generator().manual_seed(seed)
+    cases = [(2, 1), (3, 2), (50, 49), (64, 1)]
+    while len(cases) < count:
+        tokens = int(torch.randint(2, 130, (), generator=generator))
+        cases.append((tokens, int(torch.randint(1, tokens, (), generator=generator))))
+    return cases
+
+
+@pytest.mark.parametrize("name", CHOOSERS)
+def test_exactly_n_tokens_of_distinct_patches(name):
+    for seed, (tokens, budget) in enumerate(random_cases(120)):
+        view = make_view(tokens, seed)
+        features, indices = CHOOSERS[name](view, budget)
+        places = indices[indices >= 0]
+        assert features.shape == (budget, DIM)
+        assert features.isfinite().all()
+        assert len(indices) == budget
+        assert len(set(places.tolist())) == len(places)
+        assert (places < tokens).all()
+        assert budget - len(places) == (0 if name in PRUNING else 1)
+        if name in PRUNING:
+            assert (places.diff() > 0).all()
+            assert torch.equal(features, view.features[indices])
+
+
+def test_random_choice_depends_on_the_picture_alone():
+    view = make_view(60)
+    before = torch.random.get_rng_state()
+    first, second = random_choice.choose(view, 20), random_choice.choose(make_view(60, 1, pixels=view.pixels), 20)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first.indices, second.indices)
+    others = [random_choice.choose(make_view(60, seed), 20).indices for seed in range(1, 300)]
+    assert all(not torch.equal(first.indices, other) for other in others)
+    share = torch.stack(others).flatten().bincount(minlength=60) / len(others)
+    assert (share - 1 / 3).abs().max() < 0.12
+
+
+@pytest.mark.parametrize(("tokens", "budget"), random_cases(40))
+def test_uniform_strides_are_even(tokens, budget):
+    kept = uniform.choose(make_view(tokens), budget).indices
+    strides = kept.diff()
+    assert ((strides == tokens // budget) | (strides == -(-tokens // budget))).all()
+    assert abs(int(kept[0]) - (tokens - 1 - int(kept[-1]))) <= 1 + tokens / budget / 2
+
+
+def test_hired_keeps_the_most_attended():
+    for seed, (tokens, budget) in enumerate(random_cases(60)):
+        view = make_view(tokens, seed)
+        kept = hired.choose(view, budget).indices
+        others = torch.ones(tokens, dtype=torch.bool)
+        others[kept] = False
+        assert view.cls_attention[kept].min() >= view.cls_attention[others].max()
+    assert top(torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]), 3).tolist() == [0, 1, 3]
+
+
+def chord(tokens):
+    """Distances between directions. It is monotone in the cosine distance, and a metric."""
+    units = nn.functional.normalize(tokens, dim=-1)
+    return (2 - 2 * units @ units.T).clamp(min=0).sqrt()
+
+
+def smallest(distances, chosen):
+    return min(float(distances[i, j]) for i, j in itertools.combinations(chosen, 2))
+
+
+def test_divprune_picks_greedily():
+    for seed, (tokens, budget) in enumerate(random_cases(40)):
+        features = torch.randn(tokens, DIM, generator=torch.Generator().manual_seed(seed))
+        distances = 1 - torch.cosine_similarity(features[:, None], features[None], dim=-1)
+        rest = set(range(tokens))
+        chosen = [max(rest, key=lambda i: min(float(distances[i, j]) for j in rest - {i}))]
+        while len(chosen) < budget:
+            chosen.append(max(rest - set(chosen), key=lambda i: min(float(distances[i, j]) for j in chosen)))
+        assert divprune.most_diverse(features, budget).tolist() == sorted(chosen)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_divprune_is_within_a_factor_of_two_of_the_optimum(seed):
+    features = torch.randn(9, DIM, generator=torch.Generator().manual_seed(seed))
+    distances = chord(features)
+    for budget in (2, 3, 4):
+        optimum = max(smallest(distances, chosen) for chosen in itertools.combinations(range(9), budget))
+        assert smallest(distances, divprune.most_diverse(features, budget).tolist()) >= optimum / 2 - 1e-6
+
+
+def test_divprune_does_not_repeat_equal_tokens_before_all_others_are_kept():
+    features = torch.eye(5).repeat_interleave(torch.tensor([4, 1, 3, 1, 1]), dim=0)
+    assert len(features[divprune.most_diverse(features, 5)].unique(dim=0)) == 5
+
+
+def test_divprune_compares_projected_tokens():
+    view = make_view(30)
+    expected = divprune.most_diverse(view.project(view.features), 9)
+    assert torch.equal(divprune.choose(view, 9).indices, expected)
+    assert not torch.equal(divprune.most_diverse(view.features, 9), expected)
+
+
+def test_visionzip_of_dominant_tokens_alone_is_top_attention():
+    for seed, (tokens, budget) in enumerate(random_cases(60)):
+        view = make_view(tokens, seed)
+        features, indices = visionzip.zip_tokens(view, budget, 0)
+        kept = view.cls_attention.topk(budget - 1).indices.sort().values
+        assert indices.tolist() == [-1, *kept.tolist()]
+        assert torch.equal(features, torch.cat([view.cls_feature[None], view.features[kept]]))
+
+
+@pytest.mark.parametrize(("budget", "dominant"), [(192, 162), (128, 108), (64, 54), (32, 27)])
+def test_visionzip_splits_budgets_as_the_paper_does(budget, dominant):
+    view = make_view(576)
+    features, indices = visionzip.choose(view, budget)
+    unmerged = (features[1:] == view.features[indices[1:]]).all(1)
+    assert int(unmerged[: dominant - 1].sum()) == dominant - 1
+    assert not unmerged[dominant - 1 :].any()
+
+
+@pytest.mark.parametrize(("tokens", "dominant", "contextual"), [(40, 6, 5), (23, 1, 7), (12, 4, 9), (30, 20, 1)])
+def test_visionzip_merges_each_other_token_into_its_most_similar_target(tokens, dominant, contextual):
+    view = make_view(tokens)
+    features, indices = visionzip.zip_tokens(view, dominant, contextual)
+    keys = view.keys[1:].view(tokens, HEADS, -1).mean(1)
+    rest = sorted(set(range(tokens)) - set(indices[1:dominant].tolist()))
+    targets = rest[:: max(1, len(rest) // contextual)][:contextual]
+    assert indices[dominant:].tolist() == targets
+    assigned = {target: [] for target in targets}
+    for other in rest:
+        if other not in targets:
+            similarity = [float(torch.cosine_similarity(keys[other], keys[target], dim=0)) for target in targets]
+            assigned[targets[similarity.index(max(similarity))]].append(view.features[other])
+    for feature, target in zip(features[dominant:], targets):
+        mean = torch.stack(assigned[target]).mean(0) if assigned[target] else 0
+        torch.testing.assert_close(feature, view.features[target] + mean)
+
+
+def test_visionzip_dyn_gives_tokens_by_information():
+    counts = []
+    for seed in range(20):
+        view = make_view(100, seed, compared=torch.randn(100, DIM) + seed / 10)
+        counts.append(len(visionzip.choose_dynamic(view, 40).indices))
+        assert counts[-1] == int(information_budgets(redundancy(view.compared[None]), 40, 100, 0.9))
+    assert len(set(counts)) > 5
+
+
+def test_prumerge_adds_nearest_others_and_the_rest():
+    for seed, (tokens, budget) in enumerate(random_cases(20)):
+        view = make_view(tokens, seed)
+        features, indices = prumerge.choose(view, budget)
+        logits = view.keys @ view.queries[0] / WIDTH**0.5
+        attention = (logits.exp() / logits.exp().sum())[1:]
+        kept = attention.topk(budget - 1).indices.sort().values.tolist()
+        assert indices.tolist() == [*kept, -1]
+        for feature, token in zip(features, kept):
+            similarity = torch.cosine_similarity(view.keys[1:], view.keys[1 + token], dim=1)
+            others = [other for other in similarity.argsort(descending=True).tolist() if other != token]
+            added = sum(attention[other] * view.features[other] for other in others[:32])
+            torch.testing.assert_close(feature, view.features[token] + added, rtol=1e-4, atol=1e-5)
+        rest = [token for token in range(tokens) if token not in kept]
+        torch.testing.assert_close(features[-1], attention[rest] @ view.features[rest], rtol=1e-4, atol=1e-5)
+
+
+def test_prumerge_plus_keeps_half_by_attention_and_half_evenly():
+    for seed, (tokens, budget) in enumerate(random_cases(40)):
+        view = make_view(tokens, seed)
+        kept = prumerge.choose_plus(view, budget).indices[:-1].tolist()
+        best = top(prumerge.cls_attention_of_joined_heads(view), budget // 2).tolist()
+        assert set(best) <= set(kept)
+        assert kept == sorted(kept)
+        others = [token for token in range(tokens) if token not in best]
+        strides = torch.tensor([others.index(token) for token in kept if token not in best]).diff()
+        assert len(strides) == 0 or strides.max() - strides.min() <= 1
+
+
+def test_tome_merges_as_many_as_planned():
+    for seed, (tokens, budget) in enumerate(random_cases(200)):
+        blocks = 7 + seed % 17
+        counts, left = tome.schedule(tokens, budget, blocks), tokens
+        for count in counts:
+            assert 0 <= count <= left // 2
+            left -= count
+        assert left == budget
+    assert tome.schedule(576, 64, 11) == [47] * 6 + [46] * 5
+    with pytest.raises(ValueError, match="budget=2 is too small for ToMe in 3 blocks, which leave 7 tokens"):
+        tome.schedule(49, 2, 3)
+
+
+@pytest.mark.parametrize("tokens", [10, 11, 50])
+def test_tome_means_conserve_the_size_weighted_sum(tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    merging = tome.Merging(3, tokens, torch.device("cpu"))
+    states = torch.randn(3, tokens, DIM, generator=generator)
+    sums, cls = states.sum(1), states[:, 0]
+    while merging.sizes.shape[1] > 2:
+        left = merging.sizes.shape[1]
+        count = max((left - 1) // 3, 1)
+        states = merging.merge(states, torch.randn(3, left, 5, generator=generator), count)
+        assert states.shape == (3, left - count, DIM)
+        assert merging.sizes.sum(1).tolist() == [tokens] * 3
+        torch.testing.assert_close((states * merging.sizes[..., None]).sum(1), sums)
+    assert torch.equal(states[:, 0], cls)
+    assert merging.places[:, 0].tolist() == [0] * 3
+
+
+def test_tome_matches_the_best_pairs_of_alternating_tokens():
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = 4 + seed
+        metric = torch.randn(1, tokens, 5, generator=generator)
+        count = int(torch.randint(1, (tokens - 1) // 2 + 1, (), generator=generator))
+        similarity = torch.cosine_similarity(metric[0][:, None], metric[0][None], dim=-1)
+        pairs = []
+        for even in range(2, tokens, 2):
+            partner = max(range(1, tokens, 2), key=lambda odd: float(similarity[even, odd]))
+            pairs.append((float(similarity[even, partner]), even, partner))
+        best = sorted(pairs, reverse=True)[:count]
+        source, target, rest = tome.match(metric, count)
+        assert list(zip(source[0].tolist(), target[0].tolist())) == [(even, partner) for _, even, partner in best]
+        assert sorted([*source[0].tolist(), *rest[0].tolist()]) == list(range(tokens))
+
+
+@pytest.mark.parametrize("vision", [{}, DINOV2], ids=["clip", "dinov2"])
+def test_tome_block_without_merging_is_the_block_itself(vision):
+    tower = build(vision=vision).model.vision_tower
+    states = torch.randn(2, 10, 32)
+    for block in tome.find_blocks(tower):
+        merging = tome.Merging(2, 10, states.device)
+        expected = block(states, attention_mask=None)
+        torch.testing.assert_close(merging.forward_of(block, 0)(states), expected)
+
+
+def test_tome_attention_counts_a_merged_token_as_often_as_it_stands_for():
+    block = tome.find_blocks(build().model.vision_tower)[0]
+    states, merging = torch.randn(1, 5, 32), tome.Merging(1, 5, torch.device("cpu"))
+    merging.sizes[0, 2] = 3
+    repeated = torch.cat([states, states[:, 2:3], states[:, 2:3]], dim=1)
+    expected = block(repeated, attention_mask=None)[:, :5]
+    torch.testing.assert_close(merging.forward_of(block, 0)(states), expected)
+
+
+@pytest.mark.parametrize("vision", [{}, DINOV2], ids=["clip", "dinov2"])
+def test_towers_give_the_queries_and_keys_of_the_attention(vision):
+    tower = build(vision=vision).model.vision_tower
+    states = run_tower(tower, pixels(2), [2], cls_attention_layer=3)
+    block = tome.find_blocks(tower)[2]
+    attention = getattr(block, "self_attn", None) or block.attention
+    normed = (getattr(block, "layer_norm1", None) or block.norm1)(states.hidden_states[2])
+    torch.testing.assert_close(states.queries, attention.q_proj(normed))
+    torch.testing.assert_close(states.keys, attention.k_proj(normed))
+
+
+@pytest.fixture(params=[{}, DINOV2], ids=["clip", "dinov2"])
+def model(request):
+    return build(budget=30, vision=request.param, reference_information=0.9)
+
+
+def features_of(model, name, images, budget=BUDGET):
+    with applied(model, name, budget) as run, torch.no_grad():
+        output = model.get_image_features(pixel_values=images, return_dict=True)
+    assert run.measured_tokens == sum(map(len, output.pooler_output)) / len(images)
+    return output
+
+
+@pytest.mark.parametrize("name", ENCODER_SIDE)
+def test_a_batch_is_its_single_images(model, name):
+    images = pixels(3)
+    together = features_of(model, name, images)
+    for row in range(3):
+        alone = features_of(model, name, images[row : row + 1])
+        assert torch.equal(together.keep_indices[row], alone.keep_indices[0])
+        torch.testing.assert_close(together.pooler_output[row], alone.pooler_output[0], rtol=1e-4, atol=1e-4)
+        assert together.num_placeholders[row] == NUM_PATCHES
+        if not name.endswith("-dyn"):
+            assert len(together.pooler_output[row]) == BUDGET
+
+
+@pytest.mark.parametrize("name", ENCODER_SIDE)
+def test_generate_reads_the_kept_tokens(model, name):
+    """Two left-padded rows, one of them with two images: the stock class on short prompts with the same features."""
+    images, texts = pixels(3), ([7, 8], [9, 10, 11])
+    full = batch([prompt([NUM_PATCHES], texts[0]), prompt([NUM_PATCHES] * 2, texts[1])])
+    encoded = features_of(model, name, images)
+    counts = [len(view) for view in encoded.pooler_output]
+    short = batch([prompt(counts[:1], texts[0]), prompt(counts[1:], texts[1])])
+    features = BaseModelOutputWithPooling(pooler_output=encoded.pooler_output)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    expected = stock_twin(model).generate(**short, mm_encoder_outputs={"image": features}, **settings)
+    with applied(model, name, BUDGET):
+        output = model.generate(**full, pixel_values=images, **settings)
+    assert torch.equal(output[:, : full["input_ids"].shape[1]], full["input_ids"])
+    assert torch.equal(output[:, full["input_ids"].shape[1] :], expected[:, short["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_model_is_restored(model, name):
+    def state():
+        modules = {path: set(vars(module)) for path, module in model.named_modules()}
+        hooks = {path: len(m._forward_hooks) + len(m._forward_pre_hooks) for path, m in model.named_modules()}
+        return modules, hooks, model.config.to_dict()
+
+    inputs = {**batch([prompt([NUM_PATCHES], [7, 8])]), "pixel_values": pixels(1)}
+    features_of(model, "full", pixels(1))  # Transformers adds its own hooks at the first full run
+    with torch.no_grad():
+        expected, before, own = model(**inputs).logits, state(), model.config.prunesid_config
+        with applied(model, name, BUDGET):
+            changed = model(**inputs).logits
+        with pytest.raises(KeyError), applied(model, name, BUDGET):
+            model(**inputs)
+            raise KeyError
+        assert state() == before
+        assert model.config.prunesid_config is own
+        assert torch.equal(model(**inputs).logits, expected)
+    assert changed.shape != expected.shape or not torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.endswith("-dyn")])
+def test_nothing_is_dropped_from_the_number_of_patches_on(model, name):
+    inputs = {**batch([prompt([NUM_PATCHES], [7, 8])]), "pixel_values": pixels(1)}
+    with torch.no_grad():
+        expected = stock_twin(model)(**inputs).logits
+        for budget in (NUM_PATCHES, 1.0, 1000):
+            with applied(model, name, budget) as run:
+                assert torch.equal(model(**inputs).logits, expected)
+            assert run.measured_tokens == NUM_PATCHES
+
+
+def test_presets_are_settings_of_prunesid(model):
+    images = pixels(2)
+    for name, settings in {
+        "prunesid-paper": {},
+        "prunesid-auto": {"nms_lambda": "auto"},
+        "prunesid-dyn": {"dynamic": True, "reference_information": 0.9},
+        "prunesid-release": json.loads(RELEASE.read_text()),
+    }.items():
+        found = features_of(model, name, images)
+        model.config.prunesid_config = PruneSIDConfig(**{**settings, "budget": BUDGET})
+        expected = model.get_image_features(pixel_values=images, return_dict=True)
+        model.config.prunesid_config = PruneSIDConfig(budget=30, reference_information=0.9)
+        assert all(map(torch.equal, found.keep_indices, expected.keep_indices))
+
+
+def test_errors_name_what_is_wrong():
+    model = build()
+    with (
+        pytest.raises(ValueError, match="name must be one of full, .*, got 'visionzap'"),
+        applied(model, "visionzap", 8),
+    ):
+        pass
+    with pytest.raises(ValueError, match="got LlavaForConditionalGeneration"), applied(stock_twin(model), "full", 8):
+        pass
+    for name in ("visionzip-dyn", "prunesid-dyn"):
+        with pytest.raises(ValueError, match="reference_information"):
+            features_of(model, name, pixels(1))
+    model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(ValueError, match="must be 'default', .* got 'full'"):
+        features_of(model, "divprune", pixels(1))
+    model.config.vision_feature_select_strategy = "default"
+    model.config.vision_feature_layer = [-2, -1]
+    with pytest.raises(ValueError, match="must be a single layer for ToMe"):
+        features_of(model, "tome", pixels(1))
