@@ -1,0 +1,154 @@
+"""Statistics of right and wrong answers: accuracy by question type, F1, the question-only prior, paired bootstrap."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from scenes import KINDS, VARIANTS, Question
+
+
+PRIOR_STRENGTH = 10
+
+
+def fit_prior(questions: Iterable[Question]) -> Callable[[Question], str]:
+    """The best answer from the question alone, learnt on `questions` without their pictures.
+
+    It is the most frequent answer to the very wording; the answers to the question's template, whatever the noun,
+    count as `PRIOR_STRENGTH` further observations, so that rare nouns do not decide by chance.
+    """
+    by_template: dict[str, Counter] = defaultdict(Counter)
+    by_words: dict[tuple[str, str], Counter] = defaultdict(Counter)
+    for question in questions:
+        by_template[question.words[0]][question.answer] += 1
+        by_words[question.words][question.answer] += 1
+
+    def guess(question: Question) -> str:
+        general, special = by_template[question.words[0]], by_words[question.words]
+        return max(
+            sorted(general), key=lambda a: special[a] + PRIOR_STRENGTH * general[a] / general.total(), default=""
+        )
+
+    return guess
+
+
+def f1(answers: Sequence[str], truths: Sequence[str]) -> float:
+    """F1 of the answer "yes", as POPE reports it; 0 where no "yes" is right."""
+    hits = sum(answer == truth == "yes" for answer, truth in zip(answers, truths, strict=True))
+    said, true = list(answers).count("yes"), list(truths).count("yes")
+    return 2 * hits / (said + true) if hits else 0.0
+
+
+def tally(values: np.ndarray, scenes: np.ndarray, kinds: np.ndarray, num_kinds: int) -> np.ndarray:
+    """Sums (scenes, kinds) of `values` (questions,), whose scene and kind are numbered in `scenes` and `kinds`."""
+    sums = np.zeros((scenes.max() + 1, num_kinds))
+    np.add.at(sums, (scenes, kinds), values)
+    return sums
+
+
+def resample(scenes: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """How often each draw of the bootstrap takes each scene, (1 + draws, scenes). Row 0 takes each once.
+
+    Methods that are compared on the same rows are compared on the same scenes: the bootstrap is paired.
+    """
+    drawn = np.random.default_rng(seed).multinomial(scenes, np.full(scenes, 1 / scenes), size=draws)
+    return np.concatenate([np.ones((1, scenes)), drawn])
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Quotients; NaN where the denominator is 0."""
+    denominator = np.broadcast_to(denominator, numerator.shape)
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
+
+
+def over_kinds(values: np.ndarray) -> np.ndarray:
+    """Mean (draws,) of values (draws, kinds), without the kinds that are NaN; NaN where all are."""
+    return ratio(np.nansum(values, 1), (~np.isnan(values)).sum(1).astype(float))
+
+
+def share_of_full(accuracy: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """The paper's average (Table 1): mean over question types of accuracy / accuracy with all tokens.
+
+    Both are (draws, kinds). Types that all tokens never get right are left out.
+    """
+    return over_kinds(ratio(accuracy, full))
+
+
+def share_above_prior(accuracy: np.ndarray, full: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """The share kept of what pictures add to the questions: (accuracy - prior) / (full - prior), means over types."""
+    return ratio(over_kinds(accuracy - prior), over_kinds(full - prior))
+
+
+def interval(values: np.ndarray) -> dict[str, float | None]:
+    """Value of row 0 of `resample`, and the 95% percentile interval of the others. None stands for NaN."""
+    low, high = np.nanpercentile(values[1:], (2.5, 97.5)) if not np.isnan(values[1:]).all() else (np.nan, np.nan)
+    named = {"value": values[0], "low": low, "high": high}
+    return {name: _number(value) for name, value in named.items()}
+
+
+def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
+    """All figures of an evaluation, from what `evaluate.collect` found and the answers that `guess` gives unseen.
+
+    `rows` has one entry for each method and budget, "full" first. `behind_best` is the share of full less that of the
+    compressed method that has the highest at that budget.
+    """
+    questions, scenes = found["questions"], np.array(found["scenes"])
+    truths, kinds = [question.answer for question in questions], np.array([KINDS.index(q.kind) for q in questions])
+    weights = resample(len(found["variants"]))
+    asked = tally(np.ones(len(questions)), scenes, kinds, len(KINDS))
+    of_variant = {variant: np.array(found["variants"]) == variant for variant in VARIANTS}
+
+    def right(answers: Sequence[str]) -> np.ndarray:
+        hits = np.array([answer == truth for answer, truth in zip(answers, truths, strict=True)], float)
+        return tally(hits, scenes, kinds, len(KINDS))
+
+    def accuracy(hits: np.ndarray, counted: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """(draws, kinds)"""
+        drawn = weights[:, counted]
+        return ratio(drawn @ hits[counted], drawn @ asked[counted])
+
+    def by_type(values: np.ndarray) -> dict[str, float | None]:
+        return {kind: _number(value) for kind, value in zip(KINDS, values[0], strict=True)}
+
+    prior = accuracy(right([guess(question) for question in questions]))
+    hits = {case: right(answers) for case, answers in found["answers"].items()}
+    full_hits = next(values for (method, _), values in hits.items() if method == "full")
+    full = accuracy(full_hits)
+    shares = {case: share_of_full(accuracy(values), full) for case, values in hits.items()}
+    rows = []
+    for (method, budget), answers in found["answers"].items():
+        seen = accuracy(hits[method, budget])
+        presence = [(a, q.answer) for a, q in zip(answers, questions, strict=True) if q.kind == "presence"]
+        rivals = [share for case, share in shares.items() if case[1] == budget]
+        best = max(rivals, key=lambda share: np.nan_to_num(share[0], nan=-1))
+        rows.append(
+            {
+                "method": method,
+                "budget": budget,
+                "tokens": round(found["tokens"][method, budget], 1),
+                "accuracy": interval(over_kinds(seen)),
+                "by_type": by_type(seen),
+                "presence_f1": _number(f1(*zip(*presence, strict=True)) if presence else np.nan),
+                "share_of_full": interval(shares[method, budget]),
+                "share_above_prior": interval(share_above_prior(seen, full, prior)),
+                "behind_best": interval(shares[method, budget] - best),
+                "share_by_variant": {
+                    variant: interval(
+                        share_of_full(accuracy(hits[method, budget], counted), accuracy(full_hits, counted))
+                    )
+                    for variant, counted in of_variant.items()
+                },
+            }
+        )
+    return {
+        "scenes": len(found["variants"]),
+        "questions": len(questions),
+        "full_accuracy": _number(over_kinds(full)[0]),
+        "by_type": by_type(full),
+        "prior": _number(over_kinds(prior)[0]),
+        "prior_by_type": by_type(prior),
+        "rows": rows,
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 4)

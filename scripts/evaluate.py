@@ -1,0 +1,340 @@
+"""Accuracy of the embedded model at every token budget, for every method, on the same scenes in one run.
+
+Scenes and questions come from `scenes.py` (half `salient`, half `context`), answers from `generate`, greedily. Right
+is what equals the scene's answer word for word. Accuracy is the mean over the question types. Beside it stand
+
+- the share of full: the mean over question types of accuracy / accuracy with all tokens (the paper's Table 1);
+- the share above the prior: the same for what pictures add to the best answer from the question alone, which is learnt
+  on training scenes without their pictures (`answer_statistics.py`);
+- 95% intervals of a bootstrap over scenes, paired: all methods are drawn on the same scenes.
+
+The tower runs once for each picture: what it computed is looked up when another method gives it the same input
+(`tower_memo.py`), and the questions of several scenes are answered as one batch. Answers are appended to
+`OUT/answers.jsonl` under a hash of weights, code, scenes and settings; a run that was stopped goes on from there.
+Dynamic budgets are calibrated on validation scenes to the same mean. Time and memory are those of one question about
+one picture, tower included, measured as in `demo.py`.
+
+    python scripts/evaluate.py --out out/evaluation
+    python scripts/evaluate.py --out out/quick --quick                  # 200 questions
+    python scripts/evaluate.py --out out/ablations --ablations          # the paper's ablations, on validation scenes
+    python scripts/evaluate.py --out out/all --methods full prunesid-auto visionzip divprune --budgets 64 16
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ablations import ablations
+from answer_statistics import fit_prior, summarise
+from baselines import METHODS, applied
+from evaluation_pages import table, write_pages
+from measuring import machine, peak_bytes, seconds_by_turns
+from scenes import SPLITS, VARIANTS, Question, Scene, ask, make_scene
+from tower_memo import remembered
+from tqdm import tqdm
+from transformers import AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
+from modeling_prunesid.selection_prunesid import redundancy
+
+
+BUDGETS = (192, 128, 64, 32, 16)
+COMPARED = (
+    "full", "prunesid-paper", "prunesid-dyn", "prunesid-release", "prunesid-auto", "random", "uniform",
+)  # fmt: skip
+QUICK = ("full", "prunesid-paper", "random")
+AT_ONCE = 8  # scenes
+CALIBRATION_SCENES = 64
+PRIOR_SCENES = 300
+LONGEST_ANSWER = 4  # two words, the end, and one more that would be wrong
+ROUNDS = 3
+METHOD_CODE = (
+    "modeling_prunesid/*_prunesid.py", "modeling_prunesid/modeling_prunesid_llava.py", "scripts/baselines/*.py",
+    "scripts/ablations.py",
+)  # fmt: skip
+
+
+@dataclass
+class Chunk:
+    """Some scenes and what is asked: `questions` of all scenes and, for each, the row of its scene among `scenes`."""
+
+    number: int
+    scenes: list[Scene]
+    questions: list[Question]
+    rows: list[int]
+    inputs: dict[str, torch.Tensor]
+
+
+def scene_of(split: str, number: int) -> Scene:
+    """The scenes of an evaluation, numbered from 0; the variants take turns."""
+    return make_scene(VARIANTS[number % len(VARIANTS)], split, number // len(VARIANTS))
+
+
+def choose_questions(scene: Scene, count: int) -> list[Question]:
+    """`count` of the scene's questions, drawn by its name: one of each type before a second of any."""
+    questions = ask(scene)
+    random.Random(f"evaluate/{scene.variant}/{scene.split}/{scene.seed}").shuffle(questions)
+    seen: Counter[str] = Counter()
+    rounds = []
+    for question in questions:
+        rounds.append(seen[question.kind])
+        seen[question.kind] += 1
+    order = sorted(range(len(questions)), key=lambda index: rounds[index])
+    return [questions[index] for index in order[:count]]
+
+
+def write_prompt(processor, question: Question) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question.text}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def build_chunk(processor, device, number: int, scenes: list[Scene], count: int) -> Chunk:
+    """The chunk with `count` questions a scene. Its inputs have a picture a scene and a prompt a question."""
+    asked = [choose_questions(scene, count) for scene in scenes]
+    rows = [row for row, questions in enumerate(asked) for _ in questions]
+    questions = [question for questions in asked for question in questions]
+    inputs = processor(
+        images=[scenes[row].image for row in rows],
+        text=[write_prompt(processor, question) for question in questions],
+        padding=True, padding_side="left", return_tensors="pt",
+    ).to(device)  # fmt: skip
+    first = [rows.index(row) for row in range(len(scenes))]
+    pixel_values = inputs["pixel_values"][first]
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return Chunk(number, scenes, questions, rows, {**inputs, "pixel_values": pixel_values})
+
+
+def repeat_views(encoded, rows: list[int]) -> BaseModelOutputWithPooling:
+    """What `get_image_features` returned for pictures, with that of picture `rows[i]` at place i."""
+    repeated = BaseModelOutputWithPooling(pooler_output=[encoded.pooler_output[row] for row in rows])
+    for name in ("keep_indices", "num_placeholders"):
+        if encoded.get(name) is not None:
+            repeated[name] = [encoded[name][row] for row in rows]
+    return repeated
+
+
+@torch.inference_mode()
+def answer(model, processor, chunk: Chunk) -> list[str]:
+    """The model's answer to each question; every picture is encoded once for all its questions."""
+    encoded = model.get_image_features(pixel_values=chunk.inputs["pixel_values"], return_dict=True)
+    prompt = {name: value for name, value in chunk.inputs.items() if name != "pixel_values"}
+    output = model.generate(
+        **prompt,
+        mm_encoder_outputs={"image": repeat_views(encoded, chunk.rows)},
+        max_new_tokens=LONGEST_ANSWER,
+        do_sample=False,
+    )
+    words = processor.batch_decode(output[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [word.strip() for word in words]
+
+
+class Answers:
+    """A JSON-lines file of records, one for each method, budget and chunk, found by a hash of what they depend on."""
+
+    def __init__(self, path: Path, basis: str):
+        self.path, self.basis = path, basis
+        lines = path.read_text().splitlines() if path.exists() else []
+        complete = [line for line in lines if line.endswith("}")]  # a run that was killed may leave half a line
+        self.records = {record["key"]: record for record in map(json.loads, complete)}
+        path.write_text("".join(line + "\n" for line in complete))
+
+    def key(self, method: str, budget: int, chunk: Chunk) -> str:
+        digest = hashlib.sha256(f"{self.basis}/{method}/{budget}".encode())
+        for value in chunk.inputs.values():
+            digest.update(value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def add(self, record: dict) -> None:
+        self.records[record["key"]] = record
+        with self.path.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+
+
+def basis_of(model) -> str:
+    """A hash of the model's weights and settings and of the code that the methods are made of."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.flatten().view(torch.uint8).cpu().numpy().tobytes())
+    for pattern in METHOD_CODE:
+        for path in sorted(Path(__file__).parents[1].glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def collect(
+    model, processor, cases: list[tuple[str, int]], num_scenes: int, split: str, count: int, known: Answers
+) -> dict:
+    """Put `count` questions of each scene to the model in each case (method and budget), where it is not `known`.
+
+    Returns the `questions`, the `scenes` and `variants` (name of each scene) they belong to, and for each case the
+    `answers` and the mean `tokens` of a picture.
+    """
+    found: dict = {"questions": [], "scenes": [], "variants": [], "answers": {}, "tokens": {}}
+    starts = range(0, num_scenes, AT_ONCE)
+    with tqdm(total=len(starts) * len(cases), desc="chunks x methods") as bar, remembered(model.model.vision_tower):
+        for start in starts:
+            scenes = [scene_of(split, number) for number in range(start, min(start + AT_ONCE, num_scenes))]
+            chunk = build_chunk(processor, model.device, start // AT_ONCE, scenes, count)
+            first = len(found["variants"])
+            found["questions"] += chunk.questions
+            found["scenes"] += [first + row for row in chunk.rows]
+            found["variants"] += [scene.variant for scene in scenes]
+            for method, budget in cases:
+                key = known.key(method, budget, chunk)
+                if key not in known.records:
+                    with applied(model, method, budget) as run:
+                        answers = answer(model, processor, chunk)
+                    record = {"key": key, "method": method, "budget": budget, "chunk": chunk.number}
+                    known.add({**record, "tokens": run.measured_tokens, "answers": answers})
+                record = known.records[key]
+                found["answers"].setdefault((method, budget), []).extend(record["answers"])
+                found["tokens"].setdefault((method, budget), []).extend([record["tokens"]] * len(scenes))
+                bar.update()
+    found["tokens"] = {case: statistics.fmean(tokens) for case, tokens in found["tokens"].items()}
+    return found
+
+
+@torch.inference_mode()
+def reference_information(model, processor) -> float:
+    """The mean information score 1 - rho of validation scenes, for dynamic budgets (section 3.4)."""
+    scores: list[float] = []
+    for number in range(CALIBRATION_SCENES):
+        inputs = processor.image_processor(scene_of("val", number).image, return_tensors="pt").to(model.device)
+        states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        patches = states[model.config.prunesid_config.layer][:, -num_patches(model) :]
+        scores += (1 - redundancy(patches)).tolist()
+    return statistics.fmean(scores)
+
+
+def num_patches(model) -> int:
+    vision = model.config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def measure_cost(model, processor, cases: list[tuple[str, int]], split: str) -> dict[tuple[str, int], dict]:
+    """Median time to the first token and peak memory of one question about one picture, the cases by turns."""
+    inputs = build_chunk(processor, model.device, 0, [scene_of(split, 0)], 1).inputs
+
+    def first_token(case):
+        with applied(model, *case):
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+
+    runs = {case: (lambda case=case: first_token(case)) for case in cases}
+    seconds = seconds_by_turns(runs, ROUNDS)
+    return {
+        case: {
+            "first_token_ms": round(1000 * statistics.median(seconds[case]), 1),
+            "peak_mib": round(peak_bytes(run) / 2**20, 1),
+        }
+        for case, run in runs.items()
+    }
+
+
+def list_cases(methods: Iterable[str], budgets: Iterable[int], patches: int) -> list[tuple[str, int]]:
+    """Every method at every budget; "full", which all are compared with, once and first.
+
+    Raises:
+        ValueError: an unknown method, or a budget that is not between 1 and the number of patches.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"--methods must be among {', '.join(METHODS)}, got {method!r}. Correct the name.")
+    for budget in budgets:
+        if not 0 < budget < patches:
+            raise ValueError(f"--budgets must be between 1 and {patches - 1} tokens, got {budget}. Ask for fewer.")
+    others = [method for method in dict.fromkeys(methods) if method != "full"]
+    return [("full", patches), *((method, budget) for method in others for budget in dict.fromkeys(budgets))]
+
+
+def load_model(folder: str | None):
+    """The model and processor of `folder`, by default the embedded one; in float32, on the GPU if there is one."""
+    if folder is None:
+        from embedded import load_embedded
+
+        model, processor = load_embedded()
+    else:
+        model = PruneSIDLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(folder)
+    if hasattr(processor, "num_visual_tokens"):
+        processor.num_visual_tokens = None  # full prompts, which every method accepts
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+
+
+def prior_questions() -> Iterator[Question]:
+    for number in tqdm(range(PRIOR_SCENES), desc="questions for the prior"):
+        yield from ask(scene_of("train", number))
+
+
+def evaluate(arguments: argparse.Namespace, model, processor) -> dict:
+    """Answer, count and write the pages; returns the result."""
+    methods = arguments.methods
+    if arguments.ablations:
+        changed = ablations(model.config.vision_config.num_hidden_layers)
+        METHODS.update(changed)
+        methods = methods or ("full", "prunesid-paper", *changed)
+    for name in ("scenes", "questions"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}. Ask for more.")
+    cases = list_cases(methods, arguments.budgets, num_patches(model))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    known = Answers(arguments.out / "answers.jsonl", basis_of(model))
+    if any(method.endswith("-dyn") for method, _ in cases):
+        model.config.prunesid_config.reference_information = reference_information(model, processor)
+    found = collect(model, processor, cases, arguments.scenes, arguments.split, arguments.questions, known)
+    result = {"machine": machine(), "split": arguments.split, **summarise(found, fit_prior(prior_questions()))}
+    if not arguments.quick:
+        for case, cost in measure_cost(model, processor, cases, arguments.split).items():
+            next(row for row in result["rows"] if (row["method"], row["budget"]) == case).update(cost)
+    write_pages(arguments.out, result)
+    return result
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for answers and pages")
+    parser.add_argument("--model", help="a LLaVA folder or Hub name with a processor; default: the embedded model")
+    parser.add_argument("--methods", nargs="+", help=f"of {', '.join(METHODS)} (default: {' '.join(COMPARED)})")
+    parser.add_argument("--budgets", nargs="+", type=int, help=f"default: {' '.join(map(str, BUDGETS))}")
+    parser.add_argument("--split", choices=SPLITS, help="default: test; val with --ablations")
+    parser.add_argument("--scenes", type=int, help="default: 400")
+    parser.add_argument("--questions", type=int, help="at most so many of a scene (default: 6)")
+    parser.add_argument("--quick", action="store_true", help="200 fixed questions, two budgets, three methods")
+    parser.add_argument("--ablations", action="store_true", help="PruneSID with one setting changed at a time")
+    arguments = parser.parse_args(argv)
+    defaults: dict = {"methods": COMPARED, "budgets": BUDGETS, "split": "test", "scenes": 400, "questions": 6}
+    if arguments.quick:
+        defaults |= {"methods": QUICK, "budgets": (64, 32), "scenes": 40, "questions": 5}
+    if arguments.ablations:
+        scenes = 40 if arguments.quick else 200
+        defaults |= {"methods": None, "budgets": (64, 32), "split": "val", "scenes": scenes}
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    try:
+        result = evaluate(arguments, *load_model(arguments.model))
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    print("\n".join(table(result)))
+    shares: dict[str, dict] = {}
+    for row in result["rows"][1:]:
+        shares.setdefault(row["method"], {})[str(row["budget"])] = row["share_of_full"]["value"]
+    named = {name: result[name] for name in ("full_accuracy", "by_type", "prior", "prior_by_type")}
+    print(json.dumps({**named, "share_of_full": shares}))
+
+
+if __name__ == "__main__":
+    main()

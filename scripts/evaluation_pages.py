@@ -1,0 +1,131 @@
+"""The pages of an evaluation: a table for the terminal, Markdown, JSON, and curves of accuracy."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.ticker import PercentFormatter, ScalarFormatter
+from scenes import KINDS, VARIANTS
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def ranged(interval: dict[str, float | None]) -> str:
+    """Value and 95% interval in percent."""
+    if interval["value"] is None:
+        return "-"
+    return f"{percent(interval['value'])} ({percent(interval['low'])} to {percent(interval['high'])})"
+
+
+def columns(row: dict) -> dict[str, str]:
+    """What a table shows of a row of `answer_statistics.summarise`, in percent, times and memory apart."""
+    shown = {
+        "method": row["method"],
+        "budget": str(row["budget"]),
+        "tokens": f"{row['tokens']:.1f}",
+        **{kind: percent(row["by_type"][kind]) for kind in KINDS},
+        "F1": percent(row["presence_f1"]),
+        "accuracy": percent(row["accuracy"]["value"]),
+        "share of full": ranged(row["share_of_full"]),
+        "above prior": ranged(row["share_above_prior"]),
+        "to the best": ranged(row["behind_best"]),
+        **{variant: ranged(row["share_by_variant"][variant]) for variant in VARIANTS},
+    }
+    if "first_token_ms" in row:
+        shown |= {"first token": f"{row['first_token_ms']:.0f} ms", "memory": f"{row['peak_mib']:.0f} MiB"}
+    return shown
+
+
+def prior_columns(result: dict) -> dict[str, str]:
+    kinds = {kind: percent(result["prior_by_type"][kind]) for kind in KINDS}
+    return {"method": "question alone", **kinds, "accuracy": percent(result["prior"])}
+
+
+def table(result: dict) -> list[str]:
+    """The lines of the terminal's table, best of each budget first; the variants stand on the page alone."""
+    shown = [columns(row) for row in ordered(result["rows"])]
+    names = [name for name in shown[0] if name not in VARIANTS]
+    shown.append(prior_columns(result))
+    widths = {name: max(len(name), *(len(row.get(name, "")) for row in shown)) for name in names}
+    head = f"{result['questions']} questions about {result['scenes']} {result['split']} scenes, in percent"
+    lines = ["  ".join(row.get(name, "").rjust(widths[name]) for name in names) for row in shown]
+    return [head, "  ".join(name.rjust(widths[name]) for name in names), *lines]
+
+
+def ordered(rows: list[dict]) -> list[dict]:
+    """By falling budget, and within one by falling share of full."""
+    return sorted(rows, key=lambda row: (-row["budget"], -(row["share_of_full"]["value"] or 0)))
+
+
+def markdown(result: dict) -> str:
+    shown = [columns(row) for row in ordered(result["rows"])]
+    names = list(shown[0])
+    rows = [shown[0], prior_columns(result), *shown[1:]]
+    lines = [
+        "# Accuracy at every budget",
+        "",
+        f"{result['questions']} questions about {result['scenes']} scenes (split `{result['split']}`), all methods on "
+        "the same model, pictures, prompts and greedy decoding. Percent; 95% intervals of a paired bootstrap over "
+        "scenes in brackets. `tokens`: measured mean visual tokens of a picture. `accuracy`: mean over question "
+        "types. `share of full`: mean over types of accuracy / accuracy with all tokens, also for each variant of the "
+        "scenes. `above prior`: the same for what pictures add to the best answer from the question alone. `to the "
+        "best`: share of full less that of the best at the budget.",
+        "",
+        f"Measured on {result['machine']}.",
+        "",
+        "| " + " | ".join(names) + " |",
+        "|" + "---|" * len(names),
+        *("| " + " | ".join(row.get(name, "") for name in names) + " |" for row in rows),
+        "",
+        "![Share of full against tokens](accuracy.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Share of full, one line a method with its interval, against tokens and, where measured, time to first token."""
+    full, *rows = result["rows"]
+    against = {"tokens": "visual tokens of a picture (mean)"}
+    if "first_token_ms" in full:
+        against["first_token_ms"] = "time to first token (ms)"
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, grid = pyplot.subplots(1, len(against), figsize=(6.5 * len(against) + 2, 4.8), squeeze=False, dpi=130)
+    colours = pyplot.get_cmap("tab20" if len(methods) > 10 else "tab10")
+    for axes, (field, label) in zip(grid[0], against.items()):
+        for number, method in enumerate(methods):
+            points = [row for row in rows if row["method"] == method and row["share_of_full"]["value"] is not None]
+            points.sort(key=lambda row: row["tokens"])
+            x = [row[field] for row in points]
+            value, low, high = ([row["share_of_full"][name] for row in points] for name in ("value", "low", "high"))
+            axes.plot(x, value, marker="o", markersize=4, color=colours(number % 20), label=method)
+            if field == "tokens":
+                axes.fill_between(x, low, high, color=colours(number % 20), alpha=0.12, linewidth=0)
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        axes.set_xlabel(label)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    tokens = [row["tokens"] for row in rows]
+    grid[0][0].set_xlim(min(tokens) / 1.2, max(tokens) * 1.2)
+    grid[0][0].set_xscale("log", base=2)
+    grid[0][0].xaxis.set_major_formatter(ScalarFormatter())
+    grid[0][0].set_ylabel("accuracy, share of all tokens'")
+    grid[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def write_pages(folder: Path, result: dict) -> None:
+    """`accuracy.json`, `accuracy.md` and `accuracy.png` in `folder`."""
+    (folder / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "accuracy.md").write_text(markdown(result))
+    draw(result, folder / "accuracy.png")
