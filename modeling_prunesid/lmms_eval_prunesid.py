@@ -103,8 +103,8 @@ class PruneSIDForLmmsEval(lmms):
         ).eval()
         self.processor = AutoProcessor.from_pretrained(pretrained, **location)
         if hasattr(self.processor, "arguments_for"):  # a stock processor writes full prompts, which are as good
-            for name, value in self.processor.arguments_for(self.model.config.prunesid_config).items():
-                setattr(self.processor, name, value)
+            arguments = self.processor.arguments_for(self.model.config.prunesid_config)
+            self.processor = AutoProcessor.from_pretrained(pretrained, **location, **arguments)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         self.device = self.model.device
