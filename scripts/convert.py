@@ -66,6 +66,7 @@ def families() -> dict[str, type]:
     """The supported stock `model_type`s, with our class for each of them."""
     classes = [getattr(modeling_prunesid, name) for name in modeling_prunesid.__all__]
     models = [model for model in classes if issubclass(model, CompressedGenerationMixin)]
+    models = [model for model in models if model.config_class.model_type.startswith("prunesid_")]
     return {model.config_class.model_type.removeprefix("prunesid_"): model for model in models}
 
 
@@ -82,6 +83,11 @@ def find_family(checkpoint: str, revision: str | None = None) -> type:
         raise OSError(f"{checkpoint} has no config.json.")
     model_type = str(fields.get("model_type"))
     supported = families()
+    if model_type.startswith("mgm"):
+        raise ValueError(
+            f"{checkpoint} is a published checkpoint of Mini-Gemini (model_type {model_type!r}). Bring it into "
+            "Transformers' layout first: scripts/convert_mini_gemini.py."
+        )
     if model_type.removeprefix("prunesid_") not in supported:
         raise ValueError(
             f"{checkpoint} is a checkpoint of model_type {model_type!r}, which PruneSID does not support. It supports "

@@ -1,16 +1,29 @@
 """Mini-Gemini: its patch-info mining against plain loops, PruneSID on its tokens, its processor, and the Hub."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from test_llava_hub import CLEAN_PROCESS
 from tiny import BUDGET, IMAGE, NUM_PATCHES, TEXT, VISION, batch, prompt
+from tiny_checkpoint import CHAT_TEMPLATE, build_processor, picture
 from torch.nn.functional import avg_pool2d
+from transformers import LlavaImageProcessorPil
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import (
     MiniGeminiConfig,
     MiniGeminiForConditionalGeneration,
+    MiniGeminiProcessor,
+    PruneSIDConfig,
     PruneSIDMiniGeminiConfig,
     PruneSIDMiniGeminiForConditionalGeneration,
+    PruneSIDMiniGeminiModel,
+    PruneSIDMiniGeminiProcessor,
 )
 from modeling_prunesid.modeling_mini_gemini import MiniGeminiPatchInfoMining
 from modeling_prunesid.selection_prunesid import information_budgets, redundancy, select_tokens
@@ -370,3 +383,182 @@ class TestErrors:
     def test_a_strategy_of_a_call(self):
         with pytest.raises(ValueError, match="vision_feature_select_strategy must be 'default'"):
             build().get_image_features(**pixels(1), vision_feature_select_strategy="full")
+
+
+def build_stock_processor(**views):
+    side = {"height": views.get("image_grid", 1) * HIGH, "width": views.get("image_grid", 1) * HIGH}
+    return MiniGeminiProcessor(
+        LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": side["height"]}, crop_size=side),
+        build_processor().tokenizer,
+        patch_size=PATCH,
+        chat_template=CHAT_TEMPLATE,
+        low_res_size=LOW,
+        **views,
+    )
+
+
+def build_short_processor(**views):
+    stock = build_stock_processor(**views)
+    return PruneSIDMiniGeminiProcessor(
+        stock.image_processor,
+        stock.tokenizer,
+        patch_size=PATCH,
+        chat_template=CHAT_TEMPLATE,
+        low_res_size=LOW,
+        num_visual_tokens=BUDGET,
+        **views,
+    )
+
+
+class TestProcessor:
+    def test_the_low_resolution_is_the_high_one_reduced(self):
+        processor = build_stock_processor()
+        inputs = processor(images=[picture(0), picture(1)], text="<image> word7 <image> word8", return_tensors="pt")
+        expected = processor.image_processor([picture(0), picture(1)], return_tensors="pt")["pixel_values"]
+        assert torch.equal(inputs["high_res_pixel_values"], expected)
+        torch.testing.assert_close(inputs["pixel_values"], avg_pool2d(expected, 2))
+        assert int((inputs["input_ids"] == IMAGE).sum()) == 2 * NUM_PATCHES
+
+    def test_a_wide_picture_is_padded_to_a_square(self):
+        inputs = build_stock_processor()(images=picture().resize((40, 20)), text="<image>", return_tensors="pt")
+        edge, middle = inputs["high_res_pixel_values"][0, :, 0], inputs["high_res_pixel_values"][0, :, HIGH // 2]
+        assert edge.abs().max() < 0.02  # the mean colour
+        assert middle.abs().max() > 0.5
+
+    def test_tiles_come_row_by_row_and_the_whole_last(self):
+        inputs = build_stock_processor(**HD)(images=picture(), text="<image> word7", return_tensors="pt")
+        reduced = avg_pool2d(inputs["high_res_pixel_values"], 2)[0]
+        tiles = [reduced[:, y : y + LOW, x : x + LOW] for y in (0, LOW) for x in (0, LOW)]
+        assert inputs["high_res_pixel_values"].shape == (1, 3, 2 * HIGH, 2 * HIGH)
+        torch.testing.assert_close(inputs["pixel_values"][0, :4], torch.stack(tiles))
+        torch.testing.assert_close(inputs["pixel_values"][0, 4], avg_pool2d(reduced, 2))
+        assert int((inputs["input_ids"] == IMAGE).sum()) == 5 * NUM_PATCHES
+
+    @pytest.mark.parametrize("views", [{}, HD], ids=["one view", "HD"])
+    def test_short_prompts(self, views):
+        processor, model = build_short_processor(**views), build(views=views)
+        ask = {"images": picture(), "text": "<image> word7", "return_tensors": "pt"}
+        short, full = processor(**ask), build_stock_processor(**views)(**ask)
+        assert int((short["input_ids"] == IMAGE).sum()) == BUDGET
+        assert short["num_visual_tokens"].tolist() == [BUDGET]
+        answers = [
+            model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+            for inputs in (short, full, processor(**ask, num_visual_tokens=12))
+        ]
+        assert torch.equal(answers[0], answers[1])
+        assert answers[2].shape == answers[0].shape
+
+    @pytest.mark.parametrize("views", [{}, HD], ids=["one view", "HD"])
+    def test_counts_for_engines_that_size_prompts_up_front(self, views):
+        sizes = [(10, 20), (30, 30)]
+        total = (5 if views else 1) * NUM_PATCHES
+        assert build_stock_processor(**views)._get_num_multimodal_tokens(sizes).num_image_tokens == [total] * 2
+        assert build_short_processor(**views)._get_num_multimodal_tokens(sizes).num_image_tokens == [BUDGET] * 2
+
+    def test_both_resolutions_are_inputs_of_the_model(self):
+        assert {"pixel_values", "high_res_pixel_values"} <= set(build_stock_processor().model_input_names)
+        assert "num_visual_tokens" in build_short_processor().model_input_names
+
+    def test_saved_settings_are_loaded(self, tmp_path):
+        build_stock_processor(**HD).save_pretrained(tmp_path)
+        loaded = MiniGeminiProcessor.from_pretrained(tmp_path)
+        assert (loaded.low_res_size, loaded.patch_size, loaded.image_grid, loaded.image_global) == (
+            LOW,
+            PATCH,
+            2,
+            True,
+        )
+
+    @pytest.mark.parametrize("fields", [{"image_grid": 0}, {"image_grid": 1, "image_global": True}])
+    def test_grids_that_are_none(self, fields):
+        with pytest.raises(ValueError, match=next(reversed(fields))):
+            build_stock_processor(**fields)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A checkpoint of the model without PruneSID."""
+    folder = tmp_path_factory.mktemp("base")
+    stock_twin(build()).save_pretrained(folder)
+    build_stock_processor().save_pretrained(folder)
+    return folder
+
+
+def load(folder, model_class=PruneSIDMiniGeminiForConditionalGeneration, **kwargs):
+    """A model of which every weight was loaded, and whose checkpoint has no other."""
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def variant(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("variant")
+    load(base, prunesid_config=PruneSIDConfig(budget=BUDGET)).save_pretrained(folder)
+    return folder
+
+
+class TestFolders:
+    def test_a_base_loads_with_every_weight_and_off_answers_as_itself(self, base):
+        model, stock = load(base, prunesid_config={"budget": None}), load(base, MiniGeminiForConditionalGeneration)
+        inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7])]), **pixels(1)}
+        assert torch.equal(model(**inputs).logits, stock(**inputs).logits)
+        assert PruneSIDMiniGeminiModel.from_pretrained(base).state_dict().keys() == stock.model.state_dict().keys()
+
+    def test_saved_weights_are_the_bases_byte_for_byte(self, base, variant):
+        assert Path(variant, "model.safetensors").read_bytes() == Path(base, "model.safetensors").read_bytes()
+
+    def test_the_configuration_names_our_classes_and_every_module_is_there(self, variant):
+        config = json.loads(Path(variant, "config.json").read_text())
+        assert config["model_type"] == "prunesid_mini_gemini"
+        assert config["architectures"] == ["PruneSIDMiniGeminiForConditionalGeneration"]
+        assert config["auto_map"] == {
+            "AutoConfig": "configuration_prunesid_mini_gemini.PruneSIDMiniGeminiConfig",
+            "AutoModel": "modeling_prunesid_mini_gemini.PruneSIDMiniGeminiAutoModel",
+            "AutoModelForImageTextToText": (
+                "modeling_prunesid_mini_gemini.PruneSIDMiniGeminiForConditionalGeneration"
+            ),
+            "AutoModelForMultimodalLM": "modeling_prunesid_mini_gemini.PruneSIDMiniGeminiForConditionalGeneration",
+            "AutoProcessor": "processing_prunesid_mini_gemini.PruneSIDMiniGeminiProcessor",
+        }
+        modules = {path.stem for path in Path(variant).glob("*.py")}
+        assert {"modeling_mini_gemini", "configuration_mini_gemini", "processing_mini_gemini"} <= modules
+        for path in Path(variant).glob("*.py"):
+            for line in path.read_text().splitlines():
+                if line.strip().startswith("from ."):
+                    assert line.split()[1].removeprefix(".") in modules, f"{path.name}: {line}"
+
+    def test_a_thin_variant_takes_weights_and_processor_from_its_base(self, base, tmp_path):
+        load(base, prunesid_config={"budget": 5}).save_pretrained(tmp_path, thin=True)
+        assert not list(tmp_path.glob("*.safetensors"))
+        model = load(tmp_path)
+        inputs = PruneSIDMiniGeminiProcessor.from_pretrained(tmp_path)(
+            images=picture(), text="<image> word7", return_tensors="pt"
+        )
+        assert int((inputs["input_ids"] == IMAGE).sum()) == 5
+        expected = load(base, prunesid_config={"budget": 5}).generate(**inputs, **GREEDY)
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+    def test_a_clean_process_loads_it_by_every_auto_class(self, variant, tmp_path):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", CLEAN_PROCESS, str(variant)],
+            cwd=tmp_path,
+            env={**kept, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["config"] == "PruneSIDMiniGeminiConfig"
+        assert found["processor"] == "PruneSIDMiniGeminiProcessor"
+        assert found["length"] == BUDGET + 2
+        for auto_class in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+            assert found[auto_class]["class"] == "PruneSIDMiniGeminiForConditionalGeneration"
+            assert found[auto_class]["keys"] == []
+            assert found[auto_class]["answer"] == found["AutoModel"]["answer"]
+            assert len(found[auto_class]["answer"][0]) == found["length"] + 6
+        assert found["AutoModel"]["from_config"] == "PruneSIDMiniGeminiModel"
+        assert found["one chat"].split()
+        assert found["two chats"] == [found["one chat"]] * 2
