@@ -13,6 +13,7 @@ from .configuration_prunesid import (
     PruneSIDVideoLlavaConfig,
 )
 from .configuration_prunesid_mini_gemini import PruneSIDMiniGeminiConfig
+from .configuration_vitcop import ViTCoPConfig, ViTCoPLlavaConfig
 from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
 from .modeling_prunesid_llava import (
     PruneSIDLlavaAutoModel,
@@ -49,6 +50,11 @@ from .modeling_prunesid_video_llava import (
     PruneSIDVideoLlavaForConditionalGeneration,
     PruneSIDVideoLlavaModel,
 )
+from .modeling_vitcop_llava import (
+    ViTCoPLlavaAutoModel,
+    ViTCoPLlavaForConditionalGeneration,
+    ViTCoPLlavaModel,
+)
 from .processing_mini_gemini import MiniGeminiProcessor
 from .processing_prunesid import PruneSIDLlavaProcessor
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
@@ -59,9 +65,11 @@ from .processing_prunesid_qwen_vl import (
     PruneSIDQwen3VLProcessor,
 )
 from .processing_prunesid_video_llava import PruneSIDVideoLlavaProcessor
+from .processing_vitcop_llava import ViTCoPLlavaProcessor
 
 
 AutoConfig.register(PruneSIDConfig.model_type, PruneSIDConfig)
+AutoConfig.register(ViTCoPConfig.model_type, ViTCoPConfig)
 for _config, _auto_model, _model, _processor in (
     (PruneSIDLlavaConfig, PruneSIDLlavaAutoModel, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor),
     (
@@ -94,6 +102,7 @@ for _config, _auto_model, _model, _processor in (
         PruneSIDVideoLlavaForConditionalGeneration,
         PruneSIDVideoLlavaProcessor,
     ),
+    (ViTCoPLlavaConfig, ViTCoPLlavaAutoModel, ViTCoPLlavaForConditionalGeneration, ViTCoPLlavaProcessor),
     (MiniGeminiConfig, MiniGeminiModel, MiniGeminiForConditionalGeneration, MiniGeminiProcessor),
     (
         PruneSIDMiniGeminiConfig,
@@ -142,4 +151,9 @@ __all__ = [
     "PruneSIDVideoLlavaForConditionalGeneration",
     "PruneSIDVideoLlavaModel",
     "PruneSIDVideoLlavaProcessor",
+    "ViTCoPConfig",
+    "ViTCoPLlavaConfig",
+    "ViTCoPLlavaForConditionalGeneration",
+    "ViTCoPLlavaModel",
+    "ViTCoPLlavaProcessor",
 ]

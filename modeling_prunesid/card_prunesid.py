@@ -16,7 +16,7 @@ _NO_SETTINGS = ("model_type", "transformers_version", "base_model_name_or_path",
 
 _TEXT = """# {title}
 
-{base} with PruneSID: {budget}. The other visual tokens never reach the language model. {weights}
+{base} with {method}: {budget} {weights}
 
 ## Usage
 
@@ -41,26 +41,33 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 
 `trust_remote_code=True` runs the Python files of this repo; pass `revision="<commit>"` to pin what you have read. For
-another budget, load the model with `prunesid_config={{"budget": 32}}` and the processor with `num_visual_tokens=32`.
+another budget, load the model with `{settings_name}={{"budget": 32}}`{and_processor}.
 
 ## Settings
 
-| `prunesid_config` | value |
+| `{settings_name}` | value |
 |---|---|
 {settings}
 
 ## Citation
 
 ```bibtex
-@inproceedings{{fang2026prunesid,
-  title     = {{Prune Redundancy, Preserve Essence: Vision Token Compression in {{VLMs}} via Synergistic
-               Importance-Diversity}},
-  author    = {{Fang, Zhengyao and Lyu, Pengyuan and Zhang, Chengquan and Lu, Guangming and Yu, Jun and Pei, Wenjie}},
-  booktitle = {{International Conference on Learning Representations}},
-  year      = {{2026}}
-}}
+{citation}
 ```
 """
+_PRUNESID = """@inproceedings{fang2026prunesid,
+  title     = {Prune Redundancy, Preserve Essence: Vision Token Compression in {VLMs} via Synergistic
+               Importance-Diversity},
+  author    = {Fang, Zhengyao and Lyu, Pengyuan and Zhang, Chengquan and Lu, Guangming and Yu, Jun and Pei, Wenjie},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2026}
+}"""
+_VITCOP = """@misc{vitcop2026,
+  title         = {ViTCoP: Visual and Textual Semantic Collaborative Pruning},
+  eprint        = {2601.17818},
+  archivePrefix = {arXiv},
+  year          = {2026}
+}"""
 
 
 def write_card(
@@ -96,7 +103,12 @@ def write_card(
     )
     repo = repo_id or str(folder)
     settings = config.prunesid_config.to_dict()
+    is_vitcop = config.prunesid_config.model_type == "vitcop"
     text = _TEXT.format(
+        method="ViTCoP" if is_vitcop else "PruneSID",
+        settings_name=config.prunesid_config.base_config_key,
+        and_processor="" if is_vitcop else " and the processor with `num_visual_tokens=32`",
+        citation=_VITCOP if is_vitcop else _PRUNESID,
         title=repo.rstrip("/").rsplit("/", 1)[-1],
         base=f"`{base or config.model_type}`",
         budget=_describe_budget(config.prunesid_config),
@@ -111,13 +123,16 @@ def write_card(
 
 def _describe_budget(settings: PretrainedConfig) -> str:
     if settings.budget is None:
-        return "no token is dropped unless a call asks for it"
+        return "no token is dropped unless a call asks for it."
     if isinstance(settings.budget, int):
         amount = f"{settings.budget} visual tokens"
     else:
         amount = f"{settings.budget:.1%} of the visual tokens"
+    if settings.model_type == "vitcop":
+        return f"{amount} of each image, in the mean over the layers of the language model."
     scope = "encoded view (image, crop or frame)" if settings.budget_scope == "view" else "image or clip"
-    return f"it keeps {amount} of each {scope}{', adjusted to how much it shows' if settings.dynamic else ''}"
+    adjusted = ", adjusted to how much it shows" if settings.dynamic else ""
+    return f"it keeps {amount} of each {scope}{adjusted}. The other visual tokens never reach the language model."
 
 
 @functools.lru_cache

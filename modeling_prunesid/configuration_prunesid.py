@@ -227,10 +227,18 @@ class _NestsPruneSIDConfig:
         super().__init_subclass__(**kwargs)
         cls.sub_configs = {**getattr(cls, "sub_configs", {}), "prunesid_config": PruneSIDConfig}
 
+    # Whether tokens may also be dropped inside the language model.
+    _has_llm_budget = False
+
     def __setattr__(self, name, value):
         if name == "prunesid_config" and (value is None or isinstance(value, dict)):
             value = PruneSIDConfig(**(value or {}))
         super().__setattr__(name, value)
+        if name == "prunesid_config" and value.llm_budget is not None and not self._has_llm_budget:
+            raise ValueError(
+                f"prunesid_config.llm_budget must be None for {self.model_type}, got {value.llm_budget!r}: only "
+                "prunesid_llava drops tokens inside the language model."
+            )
 
 
 @strict
@@ -244,6 +252,7 @@ class PruneSIDLlavaConfig(_NestsPruneSIDConfig, LlavaConfig):
     """
 
     model_type = "prunesid_llava"
+    _has_llm_budget = True
 
     prunesid_config: dict | PretrainedConfig | None = None
 

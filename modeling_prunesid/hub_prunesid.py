@@ -345,7 +345,8 @@ def _read_base(config: Any, name: str | os.PathLike, location: dict[str, Any]) -
             fields, _ = PretrainedConfig.get_config_dict(name if config is None else config, **location)
         except OSError:  # an adapter, or an error that upstream words itself
             return None
-        return (fields.get("prunesid_config") or {}).get("base_model_name_or_path")
+        settings = fields.get("prunesid_config") or fields.get("vitcop_config") or {}
+        return settings.get("base_model_name_or_path")
     return getattr(getattr(config, "prunesid_config", None), "base_model_name_or_path", None)
 
 
@@ -365,7 +366,8 @@ def _has_weights(name: str | os.PathLike, location: dict[str, Any]) -> bool:
 
 def _check_family(base: str, config: PretrainedConfig, fields: dict[str, Any]) -> None:
     """The base must be a checkpoint of the same parts: `model_type` of the whole, of its tower and language model."""
-    parts = [("", {config.model_type, config.model_type.removeprefix("prunesid_")}, fields)]
+    stock = config.model_type.removeprefix("prunesid_").removeprefix("vitcop_")
+    parts = [("", {config.model_type, stock}, fields)]
     for part in ("text_config", "vision_config"):
         if isinstance(fields.get(part), dict) and hasattr(getattr(config, part, None), "model_type"):
             parts.append((f"{part}.", {getattr(config, part).model_type}, fields[part]))

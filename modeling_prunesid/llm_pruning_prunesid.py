@@ -335,6 +335,17 @@ def prune_layers(decoder: nn.Module, hidden_states: torch.Tensor, cache: Any, re
             handle.remove()
 
 
+@contextmanager
+def hooked_output(module: nn.Module):
+    """Yields a list that fills with what `module` returns."""
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(_in_this_thread(lambda args, output: outputs.append(output)))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
 def _in_this_thread(run: Callable, *first: Any) -> Callable:
     """A hook that leaves runs of the same module in other threads alone."""
     thread = threading.get_ident()

@@ -1,5 +1,7 @@
 """LLaVA-1.5 with PruneSID: tokens are chosen from the tower's features, and only the kept ones are projected."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel
@@ -16,6 +18,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
 from .configuration_prunesid import PruneSIDLlavaConfig
 from .hub_prunesid import HubModelMixin, register_class_names
@@ -23,13 +26,15 @@ from .processing_prunesid import PruneSIDLlavaProcessor
 from .selection_prunesid import resolve_budget
 from .tower_prunesid import resolve_layer, run_tower
 from .views_prunesid import choose_tokens, requested_budgets
+from .vitcop_prunesid import plan_counts, scaled_layers
 
 
-class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
+class PruneSIDLlavaModel(CoPrunedModelMixin, CompressedModelMixin, HubModelMixin, LlavaModel):
     """
     Modifications:
         - `get_image_features` returns the features of the kept tokens alone, with their indices.
         - `forward` drops the placeholders of the other tokens from the prompt.
+        - with `prunesid_config.llm_budget`, `forward` drops further tokens between the layers of the language model.
     """
 
     config: PruneSIDLlavaConfig
@@ -50,6 +55,9 @@ class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
         full += self.config.vision_feature_select_strategy == "full"
         short = min(resolve_budget(self.config.prunesid_config.budget, full), full)
         return any(all(length % tokens == 0 for length in run_lengths) for tokens in (full, short))
+
+    def pruning_layers(self) -> tuple[int, int]:
+        return scaled_layers(len(self.language_model.layers))
 
     @can_return_tuple
     def get_image_features(
@@ -83,6 +91,8 @@ class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
         patch_size, (height, width) = tower.config.patch_size, pixel_values.shape[-2:]
         num_patches, num_images = (height // patch_size) * (width // patch_size), len(pixel_values)
         budgets = requested_budgets(settings, num_visual_tokens, num_images, num_patches)
+        if budgets is None and settings.llm_budget is not None:
+            budgets = [num_patches] * num_images
         if budgets is None:
             return super().get_image_features(
                 pixel_values=pixel_values,
@@ -132,6 +142,14 @@ class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
         outputs.pooler_output = list(image_features.split([len(rows) for rows in kept]))
         outputs["keep_indices"] = [rows - dropped_by_upstream for rows in kept]
         outputs["num_placeholders"] = [features.shape[1] - dropped_by_upstream] * num_images
+        if settings.llm_budget is not None:
+            target, num_layers = resolve_budget(settings.llm_budget, num_patches), len(self.language_model.layers)
+            outputs["visual_groups"] = [
+                describe_tokens(
+                    image, torch.zeros_like(rows), plan_counts(target, len(rows), num_layers, *self.pruning_layers())
+                )
+                for image, rows in enumerate(kept)
+            ]
         return outputs
 
     def forward(
@@ -147,6 +165,7 @@ class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        visual_groups: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         r"""
@@ -155,12 +174,14 @@ class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
         Args:
             num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
                 N of this call, in place of `config.prunesid_config.budget`.
+            visual_groups (`torch.LongTensor` of shape `(batch, columns, 4)`, *optional*):
+                Made by `generate` and the head's `forward` for tokens that are dropped inside the language model.
 
         Raises:
             `ValueError`: if the prompt has neither T nor N placeholders for each image.
         """
         return self.forward_compressed(
-            super().forward,
+            partial(self.forward_pruned, super().forward),
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -172,12 +193,13 @@ class PruneSIDLlavaModel(CompressedModelMixin, HubModelMixin, LlavaModel):
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             num_visual_tokens=num_visual_tokens,
+            visual_groups=visual_groups,
             **kwargs,
         )
 
 
 class PruneSIDLlavaForConditionalGeneration(
-    CompressedGenerationMixin, HubModelMixin, LlavaForConditionalGeneration, GenerationMixin
+    CoPrunedGenerationMixin, CompressedGenerationMixin, HubModelMixin, LlavaForConditionalGeneration, GenerationMixin
 ):
     """
     Modifications:
@@ -233,6 +255,7 @@ class PruneSIDLlavaForConditionalGeneration(
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
+        visual_groups: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaCausalLMOutputWithPast:
         r"""
@@ -241,17 +264,21 @@ class PruneSIDLlavaForConditionalGeneration(
         Args:
             num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
                 N of this call, in place of `config.prunesid_config.budget`.
+            visual_groups (`torch.LongTensor` of shape `(batch, columns, 4)`, *optional*):
+                Made by `generate` for tokens that are dropped inside the language model.
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
             the columns of the caller's prompt that remain. In a batch whose rows lost different numbers of columns,
-            padding was added on the side where the batch is padded, on the right where it is not.
+            padding was added on the side where the batch is padded, on the right where it is not. With
+            `prunesid_config.llm_budget` it has `layer_visual_tokens`, of shape `(batch, layers)`: how many visual
+            tokens each layer saw.
 
         Raises:
             `ValueError`: if the prompt has neither T nor N placeholders for each image.
         """
         return self.forward_compressed(
-            super().forward,
+            partial(self.forward_pruned, super().forward),
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -265,6 +292,7 @@ class PruneSIDLlavaForConditionalGeneration(
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             num_visual_tokens=num_visual_tokens,
+            visual_groups=visual_groups,
             **kwargs,
         )
 

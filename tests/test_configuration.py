@@ -13,6 +13,7 @@ from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaConfig
 PAPER = {
     "budget": 64,
     "budget_scope": "view",
+    "llm_budget": None,
     "num_groups": None,
     "layer": -2,
     "nms_lambda": None,

@@ -30,7 +30,8 @@ def names_of(function):
 
 
 def test_every_promised_name_is_exported():
-    promised = {"PruneSIDConfig", "PruneSIDLlavaProcessor"}
+    promised = {"PruneSIDConfig", "PruneSIDLlavaProcessor", "ViTCoPConfig", "ViTCoPLlavaProcessor"}
+    promised |= {f"ViTCoPLlava{part}" for part in ("Config", "Model", "ForConditionalGeneration")}
     for family in FAMILIES:
         promised |= {f"PruneSID{family}{part}" for part in ("Config", "Model", "ForConditionalGeneration")}
     assert promised <= set(modeling_prunesid.__all__)
@@ -53,7 +54,7 @@ def test_arguments_are_upstreams_in_upstreams_order(ours, stock):
     expected = names_of(stock)
     # Ours must take what any promised version of Transformers takes.
     assert [name for name in own if name in expected] == expected
-    assert set(own) - set(expected) <= {"mm_encoder_outputs", "inputs", "image_sizes"}
+    assert set(own) - set(expected) <= {"mm_encoder_outputs", "inputs", "image_sizes", "visual_groups"}
 
 
 def test_generate_takes_upstreams_arguments_by_place_and_all_others_by_name():
