@@ -17,8 +17,9 @@ from modeling_prunesid.tower_prunesid import run_tower
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from baselines import METHODS, applied, divprune, hired, prumerge, random_choice, tome, uniform, visionzip
+from baselines import METHODS, applied, dart, divprune, fastv, hired, prumerge, random_choice, tome, uniform, visionzip
 from baselines.encoder import View, top
+from baselines.llm import Row, count_behind, llm_method, scaled_layer
 
 
 RELEASE = Path(__file__).parents[1] / "configuration" / "llava_1.5_64_release.json"
@@ -34,6 +35,7 @@ CHOOSERS = {
 }
 PRUNING = ("random", "uniform", "hired", "divprune")
 ENCODER_SIDE = [name for name, method in METHODS.items() if method.place == "encoder"]
+LLM_SIDE = [name for name, method in METHODS.items() if method.place == "llm"]
 DINOV2 = {"model_type": "dinov2"}
 
 
@@ -419,3 +421,85 @@ def test_errors_name_what_is_wrong():
     model.config.vision_feature_layer = [-2, -1]
     with pytest.raises(ValueError, match="must be a single layer for ToMe"):
         features_of(model, "tome", pixels(1))
+
+
+def make_row(visual, text, seed=0):
+    """A random prompt: 3 words, `visual` visual tokens and `text` words in front of a layer."""
+    generator = torch.Generator().manual_seed(seed)
+    length = 3 + visual + text
+    weights = torch.randn(length, length, generator=generator).softmax(-1)
+    return Row(
+        hidden_states=torch.randn(length, DIM, generator=generator),
+        normed=torch.randn(length, DIM, generator=generator),
+        keys=torch.randn(length, 2, 5, generator=generator),
+        visual=torch.arange(3, 3 + visual),
+        text=torch.arange(3 + visual, length),
+        attention=lambda place: weights[place],
+    )
+
+
+def test_settings_inside_the_language_model_are_the_papers():
+    assert [count_behind(2, budget, 576) for budget in (192, 128, 64)] == [166, 98, 30]
+    assert [scaled_layer(2, layers) for layers in (2, 4, 16, 24, 32, 40)] == [1, 1, 1, 2, 2, 3]
+
+
+def test_fastv_keeps_the_order_of_what_the_last_token_attends_to_most():
+    for seed, (tokens, count) in enumerate(random_cases(60)):
+        row = make_row(tokens, seed % 3, seed)
+        kept = fastv.choose(row, count)
+        others = row.visual[~torch.isin(row.visual, kept)]
+        attention = row.attention(2 + tokens + seed % 3)
+        assert len(kept) == count
+        assert (kept.diff() > 0).all()
+        assert torch.isin(kept, row.visual).all()
+        assert attention[kept].min() >= attention[others].max()
+
+
+@pytest.mark.parametrize(("tokens", "text", "count"), [(60, 9, 20), (60, 2, 29), (30, 4, 28), (40, 6, 3), (12, 5, 12)])
+def test_dart_takes_what_is_least_similar_to_each_pivot_in_turn(tokens, text, count):
+    row = make_row(tokens, text)
+    norms = row.keys.abs().sum((1, 2)).tolist()
+    images = sorted(row.visual.tolist(), key=lambda place: -norms[place])[:4]
+    texts = sorted(row.text.tolist(), key=lambda place: -norms[place])[:4]
+    pool, kept, each = set(row.visual.tolist()) - set(images), set(images), max(round((count - 4) / 8), 0)
+    for pivot in images + texts:
+        similarity = torch.cosine_similarity(row.normed, row.normed[pivot], dim=1).tolist()
+        taken = sorted(pool, key=lambda place: similarity[place])[:each]
+        pool, kept = pool - set(taken), kept | set(taken)
+    assert dart.choose(row, count).tolist() == sorted(kept)
+    assert len(kept) == min(4 + (4 + min(text, 4)) * each, tokens)
+
+
+@pytest.mark.parametrize("grouped", [2, 4], ids=["grouped keys", "a key a head"])
+def test_the_row_of_attention_is_that_of_eager_attention(grouped):
+    model = build(text={"num_key_value_heads": grouped})
+    inputs = batch([prompt([NUM_PATCHES], [7, 8]), prompt([NUM_PATCHES], [9, 10, 11, 12])])
+    found = []
+
+    def rule(row, count):
+        found.append(row.attention(int(row.text[-1])))
+        return row.visual[:count]
+
+    stock = stock_twin(model)
+    stock.set_attn_implementation("eager")
+    with torch.no_grad(), llm_method(2, rule)(model, BUDGET):
+        model(**inputs, pixel_values=pixels(2))
+        expected = stock(**inputs, pixel_values=pixels(2), output_attentions=True).attentions[0]
+    torch.testing.assert_close(torch.stack(found), expected[:, :, -1].mean(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LLM_SIDE)
+def test_tokens_dropped_inside_the_language_model_are_measured_over_its_layers(name):
+    """A left-padded batch, one row with two images and one with none, answers as its rows do alone."""
+    model, images, settings = build(), pixels(3), {"max_new_tokens": 4, "do_sample": False}
+    rows = [prompt([NUM_PATCHES], [7, 8, 9, 10]), prompt([NUM_PATCHES] * 2, [9, 10, 11, 12, 13]), [1, 20, 21]]
+    views = [{"pixel_values": images[:1]}, {"pixel_values": images[1:]}, {}]
+    with applied(model, name, 20) as run:
+        together = model.generate(**batch(rows), pixel_values=images, **settings)
+    behind = {"fastv": [18, 36], "dart": [20, 36]}[name]
+    means = [(NUM_PATCHES + behind[0]) / 2, *[(2 * NUM_PATCHES + behind[1]) / 4] * 2]
+    assert run.tokens == pytest.approx(means)
+    for answer, row, view in zip(together, rows, views):
+        with applied(model, name, 20):
+            alone = model.generate(**batch([row]), **view, **settings)
+        assert torch.equal(answer[-4:], alone[0, -4:])

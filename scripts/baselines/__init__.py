@@ -8,7 +8,8 @@ any size, and leaves the model as it was. Prompts are written in full, one place
     run.measured_tokens
 
 Methods that compress before the language model are measured in the tokens that enter it. Each of its prompts is
-shortened to them and numbered through, as PruneSID's are; the order of the tokens is stated by each method.
+shortened to them and numbered through, as PruneSID's are; the order of the tokens is stated by each method. Methods
+that drop tokens inside the language model are measured in the mean over its layers.
 """
 
 import functools
@@ -19,8 +20,9 @@ from typing import Any
 
 from modeling_prunesid import PruneSIDConfig
 
-from . import divprune, hired, prumerge, random_choice, tome, uniform, visionzip
+from . import dart, divprune, fastv, hired, prumerge, random_choice, tome, uniform, visionzip
 from .encoder import encoder_method, from_views, replaced
+from .llm import llm_method
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Method:
     Args:
         title (`str`): the name in tables.
         place (`str`): where tokens are dropped: `"nowhere"`, `"encoder"` (before the language model) or `"llm"`.
-        install: called with the model and the budget, a context in which the model runs with the method.
+        install: called with the model and the budget, a context in which the model runs with the method. It yields the
+            list of what was measured, if this is not simply the tokens of the encoded images.
     """
 
     title: str
@@ -39,13 +42,13 @@ class Method:
 
 @dataclass
 class Run:
-    """What was measured: the visual tokens of each image that was encoded, in order."""
+    """What was measured: the visual tokens of each image, in order."""
 
     tokens: list[float] = field(default_factory=list)
 
     @property
     def measured_tokens(self) -> float:
-        """Mean number of visual tokens of an image: those that enter the language model."""
+        """Mean number of visual tokens of an image: in the language model's layers, or all that enter it."""
         return sum(self.tokens) / len(self.tokens)
 
 
@@ -72,9 +75,13 @@ def applied(model: Any, name: str, budget: int | float) -> Iterator[Run]:
             f"model must be a PruneSIDLlavaForConditionalGeneration, got {type(model).__name__}. Load the checkpoint "
             "with that class; its weights are those of the stock LLaVA."
         )
-    run = Run()
-    with METHODS[name].install(model, budget), _measured(model.model, run):
-        yield run
+    with METHODS[name].install(model, budget) as measured:
+        if measured is not None:
+            yield Run(measured)
+            return
+        run = Run()
+        with _measured(model.model, run):
+            yield run
 
 
 @contextmanager
@@ -122,6 +129,8 @@ METHODS: dict[str, Method] = {
     "visionzip-dyn": Method(
         "VisionZip-Dyn", "encoder", encoder_method(from_views(visionzip.choose_dynamic, "compared"))
     ),
+    "fastv": Method("FastV", "llm", llm_method(fastv.LAYER, fastv.choose)),
+    "dart": Method("DART", "llm", llm_method(dart.LAYER, dart.choose)),
     "prunesid-paper": Method("PruneSID (paper)", "encoder", _preset()),
     "prunesid-release": Method("PruneSID (release)", "encoder", _preset(**_RELEASE)),
     "prunesid-auto": Method("PruneSID (auto)", "encoder", _preset(nms_lambda="auto")),
