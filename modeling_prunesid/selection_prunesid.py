@@ -29,9 +29,11 @@ CHOICES = {
 
 
 EPS = torch.finfo(torch.float32).eps
-KRYLOV_BLOCK = 8
-STRIP = 96
+KRYLOV_BLOCK = 16
+STRIP = 48
+WHOLE_REGISTERS = 16
 COMPILED_ROUNDS = 15
+NEVER_SIMILAR = 1.001  # above any cosine similarity with its rounding error
 
 
 @dataclass
@@ -242,55 +244,62 @@ def principal_components(
     else:
         rescaled -= rescaled.mean(1, keepdim=True)
     rescaled *= finite[:, None]
-    gram = _gram(rescaled)
-    eigenvalues, eigenvectors = top_eigenvectors(gram, min(max(num_components, 2), tokens))
-    # The same vectors once more, now with equal entries for equal tokens, whatever the solver rounded. (At least two:
-    # a product with a single vector rounds equal rows differently.)
-    eigenvectors = gram @ eigenvectors / eigenvalues
+    # Equal tokens are to stay equal, but products round them differently at their edge, and with a single vector.
+    if tokens % WHOLE_REGISTERS:
+        rescaled = torch.nn.functional.pad(rescaled, (0, 0, 0, -tokens % WHOLE_REGISTERS))
+    eigenvalues, eigenvectors = top_eigenvectors(rescaled, min(max(num_components, 2), tokens), factored=True)
     null = eigenvalues <= tokens * EPS * eigenvalues[0].clamp(min=tokens * dim * EPS)
-    return eigenvectors.abs().masked_fill(null, 0)[:, :num_components]
+    return eigenvectors[:tokens, :num_components].abs().masked_fill(null[:num_components], 0)
 
 
-def top_eigenvectors(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_eigenvectors(matrix: torch.Tensor, count: int, factored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The largest eigenvalues of a symmetric positive semidefinite matrix, and their eigenvectors.
+    The largest eigenvalues of a symmetric positive semidefinite matrix M, and their eigenvectors.
 
-    Block Krylov: the products of the matrix with a fixed start block, orthogonalised twice, span 1.75 * count + 48
-    directions, and the small problem inside them is solved exactly. The answer stands if every residual |M v - w v| is
-    at most sqrt(tokens) * eps * w_1, the rounding error of the products themselves. Otherwise (spectra without decay,
-    exact low rank), and where the span would be a third of the whole space, all eigenvectors are computed.
+    Block Krylov: the products of M with the means of 16 stretches of its rows, orthogonalised twice, span 2 * count +
+    56 directions, and the small problem inside them is solved exactly. The answer stands if every residual
+    |M v - w v| is at most sqrt(tokens) * eps * w_1, the rounding error of the products themselves. If not, half as
+    many directions are added; if still not (spectra without decay, exact low rank), and where the span would be a
+    third of the whole space, all eigenvectors are computed.
 
-    Compiled code cannot branch on the residual and keeps the Krylov answer.
+    Where M = F F^T is given by F, the Krylov answer takes thin products with F and M is never formed. The eigenvectors
+    are then M v / w, which has equal entries for equal rows of F, whatever the solver rounded.
+
+    Compiled code cannot branch on the residual and keeps the first Krylov answer.
 
     Args:
-        matrix (`torch.FloatTensor` of shape `(tokens, tokens)`)
+        matrix (`torch.FloatTensor`): M, of shape `(tokens, tokens)`, or F, of shape `(tokens, dim)`.
         count (`int`): K, at most `tokens`.
+        factored (`bool`): whether `matrix` is F.
 
     Returns:
         Eigenvalues of shape `(count,)`, falling, and eigenvectors of shape `(tokens, count)`.
     """
     tokens = len(matrix)
-    steps = math.ceil((1.75 * count + 48) / KRYLOV_BLOCK)
+    steps = math.ceil((2 * count + 56) / KRYLOV_BLOCK)
     if 3 * steps * KRYLOV_BLOCK < tokens:
-        basis = matrix.new_empty(steps * KRYLOV_BLOCK, tokens)
-        products = torch.empty_like(basis)
-        block = _fixed_start(tokens, matrix.device) @ matrix
-        for first in range(0, len(basis), KRYLOV_BLOCK):
-            known = basis[:first]
-            for _ in range(2):
-                block = torch.addmm(block, block @ known.T, known, alpha=-1)
-            block = torch.linalg.qr(block.T).Q.T
-            basis[first : first + KRYLOV_BLOCK] = block
-            block = block @ matrix
-            products[first : first + KRYLOV_BLOCK] = block
-        eigenvalues, rotation = torch.linalg.eigh(basis @ products.T)
-        eigenvalues, rotation = eigenvalues.flip(0)[:count], rotation.flip(1)[:, :count].T
-        eigenvectors = rotation @ basis
-        residuals = torch.linalg.vector_norm(rotation @ products - eigenvalues[:, None] * eigenvectors, dim=1)
-        if torch.compiler.is_compiling() or residuals.max() <= math.sqrt(tokens) * EPS * eigenvalues[0]:
-            return eigenvalues, eigenvectors.T
-    eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-    return eigenvalues.flip(0)[:count], eigenvectors.flip(1)[:, :count]
+        length = tokens // KRYLOV_BLOCK
+        block = matrix[: KRYLOV_BLOCK * length].reshape(KRYLOV_BLOCK, length, -1).mean(1)
+        block = block @ matrix.T if factored else block
+        basis = products = matrix.new_empty(0, tokens)
+        for more_steps in (steps, steps // 2):
+            for _ in range(more_steps):
+                for _ in range(2):
+                    block = torch.addmm(block, block @ basis.T, basis, alpha=-1)
+                block = torch.linalg.qr(block.T).Q.T
+                basis = torch.cat([basis, block])
+                block = block @ matrix @ matrix.T if factored else block @ matrix
+                products = torch.cat([products, block])
+            eigenvalues, rotation = torch.linalg.eigh(basis @ products.T)
+            eigenvalues, rotation = eigenvalues.flip(0)[:count, None], rotation.flip(1)[:, :count].T
+            eigenvectors, images = rotation @ basis, rotation @ products
+            residuals = torch.linalg.vector_norm(images - eigenvalues * eigenvectors, dim=1)
+            if torch.compiler.is_compiling() or residuals.max() <= math.sqrt(tokens) * EPS * eigenvalues[0]:
+                return eigenvalues[:, 0], (images / eigenvalues if factored else eigenvectors).T
+    gram = matrix @ matrix.T if factored else matrix
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    eigenvalues, eigenvectors = eigenvalues.flip(0)[:count], eigenvectors.flip(1)[:, :count]
+    return eigenvalues, (eigenvectors.T @ gram).T / eigenvalues if factored else eigenvectors
 
 
 def kmeans_groups(features: torch.Tensor, finite: torch.Tensor, num_groups: int, seed: int) -> torch.Tensor:
@@ -416,24 +425,6 @@ def bounded_quotas(sizes: torch.Tensor, total: int | torch.Tensor, nominal: int,
     return quotas.scatter_add(0, largest_first, added)
 
 
-def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """`rows @ rows.T`, in three strips if large: what lies above their diagonal blocks is copied from below."""
-    tokens = len(rows)
-    height = math.ceil(tokens / 3) if tokens > 2 * STRIP else tokens
-    gram = rows.new_empty(tokens, tokens)
-    for top in range(0, tokens, height):
-        strip = rows[top : top + height] @ rows[: top + height].T
-        gram[top : top + height, : top + height] = strip
-        gram[:top, top : top + height] = strip[:, :top].T
-    return gram
-
-
-def _fixed_start(tokens: int, device: torch.device) -> torch.Tensor:
-    """A start block `(KRYLOV_BLOCK, tokens)` without structure, the same on every run: sin(i^2)."""
-    index = torch.arange(KRYLOV_BLOCK * tokens, dtype=torch.float64, device=device)
-    return index.square().sin().float().view(KRYLOV_BLOCK, tokens)
-
-
 def _select_of_one_image(
     hidden_states: torch.Tensor,
     cls_attention: torch.Tensor | None,
@@ -465,13 +456,14 @@ def _select_of_one_image(
     members = groups.masked_fill(~finite, num_groups)
     order = ranking[members[ranking].argsort(stable=True)]
     members = members[order]
-    units = features.index_select(0, order).mul_(scales[order, None])
-    similarity = _similarity_to_better(units, members)
-    valid = members < num_groups
-    if nms_lambda == "auto":
-        alive = _survivors_of_smallest_tau(similarity, valid, count)
-    else:
-        alive = survivors(similarity, nms_lambda * rho) & valid
+    alive = members < num_groups
+    if nms_lambda == "auto" or torch.compiler.is_compiling() or nms_lambda * rho < NEVER_SIMILAR:
+        units = features.index_select(0, order).mul_(scales[order, None])
+        similarity = _similarity_to_better(units, members)
+        if nms_lambda == "auto":
+            alive = _survivors_of_smallest_tau(similarity, alive, count)
+        else:
+            alive = alive & survivors(similarity, nms_lambda * rho)
 
     sizes = torch.zeros(num_groups + 1, dtype=torch.long, device=order.device).scatter_add(0, members, alive.long())
     total = sizes.sum().clamp(max=count)
@@ -496,7 +488,7 @@ def _finite_features(
     fp32 features `(tokens, dim)` and the inverses of their lengths `(tokens,)`, zero for the tokens that the mask
     `(tokens,)` calls non-finite. A zero vector has the inverse length zero.
     """
-    features = hidden_states.float()
+    features = hidden_states.float().contiguous()
     lengths = torch.linalg.vector_norm(features, dim=1)
     finite = lengths.isfinite()
     if cls_attention is not None:
