@@ -51,7 +51,8 @@ def load_preset(name: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(name) if str(name).endswith(".json") else PRESETS / f"{name}.json"
     if not path.is_file():
-        names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.json")))
+        presets = [path.stem for path in PRESETS.glob("*.json") if "vitcop" not in path.stem]
+        names = ", ".join(sorted(presets))
         raise ValueError(f"--preset must be the path of a JSON file or one of {names}, got {str(name)!r}.")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
