@@ -3,7 +3,7 @@
 Scenes and questions come from `scenes.py` (half `salient`, half `context`), answers from `generate`, greedily. Right
 is what equals the scene's answer word for word. Accuracy is the mean over the question types. Beside it stand
 
-- the share of full: the mean over question types of accuracy / accuracy with all tokens (the paper's Table 1);
+- the share of full: accuracy / accuracy with all tokens;
 - the share above the prior: the same for what pictures add to the best answer from the question alone, which is learnt
   on training scenes without their pictures (`answer_statistics.py`);
 - 95% intervals of a bootstrap over scenes, paired: all methods are drawn on the same scenes.
@@ -29,6 +29,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,10 +41,9 @@ from measuring import machine, peak_bytes, seconds_by_turns
 from scenes import SPLITS, VARIANTS, Question, Scene, ask, make_scene
 from tower_memo import remembered
 from tqdm import tqdm
-from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
+from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
 from modeling_prunesid.selection_prunesid import redundancy
 
 
@@ -228,14 +228,14 @@ def measure_cost(model, processor, cases: list[tuple[str, int]], split: str) -> 
         with applied(model, *case):
             model.generate(**inputs, max_new_tokens=1, do_sample=False)
 
-    runs = {case: (lambda case=case: first_token(case)) for case in cases}
+    runs = {str(case): partial(first_token, case) for case in cases}
     seconds = seconds_by_turns(runs, ROUNDS)
     return {
         case: {
-            "first_token_ms": round(1000 * statistics.median(seconds[case]), 1),
-            "peak_mib": round(peak_bytes(run) / 2**20, 1),
+            "first_token_ms": round(1000 * statistics.median(seconds[str(case)]), 1),
+            "peak_mib": round(peak_bytes(runs[str(case)]) / 2**20, 1),
         }
-        for case, run in runs.items()
+        for case in cases
     }
 
 
@@ -255,17 +255,15 @@ def list_cases(methods: Iterable[str], budgets: Iterable[int], patches: int) -> 
     return [("full", patches), *((method, budget) for method in others for budget in dict.fromkeys(budgets))]
 
 
-def load_model(folder: str | None):
+def load_model(folder: str | Path | None):
     """The model and processor of `folder`, by default the embedded one; in float32, on the GPU if there is one."""
     if folder is None:
-        from embedded import load_embedded
+        from embedded import complete
 
-        model, processor = load_embedded()
-    else:
-        model = PruneSIDLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(folder)
-    if hasattr(processor, "num_visual_tokens"):
-        processor.num_visual_tokens = None  # full prompts, which every method accepts
+        folder = complete()
+    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    processor = PruneSIDLlavaProcessor.from_pretrained(folder)
+    processor.num_visual_tokens = None  # full prompts, which every method accepts
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
