@@ -66,11 +66,11 @@ def over_kinds(values: np.ndarray) -> np.ndarray:
 
 
 def share_of_full(accuracy: np.ndarray, full: np.ndarray) -> np.ndarray:
-    """The paper's average (Table 1): mean over question types of accuracy / accuracy with all tokens.
+    """Mean accuracy over question types, as a share of that with all tokens; both are (draws, kinds).
 
-    Both are (draws, kinds). Types that all tokens never get right are left out.
+    The paper (Table 1) averages the shares of the benchmarks instead, which a type at the level of chance would sway.
     """
-    return over_kinds(ratio(accuracy, full))
+    return ratio(over_kinds(accuracy), over_kinds(full))
 
 
 def share_above_prior(accuracy: np.ndarray, full: np.ndarray, prior: np.ndarray) -> np.ndarray:

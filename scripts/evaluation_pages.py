@@ -74,7 +74,7 @@ def markdown(result: dict) -> str:
         f"{result['questions']} questions about {result['scenes']} scenes (split `{result['split']}`), all methods on "
         "the same model, pictures, prompts and greedy decoding. Percent; 95% intervals of a paired bootstrap over "
         "scenes in brackets. `tokens`: measured mean visual tokens of a picture. `accuracy`: mean over question "
-        "types. `share of full`: mean over types of accuracy / accuracy with all tokens, also for each variant of the "
+        "types. `share of full`: accuracy / accuracy with all tokens, also for each variant of the "
         "scenes. `above prior`: the same for what pictures add to the best answer from the question alone. `to the "
         "best`: share of full less that of the best at the budget.",
         "",

@@ -141,8 +141,7 @@ def test_bootstrap_agrees_with_drawn_scenes_counted_one_by_one(modules, naive):
             prior = naive_accuracy(found, ["yes"] * len(found["questions"]), scenes)
             for method in shares:
                 seen = naive_accuracy(found, found["answers"][method, 8], scenes)
-                ratios = [seen[kind] / full[kind] for kind in seen if full[kind]]
-                shares[method].append(sum(ratios) / len(ratios))
+                shares[method].append(sum(seen.values()) / sum(full.values()))
             gained = [sum(values[kind] - prior[kind] for kind in full) for values in (seen, full)]
             above.append(gained[0] / gained[1] if gained[1] else math.nan)
 
