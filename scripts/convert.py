@@ -68,7 +68,6 @@ def families() -> dict[str, type]:
     classes = [getattr(modeling_prunesid, name) for name in modeling_prunesid.__all__]
     models = [model for model in classes if issubclass(model, CompressedGenerationMixin)]
     models = [model for model in models if model.config_class.model_type.startswith("prunesid_")]
-    models = [model for model in models if model.config_class.model_type.startswith("prunesid_")]
     return {model.config_class.model_type.removeprefix("prunesid_"): model for model in models}
 
 
