@@ -1,18 +1,22 @@
-"""PruneSID at work on real photographs: the same question at several token budgets, beside the stock class.
+"""PruneSID at work: the same questions about pictures at several token budgets, beside the stock class.
 
-Without options, `assemble.py` puts a small LLaVA together from real pretrained parts: DINOv2-S/14 as vision tower and
-SmolLM2-135M-Instruct as language model. The projector between them is untrained, so its answers do not describe the
-photograph; token counts, times, memory and the kept patches are what the demo shows. The model is saved as a Hub
-folder and loaded back by `AutoModel.from_pretrained(folder, trust_remote_code=True)`, from the code in that folder.
+Without options, the embedded model (`embedded.py`) answers questions about three test scenes of `scenes.py`; each
+answer stands beside the true one. Its language model is so small that the tower is most of the way to the first token.
+With `--model assembled`, `assemble.py` puts DINOv2-S/14 and SmolLM2-135M-Instruct together, and photographs that
+packages ship are asked about: the projector is untrained, so that its answers describe nothing, but times and memory
+are those of a language model of 135 million weights. Either is a Hub folder that
+`from_pretrained(folder, trust_remote_code=True)` loads from the code in that folder.
 
-How it is measured: time to first token is `generate(max_new_tokens=1)` on one photograph (tower, selection, projector,
+How it is measured: time to first token is `generate(max_new_tokens=1)` on one picture (tower, selection, projector,
 prefill), the stock class and every budget by turns, median. Peak memory is the largest sum of tensors that PyTorch
 allocated during one such call, on top of the weights. `rho` is the redundancy of the tokens and `tau` the similarity
-from which a token suppresses another of its group (paper, section 3.3); where tau >= 1, none is suppressed.
+from which a token suppresses another of its group (paper, section 3.3); where tau >= 1, none is suppressed. "auto"
+stands for the smallest that leaves N tokens.
 
 Examples:
     python scripts/demo.py
-    python scripts/demo.py --budgets 192 64 16 --image kitchen.jpg --output out/kitchen
+    python scripts/demo.py --image kitchen.jpg --prompt "is there any car in the picture?" --budgets 192 64 16
+    python scripts/demo.py --model assembled
     python scripts/demo.py --model llava-hf/llava-1.5-7b-hf \\
         --image http://images.cocodataset.org/val2017/000000039769.jpg --prompt "What are the cats doing?"
     python scripts/demo.py --video clip.mp4     # Video-LLaVA on 8 frames, see clip.py
@@ -43,13 +47,16 @@ from transformers.image_utils import load_image
 from transformers.utils import logging
 
 
+SCENES = (("salient", 0), ("context", 0), ("context", 3))
+QUESTIONS = 5  # of each scene
 PHOTOGRAPHS = ("chelsea", "coffee", "pexels-1317558")
 PROMPT = "What is in this photograph? Answer in one sentence."
+EMBEDDED_PROMPT = "is there any car in the picture?"
 ROUNDS = 3
 
 
 def load_assembled(folder: Path):
-    """Assemble and save the default model in another process; load it from the code in its folder alone."""
+    """Assemble and save a model of pretrained parts in another process; load it from the code in its folder alone."""
     script = Path(__file__).with_name("assemble.py")
     if subprocess.run([sys.executable, script, folder], stdout=sys.stderr, check=False).returncode:
         raise OSError(f"{script.name} could not write {folder}; its message is above.")
@@ -69,6 +76,17 @@ def load_checkpoint(name: str):
     device_map = "auto" if torch.cuda.is_available() else None
     model = PruneSIDLlavaForConditionalGeneration.from_pretrained(name, dtype="auto", device_map=device_map)
     return model, AutoProcessor.from_pretrained(name)
+
+
+def load(arguments: argparse.Namespace):
+    """The model and processor that the command line asks for."""
+    if arguments.model is None:
+        from embedded import load_embedded
+
+        return load_embedded()
+    if arguments.model == "assembled":
+        return load_assembled(arguments.output / "model")
+    return load_checkpoint(arguments.model)
 
 
 def load_photograph(source: str) -> Image.Image:
@@ -115,8 +133,9 @@ def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
     selection = select_tokens(hidden_states[:, 1:], budget, return_details=True)
     features = model.get_image_features(pixel_values=pixel_values, num_visual_tokens=budget)
     kept = features["keep_indices"][0] if "keep_indices" in features else selection.indices[0]
-    rho = selection.rho.item()
-    return {"rho": rho, "tau": len(kept) / 32 * rho, "kept": kept.cpu(), "groups": selection.groups[0].cpu()}
+    rho, scale = selection.rho.item(), model.config.prunesid_config.nms_lambda
+    tau = scale if scale == "auto" else (len(kept) / 32 if scale is None else scale) * rho
+    return {"rho": rho, "tau": tau, "kept": kept.cpu(), "groups": selection.groups[0].cpu()}
 
 
 def answer(model, processor, inputs) -> tuple[str, int]:
@@ -148,6 +167,7 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
         median = statistics.median(seconds[name])
         row = {
             "case": name,
+            "budget": settings.budget,
             "visual_tokens": prompt_tokens - int((question["input_ids"] != model.config.image_token_id).sum()),
             "prompt_tokens": prompt_tokens,
             "first_token_ms": 1000 * median,
@@ -162,11 +182,39 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
     return rows
 
 
+def ask_scenes(model, processor, scenes: list, rows: list[dict]) -> list[dict]:
+    """Questions about the scenes with their true answers, and the answer in the case of each row.
+
+    Puts `right` and `asked` into the rows.
+    """
+    from evaluate import answer as answer_chunk
+    from evaluate import build_chunk
+
+    chunk = build_chunk(processor, model.device, 0, scenes, QUESTIONS)
+    asked = [{"question": question.text, "true": question.answer} for question in chunk.questions]
+    settings = model.config.prunesid_config
+    for row in rows[1:]:  # the stock class answers as ours does when it is off
+        settings.budget = row["budget"]
+        for question, given in zip(asked, answer_chunk(model, processor, chunk)):
+            question[row["case"]] = given
+        row["asked"], row["right"] = len(asked), sum(question[row["case"]] == question["true"] for question in asked)
+    return asked
+
+
+def print_answers(asked: list[dict]) -> None:
+    names = list(asked[0])
+    widths = {name: max(len(name), *(len(question[name]) for question in asked)) for name in names}
+    print("\n" + "  ".join(name.ljust(widths[name]) for name in names))
+    for question in asked:
+        print("  ".join(question[name].ljust(widths[name]) for name in names))
+
+
 def print_table(rows: list[dict]) -> None:
     print(f"\n{'':14}{'visual':>8}{'LLM':>8}{'':>8}{'':>8}{'first':>12}{'times':>9}{'peak':>10}")
     print(f"{'':14}{'tokens':>8}{'tokens':>8}{'rho':>8}{'tau':>8}{'token':>12}{'as fast':>9}{'memory':>10}")
     for row in rows:
-        rho, tau = (f"{row[name]:.3f}" if name in row else "" for name in ("rho", "tau"))
+        rho, tau = (row.get(name, "") for name in ("rho", "tau"))
+        rho, tau = (value if isinstance(value, str) else f"{value:.3f}" for value in (rho, tau))
         print(
             f"{row['case']:14}{row['visual_tokens']:8}{row['prompt_tokens']:8}{rho:>8}{tau:>8}"
             f"{row['first_token_ms']:9.0f} ms{row['speedup']:9.2f}{row['peak_mib']:6.0f} MiB"
@@ -253,11 +301,13 @@ def budget(text: str) -> int | float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", help="a LLaVA-1.5 (with --video: Video-LLaVA) checkpoint, Hub name or folder (default: assembled)"
+        "--model",
+        help="a LLaVA-1.5 (with --video: Video-LLaVA) checkpoint, Hub name or folder, or 'assembled' "
+        "(default: the embedded model)",
     )
-    parser.add_argument("--image", help="path or URL (default: three photographs that packages ship)")
+    parser.add_argument("--image", help="path or URL (default: three scenes or photographs)")
     parser.add_argument("--video", type=Path, help="a video file, in place of images")
-    parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
+    parser.add_argument("--prompt", help=f"default: {PROMPT} With the embedded model: {EMBEDDED_PROMPT}")
     parser.add_argument(
         "--budgets",
         type=budget,
@@ -274,43 +324,54 @@ def main() -> None:
     if arguments.video:
         import clip
 
+        arguments.prompt = arguments.prompt or PROMPT
         print(json.dumps(clip.run(arguments)))
         return
     arguments.budgets = arguments.budgets or [192, 128, 64]
+    scenes = []
     if arguments.image:
-        photographs = {arguments.image: load_photograph(arguments.image)}
-    else:
+        pictures = {arguments.image: load_photograph(arguments.image)}
+    elif arguments.model:
         import parts
 
         every = parts.photographs()
-        photographs = {name: every[name] for name in PHOTOGRAPHS}
-    model, processor = (
-        load_checkpoint(arguments.model) if arguments.model else load_assembled(arguments.output / "model")
-    )
+        pictures = {name: every[name] for name in PHOTOGRAPHS}
+    else:
+        from scenes import make_scene
+
+        scenes = [make_scene(variant, "test", seed) for variant, seed in SCENES]
+        pictures = {f"{scene.variant} {scene.seed}": scene.image for scene in scenes}
+    model, processor = load(arguments)
     stock = stock_twin(model)
     print(f"{type(model).__name__} from {type(model).__module__}, {model.dtype}")
     print(machine())
 
-    questions = [ask(processor, photograph, arguments.prompt, model) for photograph in photographs.values()]
+    prompt = arguments.prompt or (PROMPT if arguments.model else EMBEDDED_PROMPT)
+    questions = [ask(processor, picture, prompt, model) for picture in pictures.values()]
     rows = measure(model, stock, processor, questions[0], arguments.budgets)
+    asked = ask_scenes(model, processor, scenes, rows) if scenes else []
     print_table(rows)
-    if not arguments.model:
+    if arguments.model == "assembled":
         print("\nThe projector is untrained, so the answers show that generation runs, not what is in the photograph.")
-    for row in rows:
-        print(f"{row['case']:>14}: {row['answer']!r}")
+    if asked:
+        print_answers(asked)
+        print("\nRight: " + ", ".join(f"{row['case']} {row['right']} of {row['asked']}" for row in rows[1:]))
+    else:
+        for row in rows:
+            print(f"{row['case']:>14}: {row['answer']!r}")
 
     figure = arguments.output / "kept_patches.png"
-    pictures = [
+    drawn = [
         {
             "image": seen_by_tower(processor, question["pixel_values"][0]),
             "selections": [select(model, question["pixel_values"], count) for count in arguments.budgets],
         }
         for question in questions
     ]
-    draw(figure, pictures)
-    print(f"\nThe kept patches of {', '.join(photographs)}: {figure}")
+    draw(figure, drawn)
+    print(f"\nThe kept patches of {', '.join(pictures)}: {figure}")
     report = {
-        "model": arguments.model or "assembled",
+        "model": arguments.model or "embedded",
         "device": str(model.device),
         "dtype": str(model.dtype),
         "machine": machine(),
@@ -318,6 +379,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "rounds": ROUNDS,
         "rows": rows,
+        "answers": asked,
         "figure": str(figure),
     }
     print(json.dumps(report))

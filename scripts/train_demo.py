@@ -16,7 +16,7 @@ stopped. It trains on the scenes that the cache holds when it starts: extract al
     python scripts/train_demo.py train WORK               # stop and start again at will; on 2 cores rather
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 scripts/train_demo.py train WORK
     python scripts/train_demo.py validate WORK            # accuracy by question type, all 576 tokens
-    python scripts/train_demo.py export WORK --out FOLDER # a stock LLaVA folder, the tower in a shard of its own
+    python scripts/train_demo.py export WORK              # the Hub folder embedded/, which embedded.py completes
 """
 
 import argparse
@@ -62,8 +62,14 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedTokenizerFast,
+)
+
+from embedded import FOLDER, TOWER, TRAINED
+from modeling_prunesid import (
+    PruneSIDLlavaConfig,
+    PruneSIDLlavaForConditionalGeneration,
+    PruneSIDLlavaProcessor,
 )
 
 
@@ -85,8 +91,11 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}ASSISTANT:{% endif -%}
 """
 LEARNING_RATE = 1e-3
+ROPE_THETA = 1e7  # slow rotations: likeness is seen across 600 positions, and across those that pruning closes up
 FEATURE_DROPOUT = 0.1
 ALIGN_WEIGHT = 0.3
+SETTINGS = {"budget": 64, "nms_lambda": "auto"}
+STOCK_NAMES = ("model_type", "architectures", "transformers_version")
 
 
 # Features
@@ -194,6 +203,7 @@ def build_model(vocabulary: int) -> LlavaForConditionalGeneration:
     text = LlamaConfig(
         vocab_size=vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
         max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=SPECIAL.index("<image>"), image_seq_length=PATCHES,
@@ -201,7 +211,24 @@ def build_model(vocabulary: int) -> LlavaForConditionalGeneration:
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+    for layer in model.model.language_model.layers:
+        start_by_likeness(layer.self_attn)
     return model
+
+
+@torch.no_grad()
+def start_by_likeness(attention: torch.nn.Module) -> None:
+    """Let a token first attend to tokens like itself: the noun of a question finds its patches from the first step.
+
+    Queries and keys are one orthogonal matrix, values and output another one and its transpose, scaled (mimetic
+    initialisation, Trockman and Kolter 2023, arXiv:2305.09828).
+    """
+    size = attention.q_proj.weight.shape[0]
+    alike, carried = (torch.linalg.qr(torch.randn(size, size)).Q for _ in range(2))
+    attention.q_proj.weight.copy_(alike)
+    attention.k_proj.weight.copy_(alike)
+    attention.v_proj.weight.copy_(0.3 * carried)
+    attention.o_proj.weight.copy_(0.3 * carried.T)
 
 
 # Stage 1: what each patch shows
@@ -464,47 +491,55 @@ def load(work: Path) -> tuple[PreTrainedTokenizerFast, LlavaForConditionalGenera
     return tokenizer, model.eval()
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The stock processor: 336 px pictures, 576 placeholders, the prompt that the model was trained with."""
+def build_processor(tokenizer: PreTrainedTokenizerFast, budget: int | None = None) -> PruneSIDLlavaProcessor:
+    """336 px pictures, a placeholder for every patch or for `budget` of them, the prompt of the training."""
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
     )
-    return LlavaProcessor(
+    return PruneSIDLlavaProcessor(
         image_processor, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE, num_visual_tokens=budget,
     )  # fmt: skip
 
 
 def export(work: Path, folder: Path) -> None:
-    """Write a stock LLaVA folder of two shards: what was trained, and the frozen tower (which `parts.py` can make)."""
-    tokenizer, model = load(work)
-    model.model.vision_tower.load_state_dict(vision_tower(SIZE).state_dict())
+    """Write the PruneSID Hub folder that `embedded.py` completes: all but the frozen tower.
+
+    In this repository the folder's code files are links to the package.
+    """
+    tokenizer, stock = load(work)
+    fields = {name: value for name, value in stock.config.to_dict().items() if name not in STOCK_NAMES}
+    model = PruneSIDLlavaForConditionalGeneration(PruneSIDLlavaConfig(**fields, prunesid_config=SETTINGS))
+    model.load_state_dict(stock.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for link in folder.glob("*.py"):
+        link.unlink()
     model.save_pretrained(folder)
-    build_processor(tokenizer).save_pretrained(folder)
+    build_processor(tokenizer, SETTINGS["budget"]).save_pretrained(folder)
 
     whole = folder / "model.safetensors"
     weights = load_file(whole)
-    shards = {f"model-0000{number}-of-00002.safetensors": {} for number in (1, 2)}
-    trained, tower = shards.values()
-    for name, value in weights.items():
-        (tower if "vision_tower" in name else trained)[name] = value
-    for file, shard in shards.items():
-        save_file(shard, folder / file, metadata={"format": "pt"})
+    trained = {name: value for name, value in weights.items() if not name.startswith("vision_tower.")}
+    save_file(trained, folder / TRAINED, metadata={"format": "pt"})
     index = {
         "metadata": {"total_size": sum(value.nbytes for value in weights.values())},
-        "weight_map": {name: file for file, shard in shards.items() for name in shard},
+        "weight_map": {name: TRAINED if name in trained else TOWER for name in weights},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     whole.unlink()
+    package = Path(__file__).parents[1] / "modeling_prunesid"
+    if folder.resolve().parent == package.parent:
+        for file in folder.glob("*.py"):
+            file.unlink()
+            file.symlink_to(Path("..", package.name, file.name))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("features", "train", "validate", "export"))
     parser.add_argument("work", type=Path, help="folder for the cache and the training state")
-    parser.add_argument("--out", type=Path, help="folder for the exported model")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the export (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=3000, help="training scenes to extract")
     parser.add_argument("--crowded", type=int, default=1000, help="crowded training scenes to extract")
     parser.add_argument("--steps", type=int, nargs=3, default=(1500, 4000, 2500), metavar=("ALIGN", "PART", "FULL"))
@@ -521,8 +556,6 @@ def main() -> None:
     elif arguments.task == "validate":
         tokenizer, model = load(arguments.work)
         print(json.dumps(validate(model, tokenizer, Cache(arguments.work, "val"))))
-    elif arguments.out is None:
-        parser.error("export needs --out FOLDER")
     else:
         export(arguments.work, arguments.out)
 

@@ -1,0 +1,1 @@
+../modeling_prunesid/co_pruning_prunesid.py

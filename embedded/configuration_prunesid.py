@@ -1,0 +1,1 @@
+../modeling_prunesid/configuration_prunesid.py

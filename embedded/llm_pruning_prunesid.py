@@ -1,0 +1,1 @@
+../modeling_prunesid/llm_pruning_prunesid.py

@@ -1,0 +1,1 @@
+../modeling_prunesid/modeling_prunesid_llava.py

@@ -1,0 +1,1 @@
+../modeling_prunesid/vitcop_prunesid.py

