@@ -107,9 +107,11 @@ class TestLogits:
 
     def test_logits_to_keep(self, ours):
         inputs = full_batch()
-        logits = ours(**inputs).logits
-        assert torch.equal(ours(**inputs, logits_to_keep=1).logits, logits[:, -1:])
-        assert torch.equal(ours(**inputs, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
+        hidden_states = ours.model(**inputs).last_hidden_state
+        # The head on the same rows: a product with more rows rounds differently on some processors.
+        assert torch.equal(ours(**inputs, logits_to_keep=1).logits, ours.lm_head(hidden_states[:, -1:]))
+        kept = torch.tensor([0, 3])
+        assert torch.equal(ours(**inputs, logits_to_keep=kept).logits, ours.lm_head(hidden_states[:, kept]))
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_keep_mask_maps_the_logits_to_the_callers_columns(self, ours, side):

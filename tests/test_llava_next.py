@@ -236,7 +236,8 @@ class TestPacking:
             with torch.no_grad():
                 tower = ours.model.vision_tower(pixels[:crops], output_hidden_states=True).hidden_states[-2]
                 cls = ours.model.multi_modal_projector(tower[:, 0])
-            torch.testing.assert_close(features[kept == -1], cls)
+            # The projector saw other rows beside these, which rounds differently on some processors.
+            torch.testing.assert_close(features[kept == -1], cls, atol=1e-4, rtol=1e-5)
 
 
 class TestTotals:
