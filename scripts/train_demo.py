@@ -27,6 +27,7 @@ import random
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ LEARNING_RATE = 1e-3
 ROPE_THETA = 1e7  # slow rotations: likeness is seen across 600 positions, and across those that pruning closes up
 FEATURE_DROPOUT = 0.1
 ALIGN_WEIGHT = 0.3
-SETTINGS = {"budget": 64, "nms_lambda": "auto"}
+SETTINGS: dict[str, Any] = {"budget": 64, "nms_lambda": "auto"}
 STOCK_NAMES = ("model_type", "architectures", "transformers_version")
 
 
