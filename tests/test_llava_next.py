@@ -222,8 +222,10 @@ class TestPacking:
                 assert torch.equal(features, other)
 
     def test_cls_tokens_count_and_come_before_their_patches(self, stock):
-        ours = build(keep_cls=True, score="cls_attention", center="features", quota="bounded")
+        # In float64, because the projector rounds a row differently beside other rows on some processors.
+        ours = build(keep_cls=True, score="cls_attention", center="features", quota="bounded").double()
         inputs = images()
+        inputs["pixel_values"] = inputs["pixel_values"].double()
         output = ours.get_image_features(**inputs)
         for features, kept, size, pixels in zip(
             output.pooler_output, output.keep_indices, SIZES, inputs["pixel_values"]
@@ -236,8 +238,7 @@ class TestPacking:
             with torch.no_grad():
                 tower = ours.model.vision_tower(pixels[:crops], output_hidden_states=True).hidden_states[-2]
                 cls = ours.model.multi_modal_projector(tower[:, 0])
-            # The projector saw other rows beside these, which rounds differently on some processors.
-            torch.testing.assert_close(features[kept == -1], cls, atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(features[kept == -1], cls)
 
 
 class TestTotals:
