@@ -36,11 +36,16 @@ class VariantProcessorMixin:
         """Upstream's `from_pretrained`. That of a thin variant is its base's processor with the variant's budget."""
         fields, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         base = fields.get("base_model_name_or_path")
-        if base is None:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        arguments = {name: fields[name] for name in cls._budget_arguments() if name in fields}
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-        return super().from_pretrained(base, revision=fields["base_model_revision"] or "main", **arguments | kwargs)
+        if base is not None:
+            pretrained_model_name_or_path = base
+            arguments = {name: fields[name] for name in cls._budget_arguments() if name in fields}
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+            kwargs = {"revision": fields["base_model_revision"] or "main", **arguments, **kwargs}
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # Upstream hands a processor's arguments to its tokenizer too, whose copy would outrank what is set later.
+        for name in cls._budget_arguments():
+            processor.tokenizer.init_kwargs.pop(name, None)
+        return processor
 
     @classmethod
     def arguments_for(cls, settings: PretrainedConfig) -> dict:

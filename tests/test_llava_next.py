@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_processing import check_what_is_set_is_obeyed
 from tiny import EOS, IMAGE, PAD, TEXT, VISION, batch, prompt
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -569,6 +570,14 @@ class TestProcessor:
         assert processor._get_num_multimodal_tokens(image_sizes=SIZES[:1], num_visual_tokens=9).num_image_tokens == [
             short_count(SIZES[0], 9)
         ]
+
+    @pytest.mark.parametrize("scope", ["view", "image"])
+    def test_what_is_set_later_is_obeyed(self, tmp_path, scope):
+        check_what_is_set_is_obeyed(
+            build_processor(num_visual_tokens=6, budget_scope=scope),
+            tmp_path,
+            lambda processor: processor(images=pictures(), text=self.CHAT, padding=True, return_tensors="pt"),
+        )
 
     def test_an_invalid_setting_is_refused(self):
         with pytest.raises(ValueError, match="budget_scope must be one of"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_llava_hub import CLEAN_PROCESS
+from test_processing import check_what_is_set_is_obeyed
 from tiny import BUDGET, IMAGE, NUM_PATCHES, TEXT, VISION, batch, prompt
 from tiny_checkpoint import CHAT_TEMPLATE, build_processor, picture
 from torch.nn.functional import avg_pool2d
@@ -447,6 +448,13 @@ class TestProcessor:
         ]
         assert torch.equal(answers[0], answers[1])
         assert answers[2].shape == answers[0].shape
+
+    def test_what_is_set_later_is_obeyed(self, tmp_path):
+        check_what_is_set_is_obeyed(
+            build_short_processor(),
+            tmp_path,
+            lambda processor: processor(images=picture(), text="<image> word7", return_tensors="pt"),
+        )
 
     @pytest.mark.parametrize("views", [{}, HD], ids=["one view", "HD"])
     def test_counts_for_engines_that_size_prompts_up_front(self, views):

@@ -1,5 +1,7 @@
 """The processor writes N placeholders for an image, tells the model N, and is the stock one otherwise."""
 
+import json
+
 import pytest
 import torch
 from tiny import BUDGET, IMAGE, NUM_PATCHES, build
@@ -128,6 +130,44 @@ def test_it_is_saved_with_its_budget(tmp_path):
         assert loaded.chat_template == build_processor().chat_template
     changed = PruneSIDLlavaProcessor.from_pretrained(tmp_path, num_visual_tokens=5)
     assert count(ask(changed)) == [5]
+
+
+def check_what_is_set_is_obeyed(saved, folder, ask):
+    """A loaded processor whose budget is set writes what one that was made with it does, and so when saved again."""
+    for number, arguments in enumerate([{}, {"num_visual_tokens": 7}]):
+        saved.save_pretrained(folder / "saved")
+        loaded = type(saved).from_pretrained(folder / "saved", **arguments)
+        for value in (17, None, 11, 1000, 0.5):
+            saved.num_visual_tokens = loaded.num_visual_tokens = value
+            expected, again = ask(saved), folder / f"{number}-{value}"
+            loaded.save_pretrained(again)
+            for processor in (loaded, type(saved).from_pretrained(again)):
+                got = ask(processor)
+                assert got.keys() == expected.keys()
+                assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_what_is_set_later_is_obeyed(tmp_path):
+    check_what_is_set_is_obeyed(build_ours(), tmp_path, lambda processor: ask(processor, 2))
+
+
+def test_a_number_that_an_earlier_version_left_in_the_tokenizer(tmp_path):
+    build_ours().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_visual_tokens": 7}))
+    assert count(ask(PruneSIDLlavaProcessor.from_pretrained(tmp_path))) == [BUDGET]
+
+
+def test_a_thin_variant_obeys_as_well(tmp_path):
+    build_processor().save_pretrained(tmp_path / "base")
+    (tmp_path / "thin").mkdir()
+    fields = {"num_visual_tokens": 7, "base_model_name_or_path": str(tmp_path / "base"), "base_model_revision": None}
+    (tmp_path / "thin" / "processor_config.json").write_text(json.dumps(fields))
+    loaded = PruneSIDLlavaProcessor.from_pretrained(tmp_path / "thin")
+    assert count(ask(loaded)) == [7]
+    for value, expected in ((3, 3), (None, NUM_PATCHES)):
+        loaded.num_visual_tokens = value
+        assert count(ask(loaded)) == [expected]
 
 
 def test_a_stock_processor_folder_loads(tmp_path):

@@ -429,7 +429,7 @@ def ask(processor, **kwargs):
 WITH_PACKAGE = (
     PREPARE
     + """
-import tiny, test_video_llava
+import pathlib, tiny, test_processing, test_video_llava
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, VideoLlavaImageProcessor, VideoLlavaVideoProcessor
 from modeling_prunesid import PruneSIDVideoLlavaProcessor
@@ -462,6 +462,9 @@ asked = ask(build_processor(num_visual_tokens=6), num_visual_tokens=9)
 report["asked"] = asked["num_visual_tokens"].tolist()
 only = ask(build_processor(num_visual_tokens=6), images=None, text=["<video> what", "this <video>"])
 report["only clips"] = only["num_visual_tokens"].tolist()
+test_processing.check_what_is_set_is_obeyed(
+    build_processor(num_visual_tokens=6, budget_scope="image"), pathlib.Path(folder).with_name("set later"), ask
+)
 processor, ours = build_processor(num_visual_tokens=6), test_video_llava.build(6)
 ours.save_pretrained(folder)
 processor.save_pretrained(folder)
