@@ -220,7 +220,7 @@ class PruneSIDConfig(NestedSettings):
             )
 
 
-class _NestsPruneSIDConfig:
+class NestsPruneSIDConfig:
     """Mixin of the model configurations: `prunesid_config` may be assigned as a dict, None or a `PruneSIDConfig`."""
 
     def __init_subclass__(cls, **kwargs):
@@ -242,7 +242,7 @@ class _NestsPruneSIDConfig:
 
 
 @strict
-class PruneSIDLlavaConfig(_NestsPruneSIDConfig, LlavaConfig):
+class PruneSIDLlavaConfig(NestsPruneSIDConfig, LlavaConfig):
     r"""
     [`LlavaConfig`] with a nested [`PruneSIDConfig`].
 
@@ -258,7 +258,7 @@ class PruneSIDLlavaConfig(_NestsPruneSIDConfig, LlavaConfig):
 
 
 @strict
-class PruneSIDLlavaNextConfig(_NestsPruneSIDConfig, LlavaNextConfig):
+class PruneSIDLlavaNextConfig(NestsPruneSIDConfig, LlavaNextConfig):
     r"""
     [`LlavaNextConfig`] with a nested [`PruneSIDConfig`].
 
@@ -274,7 +274,7 @@ class PruneSIDLlavaNextConfig(_NestsPruneSIDConfig, LlavaNextConfig):
 
 
 @strict
-class PruneSIDVideoLlavaConfig(_NestsPruneSIDConfig, VideoLlavaConfig):
+class PruneSIDVideoLlavaConfig(NestsPruneSIDConfig, VideoLlavaConfig):
     r"""
     [`VideoLlavaConfig`] with a nested [`PruneSIDConfig`].
 
@@ -310,7 +310,7 @@ def refuse_cls(settings: PretrainedConfig, reason: str = "its vision tower has n
 
 
 @strict
-class PruneSIDQwen2VLConfig(_QwenVLDefaults, _NestsPruneSIDConfig, Qwen2VLConfig):
+class PruneSIDQwen2VLConfig(_QwenVLDefaults, NestsPruneSIDConfig, Qwen2VLConfig):
     r"""
     [`Qwen2VLConfig`] with a nested [`PruneSIDConfig`].
 
@@ -328,7 +328,7 @@ class PruneSIDQwen2VLConfig(_QwenVLDefaults, _NestsPruneSIDConfig, Qwen2VLConfig
 
 
 @strict
-class PruneSIDQwen2_5_VLConfig(_QwenVLDefaults, _NestsPruneSIDConfig, Qwen2_5_VLConfig):
+class PruneSIDQwen2_5_VLConfig(_QwenVLDefaults, NestsPruneSIDConfig, Qwen2_5_VLConfig):
     r"""
     [`Qwen2_5_VLConfig`] with a nested [`PruneSIDConfig`].
 
@@ -342,7 +342,7 @@ class PruneSIDQwen2_5_VLConfig(_QwenVLDefaults, _NestsPruneSIDConfig, Qwen2_5_VL
 
 
 @strict
-class PruneSIDQwen3VLConfig(_QwenVLDefaults, _NestsPruneSIDConfig, Qwen3VLConfig):
+class PruneSIDQwen3VLConfig(_QwenVLDefaults, NestsPruneSIDConfig, Qwen3VLConfig):
     r"""
     [`Qwen3VLConfig`] with a nested [`PruneSIDConfig`].
 

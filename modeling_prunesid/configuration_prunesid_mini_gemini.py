@@ -4,11 +4,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
 from .configuration_mini_gemini import MiniGeminiConfig
-from .configuration_prunesid import _NestsPruneSIDConfig
+from .configuration_prunesid import NestsPruneSIDConfig
 
 
 @strict
-class PruneSIDMiniGeminiConfig(_NestsPruneSIDConfig, MiniGeminiConfig):
+class PruneSIDMiniGeminiConfig(NestsPruneSIDConfig, MiniGeminiConfig):
     r"""
     [`MiniGeminiConfig`] with a nested [`PruneSIDConfig`].
 

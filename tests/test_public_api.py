@@ -1,6 +1,8 @@
 """What callers rely on: names, and upstream's own arguments in upstream's order."""
 
+import ast
 import inspect
+from pathlib import Path
 
 import pytest
 from transformers import (
@@ -99,3 +101,10 @@ def test_our_classes_are_the_stock_ones_and_more():
     assert issubclass(PruneSIDLlavaForConditionalGeneration, LlavaForConditionalGeneration)
     assert issubclass(PruneSIDLlavaModel, LlavaModel)
     assert PruneSIDLlavaForConditionalGeneration.config_class is PruneSIDLlavaConfig
+
+
+def test_files_take_only_public_names_from_each_other():
+    for file in Path(modeling_prunesid.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert not [name.name for name in node.names if name.name.startswith("_")], file.name
