@@ -21,7 +21,8 @@ class ViTCoPConfig(NestedSettings):
             the share of all its tokens; None, or at least all tokens, switches compression off.
         keep_share (`float`, *optional*):
             V, the share of the tokens that stage I keeps and that enter the language model. Default: 0.2 + 0.9 P for a
-            budget of the share P, the line through the published 0.3, 0.4 and 0.5 at P = 1/9, 2/9 and 1/3.
+            budget of the share P, the line through the published 0.3, 0.4 and 0.5 at P = 1/9, 2/9 and 1/3. For smaller
+            budgets and language models of few layers, as many as let stage II keep 77 of 172, as at P = 1/9.
         center_share (`float`, *optional*):
             p, cluster centres as a share of the tokens that stage I keeps. Default: 0.09 + 0.27 P (published: 0.12,
             0.15, 0.18).

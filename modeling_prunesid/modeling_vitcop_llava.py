@@ -153,7 +153,8 @@ class ViTCoPLlavaModel(CoPrunedModelMixin, CompressedModelMixin, HubModelMixin, 
         if budget >= num_patches:
             return num_patches, num_patches
         settings = self.config.vitcop_config
-        keep_share, center_share = default_shares(budget / num_patches)
+        num_layers = len(self.language_model.layers)
+        keep_share, center_share = default_shares(budget / num_patches, num_layers, *self.pruning_layers())
         keep_share = keep_share if settings.keep_share is None else settings.keep_share
         center_share = center_share if settings.center_share is None else settings.center_share
         count = count_of_share(keep_share, num_patches)

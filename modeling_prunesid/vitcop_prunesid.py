@@ -17,6 +17,8 @@ _BANDWIDTH, _REACH = 8.0, 0.6
 # The published layers of stages II and III, of 32, and the share of tokens that stage III leaves.
 _MERGE_LAYER, _PRUNE_LAYER, _LAYERS = 2, 22, 32
 _LAST_SHARE = 1 / 5
+# Of the published settings, the smallest share of tokens that stage II leaves, 77 of 172 at a mean of 64.
+_LEAST_LEFT = 77 / 172
 
 
 def scaled_layers(num_layers: int, merge_layer: int | None = None, prune_layer: int | None = None) -> tuple[int, int]:
@@ -62,11 +64,17 @@ def plan_counts(target: int, entering: int, num_layers: int, merge_layer: int, p
     return min(left, entering), max(round(left * _LAST_SHARE), 1)
 
 
-def default_shares(share: float) -> tuple[float, float]:
+def default_shares(share: float, num_layers: int, merge_layer: int, prune_layer: int) -> tuple[float, float]:
     """
     V and p for a target share P: V = 0.2 + 0.9 P, p = 0.09 + 0.27 P, the lines through the three published settings.
+
+    V is no larger than lets stage II leave 77/172 of what enters, as at the smallest published budget, so that every
+    budget can be met. This binds below P = 1/9, where V falls in proportion to the budget, and in language models of
+    few layers, of which those before S are a large part.
     """
-    return min(0.2 + 0.9 * share, 1.0), 0.09 + 0.27 * share
+    later_layers = prune_layer - merge_layer + (num_layers - prune_layer) * _LAST_SHARE
+    most = share * num_layers / (merge_layer + _LEAST_LEFT * later_layers)
+    return min(0.2 + 0.9 * share, most, 1.0), 0.09 + 0.27 * share
 
 
 def count_of_share(share: float, tokens: int) -> int:

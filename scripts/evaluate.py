@@ -58,8 +58,8 @@ PRIOR_SCENES = 300
 LONGEST_ANSWER = 4  # two words, the end, and one more that would be wrong
 ROUNDS = 3
 METHOD_CODE = (
-    "modeling_prunesid/*_prunesid.py", "modeling_prunesid/modeling_prunesid_llava.py", "scripts/baselines/*.py",
-    "scripts/ablations.py",
+    "modeling_prunesid/*_prunesid.py", "modeling_prunesid/modeling_prunesid_llava.py",
+    "modeling_prunesid/*_vitcop*.py", "scripts/baselines/*.py", "scripts/ablations.py",
 )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def build_chunk(processor, device, number: int, scenes: list[Scene], count: int)
 def repeat_views(encoded, rows: list[int]) -> BaseModelOutputWithPooling:
     """What `get_image_features` returned for pictures, with that of picture `rows[i]` at place i."""
     repeated = BaseModelOutputWithPooling(pooler_output=[encoded.pooler_output[row] for row in rows])
-    for name in ("keep_indices", "num_placeholders"):
+    for name in ("keep_indices", "num_placeholders", "visual_groups"):
         if encoded.get(name) is not None:
             repeated[name] = [encoded[name][row] for row in rows]
     return repeated

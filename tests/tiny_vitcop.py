@@ -9,6 +9,10 @@ from modeling_prunesid import ViTCoPLlavaConfig, ViTCoPLlavaForConditionalGenera
 
 
 NUM_LAYERS, BUDGET = 4, 8
+# V and p of the defaults for 8 of 49 tokens and S, D = 1, 3 of 4 layers: with the 17 tokens of the line 0.2 + 0.9 P
+# stage II would leave less than 77/172 of them.
+KEEP_SHARE = (8 / 49) * 4 / (1 + 77 / 172 * (2 + 1 / 5))
+CENTER_SHARE = 0.09 + 0.27 * 8 / 49
 
 
 def build_vitcop(budget=BUDGET, num_layers=NUM_LAYERS, vision=None, **settings):
@@ -113,11 +117,11 @@ def naive_logits(model, ids, images, answer=()):
     Logits `(vocab,)` of the last column of one unpadded prompt and an answer to it, recomputed without a cache, layer
     by layer, and the number of visual tokens in each layer. Follows the default settings.
     """
-    decoder, share = model.model.language_model, BUDGET / NUM_PATCHES
+    decoder = model.model.language_model
     num_layers = len(decoder.layers)
     first, second = max(round(num_layers / 16), 1), round(11 * num_layers / 16)
     states, kinds = [], []  # of each column: the hidden state, and (image, cluster) of visual tokens
-    encoded = [naive_features(model, image, 0.2 + 0.9 * share, 0.09 + 0.27 * share) for image in images]
+    encoded = [naive_features(model, image, KEEP_SHARE, CENTER_SHARE) for image in images]
     image = -1
     for index, token in enumerate(ids):
         if token != IMAGE:

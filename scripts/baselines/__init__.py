@@ -20,7 +20,7 @@ from typing import Any
 
 from modeling_prunesid import PruneSIDConfig
 
-from . import dart, divprune, fastv, hired, prumerge, random_choice, tome, uniform, visionzip
+from . import dart, divprune, fastv, hired, prumerge, random_choice, tome, uniform, visionzip, vitcop
 from .encoder import encoder_method, from_views, replaced
 from .llm import llm_method
 
@@ -30,7 +30,8 @@ class Method:
     """
     Args:
         title (`str`): the name in tables.
-        place (`str`): where tokens are dropped: `"nowhere"`, `"encoder"` (before the language model) or `"llm"`.
+        place (`str`):
+            Where tokens are dropped: `"nowhere"`, `"encoder"` (before the language model), `"llm"` or `"both"`.
         install: called with the model and the budget, a context in which the model runs with the method. It yields the
             list of what was measured, if this is not simply the tokens of the encoded images.
     """
@@ -131,10 +132,12 @@ METHODS: dict[str, Method] = {
     ),
     "fastv": Method("FastV", "llm", llm_method(fastv.LAYER, fastv.choose)),
     "dart": Method("DART", "llm", llm_method(dart.LAYER, dart.choose)),
+    "vitcop": Method("ViTCoP", "both", vitcop.vitcop),
     "prunesid-paper": Method("PruneSID (paper)", "encoder", _preset()),
     "prunesid-release": Method("PruneSID (release)", "encoder", _preset(**_RELEASE)),
     "prunesid-auto": Method("PruneSID (auto)", "encoder", _preset(nms_lambda="auto")),
     "prunesid-dyn": Method("PruneSID-Dyn", "encoder", _preset(dynamic=True)),
+    "prunesid-llm": Method("PruneSID (auto), and inside", "both", vitcop.prunesid),
 }
 
 __all__ = ["METHODS", "Method", "Run", "applied"]
