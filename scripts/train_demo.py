@@ -1,12 +1,15 @@
 """Train the small LLaVA that the demo and the evaluation use: a frozen DINOv2-S/14, a projector and a 4-layer Llama.
 
-Three stages, all on patch features that the frozen tower gives once and a cache on disk keeps:
+Four stages, all on patch features that the frozen tower gives once and a cache on disk keeps:
 
-1. align: every patch's projection is pulled to the embeddings of the words that describe it (what, colour, where);
-   goes on beside the later stages at a lower weight.
-2. part: 96-192 of the 576 tokens, everything drawn and some of the rest, in raster order: cheap steps. Half of them
+1. align: every patch's projection is pulled to the embeddings of the words that describe it (what, colour, where, and
+   "word" or "number" where text is printed, so that a question finds it); goes on beside the later stages at a lower
+   weight.
+2. read: 48 tokens, one printed text and what lies around it. Letters span patches, so that only the language model
+   can put a word together, and does not learn to while it has to find the text among hundreds of tokens.
+3. part: 96-192 of the 576 tokens, everything drawn and some of the rest, in raster order: cheap steps. Half of them
    on parts of crowded scenes, which hold four times as much and so teach names and words at a quarter of the cost.
-3. full: all 576 tokens.
+4. full: all 576 tokens.
 
 The language model reads a dozen questions of a scene in one sequence; each sees the picture and itself only, and
 answers alone carry loss. Every step draws from a generator seeded by its number, and training resumes where it was
@@ -81,7 +84,8 @@ FEATURES = 384
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 PLACES = ("top", "bottom", "left", "right")
-LABELS = NOUNS + tuple(COLOURS) + WORDS + DIGITS + MATERIALS + PLACES
+TEXTS = ("word", "number")
+LABELS = NOUNS + tuple(COLOURS) + WORDS + DIGITS + MATERIALS + PLACES + TEXTS
 PROMPT = "USER: <image>\n{} ASSISTANT:"
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -92,8 +96,11 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}ASSISTANT:{% endif -%}
 """
 LEARNING_RATE = 1e-3
+MUON_RATE = 4e-3
 ROPE_THETA = 1e7  # slow rotations: likeness is seen across 600 positions, and across those that pruning closes up
 FEATURE_DROPOUT = 0.1
+STAGES = ("align", "read", "part", "full")
+GLIMPSE = 48  # patches: a printed word covers up to 40
 ALIGN_WEIGHT = 0.3
 SETTINGS: dict[str, Any] = {"budget": 64, "nms_lambda": "auto"}
 STOCK_NAMES = ("model_type", "architectures", "transformers_version")
@@ -264,7 +271,7 @@ def patch_labels(scene: Scene) -> np.ndarray:
     for item in scene.objects:
         mark(item.box, item.name, *([item.colour] if item.colour else []))
     for item in scene.texts:
-        mark(item.box, item.name)
+        mark(item.box, item.name, TEXTS[item.name in DIGITS])
     half = SIZE // 2
     mark((0, 0, SIZE, half), "top")
     mark((0, half, SIZE, SIZE), "bottom")
@@ -298,10 +305,10 @@ def align_batch(caches: list, rng: random.Random) -> tuple[torch.Tensor, torch.T
 
 
 def questions_of(scene: Scene, rng: random.Random) -> list[Question]:
-    """Up to 12 questions of a training visit, absent nouns drawn afresh, some in their second wording."""
+    """Up to 16 questions of a training visit, absent nouns drawn afresh, some in their second wording."""
     questions = ask(scene, rng)
     rng.shuffle(questions)
-    return [Question(q.kind, rephrase(q, rng), q.answer, q.words) if rng.random() < 0.3 else q for q in questions[:12]]
+    return [Question(q.kind, rephrase(q, rng), q.answer, q.words) if rng.random() < 0.3 else q for q in questions[:16]]
 
 
 def pack(tokenizer, rows: list[list[Question]], pictures: int) -> dict[str, torch.Tensor]:
@@ -341,7 +348,7 @@ def answer_logits(model, features: torch.Tensor, batch: dict) -> tuple[torch.Ten
     """Logits (answers, vocabulary) and the tokens (answers,) that should win, for every answer token of the batch."""
     embeds = model.get_input_embeddings()(batch["ids"])
     picture = (batch["ids"] == model.config.image_token_id)[..., None]
-    embeds = embeds.masked_scatter(picture, model.model.multi_modal_projector(features))
+    embeds = embeds.masked_scatter(picture, model.model.multi_modal_projector(features).to(embeds.dtype))
     hidden = model.model.language_model(
         inputs_embeds=embeds, attention_mask=batch["mask"], position_ids=batch["position_ids"], use_cache=False
     ).last_hidden_state
@@ -384,6 +391,25 @@ def question_batch(tokenizer, caches: list, size: int, full: bool, rng: random.R
     return torch.from_numpy(np.stack(kept)).float(), pack(tokenizer, asked, count)
 
 
+def reading_batch(tokenizer, caches: list, size: int, rng: random.Random) -> tuple[torch.Tensor, dict]:
+    """Features (size, 48, 384) of one printed text each, with some patches that show no other, and its question."""
+    pictures, asked = [], []
+    while len(pictures) < size:
+        cache = rng.choice(caches)
+        index = rng.randrange(len(cache))
+        scene = cache.scenes[index]
+        if not scene.texts:
+            continue
+        text = rng.choice(scene.texts)
+        shown = touched([text])
+        order = np.random.default_rng(rng.getrandbits(32)).random(PATCHES) + 2 * shown
+        order[touched([item for item in scene.texts if item is not text]) & ~shown] = -1
+        pictures.append(cache.features[index][np.sort(np.argsort(-order)[:GLIMPSE])])
+        alone = Scene(scene.variant, scene.split, scene.seed, NO_PICTURE, texts=[text])
+        asked.append(questions_of(alone, rng))
+    return torch.from_numpy(np.stack(pictures)).float(), pack(tokenizer, asked, GLIMPSE)
+
+
 # Training
 
 
@@ -399,38 +425,45 @@ def train(work: Path, steps: dict[str, int], batch: int) -> None:
     caches = [Cache(work, "train"), Cache(work, "crowded")]
     ids = torch.tensor([tokenizer.convert_tokens_to_ids(word) for word in LABELS])
     trained = [parameter for name, parameter in model.named_parameters() if "vision_tower" not in name]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    at = {"align": 0, "part": 0, "full": 0}
+    optimizers = build_optimizers(model)
+    at = dict.fromkeys(STAGES, 0)
     if (work / "state.pt").exists():
         saved = torch.load(work / "state.pt")
         model.load_state_dict(saved["model"], strict=False)
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         at = saved["at"]
 
     for stage in at:
         bar = tqdm(range(at[stage], steps[stage]), stage, initial=at[stage], total=steps[stage], disable=rank > 0)
         running = None
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(stage, step, steps[stage])
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * warmth(stage, step, steps[stage])
             rng = random.Random(f"{stage}/{step}/{rank}")
             features, labels = align_batch(caches, rng)
             loss = align_loss(model, ids, F.dropout(features, FEATURE_DROPOUT), labels)
             if stage != "align":
-                features, packed = question_batch(tokenizer, caches, batch, stage == "full", rng)
-                answers = answer_logits(model, F.dropout(features, FEATURE_DROPOUT), packed)
-                loss = F.cross_entropy(*answers) + ALIGN_WEIGHT * loss
-            optimizer.zero_grad()
+                if stage == "read":
+                    features, packed = reading_batch(tokenizer, caches, 6 * batch, rng)
+                else:
+                    features, packed = question_batch(tokenizer, caches, batch, stage == "full", rng)
+                with torch.autocast("cpu", torch.bfloat16):
+                    logits, wanted = answer_logits(model, F.dropout(features, FEATURE_DROPOUT), packed)
+                loss = F.cross_entropy(logits.float(), wanted) + ALIGN_WEIGHT * loss
+            model.zero_grad()
             loss.backward()
             average_gradients(trained, ranks)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
             bar.set_postfix(loss=f"{running:.3f}", refresh=False)
             at[stage] = step + 1
             if rank == 0 and (at[stage] % 100 == 0 or at[stage] == steps[stage]):
-                save(work, model, optimizer, at)
-        if rank == 0 and stage != "align":
+                save(work, model, optimizers, at)
+        if rank == 0 and stage in ("part", "full"):
             print(json.dumps({"stage": stage, "val": validate(model, tokenizer, Cache(work, "val"), limit=80)}))
 
 
@@ -446,15 +479,31 @@ def average_gradients(parameters: list[torch.nn.Parameter], ranks: int) -> None:
         parameter.grad = part.view_as(parameter) if parameter.grad is not None else None
 
 
-def learning_rate(stage: str, step: int, steps: int) -> float:
-    """Warm-up over 100 steps; constant, but falling to a twentieth along a cosine in the last stage."""
+def build_optimizers(model) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the projector and the layers, AdamW for the embeddings, norms and biases."""
+    trained = [(name, value) for name, value in model.named_parameters() if "vision_tower" not in name]
+    matrices = [value for name, value in trained if value.ndim == 2 and "embed_tokens" not in name]
+    others = [value for name, value in trained if value.ndim == 1 or "embed_tokens" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def warmth(stage: str, step: int, steps: int) -> float:
+    """The share of the learning rate: warm-up over 100 steps; in the last stage down a cosine to a twentieth."""
     fall = 0.525 + 0.475 * math.cos(math.pi * step / steps) if stage == "full" else 1.0
-    return LEARNING_RATE * min(1.0, (step + 1) / 100) * fall
+    return min(1.0, (step + 1) / 100) * fall
 
 
-def save(work: Path, model, optimizer, at: dict[str, int]) -> None:
+def save(work: Path, model, optimizers: list[torch.optim.Optimizer], at: dict[str, int]) -> None:
     weights = {name: value for name, value in model.state_dict().items() if "vision_tower" not in name}
-    torch.save({"model": weights, "optimizer": optimizer.state_dict(), "at": at}, work / "state.tmp")
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"model": weights, "optimizers": states, "at": at}, work / "state.tmp")
     (work / "state.tmp").rename(work / "state.pt")
 
 
@@ -541,9 +590,9 @@ def main() -> None:
     parser.add_argument("task", choices=("features", "train", "validate", "export"))
     parser.add_argument("work", type=Path, help="folder for the cache and the training state")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the export (default: %(default)s)")
-    parser.add_argument("--scenes", type=int, default=3000, help="training scenes to extract")
-    parser.add_argument("--crowded", type=int, default=1000, help="crowded training scenes to extract")
-    parser.add_argument("--steps", type=int, nargs=3, default=(1500, 4000, 2500), metavar=("ALIGN", "PART", "FULL"))
+    parser.add_argument("--scenes", type=int, default=2600, help="training scenes to extract")
+    parser.add_argument("--crowded", type=int, default=1400, help="crowded training scenes to extract")
+    parser.add_argument("--steps", type=int, nargs=4, default=(800, 700, 1800, 750), metavar=STAGES)
     parser.add_argument("--batch", type=int, default=8, help="scenes a step and process")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -553,7 +602,7 @@ def main() -> None:
         extract(tower, arguments.work, "train", arguments.scenes)
         extract(tower, arguments.work, "crowded", arguments.crowded)
     elif arguments.task == "train":
-        train(arguments.work, dict(zip(("align", "part", "full"), arguments.steps, strict=True)), arguments.batch)
+        train(arguments.work, dict(zip(STAGES, arguments.steps, strict=True)), arguments.batch)
     elif arguments.task == "validate":
         tokenizer, model = load(arguments.work)
         print(json.dumps(validate(model, tokenizer, Cache(arguments.work, "val"))))

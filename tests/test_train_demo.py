@@ -55,6 +55,7 @@ def test_patch_labels_name_what_covers_a_patch(modules, scene):
     assert np.array_equal(column("brick") == 1, np.repeat(np.arange(24) >= 18, 24).reshape(24, 24))
     assert np.array_equal(column("left") == 1, np.tile(np.arange(24) < 12, (24, 1)))
     assert (column("dog") == 0).all()
+    assert np.array_equal(column("word"), column("exit")) and (column("number") == 0).all()
 
 
 def test_a_scene_survives_its_line(modules, scene):
@@ -98,3 +99,33 @@ def test_a_part_of_a_crowded_scene_leaves_the_rest_out(modules, scene):
         kept = part.objects + part.texts
         assert len(kept) + len(left_out) == 3 and not any(item in kept for item in left_out)
         assert {item.name for item in part.texts} <= {"exit"} and part.bands == scene.bands
+
+
+def test_a_reading_batch_shows_one_text_and_asks_for_it(modules, scene):
+    train, scenes = modules
+    second = scenes.Item("7", (28, 140, 70, 182))
+    scene = scenes.Scene("salient", "train", 1, train.NO_PICTURE, [], [*scene.texts, second])
+    empty = scenes.Scene("salient", "train", 2, train.NO_PICTURE)
+    cache = train.Cache.__new__(train.Cache)
+    cache.scenes, cache.features = [scene, empty], np.tile(np.arange(train.PATCHES), (2, 1))[..., None]
+    tokenizer = train.build_tokenizer()
+    features, packed = train.reading_batch(tokenizer, [cache], 12, random.Random(0))
+    answers = set()
+    for row, labels in zip(features[..., 0].long(), packed["labels"], strict=True):
+        answer = tokenizer.decode(labels[labels >= 0], skip_special_tokens=True)
+        text = next(text for text in scene.texts if text.name == answer)
+        other = next(text for text in scene.texts if text.name != answer)
+        shown = set(row.tolist())
+        assert len(shown) == train.GLIMPSE and set(np.flatnonzero(train.touched([text]))) <= shown
+        assert not shown & set(np.flatnonzero(train.touched([other])))
+        answers.add(answer)
+    assert answers == {"exit", "7"}
+
+
+def test_every_trained_weight_has_one_optimizer(modules):
+    train, _ = modules
+    model = train.build_model(112)
+    optimizers = train.build_optimizers(model)
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+    assert sorted(map(id, held)) == sorted(map(id, trained))
