@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,15 +12,29 @@ from tiny import NUM_PATCHES, batch, build, pixels, prompt, stock_twin
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_prunesid import PruneSIDConfig
+from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration
 from modeling_prunesid.selection_prunesid import information_budgets, redundancy
 from modeling_prunesid.tower_prunesid import run_tower
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from baselines import METHODS, applied, dart, divprune, fastv, hired, prumerge, random_choice, tome, uniform, visionzip
-from baselines.encoder import View, top
-from baselines.llm import Row, count_behind, llm_method, scaled_layer
+from baselines import (
+    METHODS,
+    applied,
+    dart,
+    divprune,
+    fastv,
+    hired,
+    mustdrop,
+    prumerge,
+    random_choice,
+    sparsevlm,
+    tome,
+    uniform,
+    visionzip,
+)
+from baselines.encoder import View, encoder_method, top
+from baselines.llm import Row, llm_method, scaled_layer
 
 
 RELEASE = Path(__file__).parents[1] / "configuration" / "llava_1.5_64_release.json"
@@ -35,7 +50,7 @@ CHOOSERS = {
 }
 PRUNING = ("random", "uniform", "hired", "divprune")
 ENCODER_SIDE = [name for name, method in METHODS.items() if method.place == "encoder"]
-LLM_SIDE = [name for name, method in METHODS.items() if method.place == "llm"]
+LLM_SIDE = ("fastv", "dart", "sparsevlm", "mustdrop")
 DINOV2 = {"model_type": "dinov2"}
 
 
@@ -76,7 +91,7 @@ def random_cases(count, seed=0):
 def test_exactly_n_tokens_of_distinct_patches(name):
     for seed, (tokens, budget) in enumerate(random_cases(120)):
         view = make_view(tokens, seed)
-        features, indices = CHOOSERS[name](view, budget)
+        features, indices, _ = CHOOSERS[name](view, budget)
         places = indices[indices >= 0]
         assert features.shape == (budget, DIM)
         assert features.isfinite().all()
@@ -164,7 +179,7 @@ def test_divprune_compares_projected_tokens():
 def test_visionzip_of_dominant_tokens_alone_is_top_attention():
     for seed, (tokens, budget) in enumerate(random_cases(60)):
         view = make_view(tokens, seed)
-        features, indices = visionzip.zip_tokens(view, budget, 0)
+        features, indices, _ = visionzip.zip_tokens(view, budget, 0)
         kept = view.cls_attention.topk(budget - 1).indices.sort().values
         assert indices.tolist() == [-1, *kept.tolist()]
         assert torch.equal(features, torch.cat([view.cls_feature[None], view.features[kept]]))
@@ -173,7 +188,7 @@ def test_visionzip_of_dominant_tokens_alone_is_top_attention():
 @pytest.mark.parametrize(("budget", "dominant"), [(192, 162), (128, 108), (64, 54), (32, 27)])
 def test_visionzip_splits_budgets_as_the_paper_does(budget, dominant):
     view = make_view(576)
-    features, indices = visionzip.choose(view, budget)
+    features, indices, _ = visionzip.choose(view, budget)
     unmerged = (features[1:] == view.features[indices[1:]]).all(1)
     assert int(unmerged[: dominant - 1].sum()) == dominant - 1
     assert not unmerged[dominant - 1 :].any()
@@ -182,7 +197,7 @@ def test_visionzip_splits_budgets_as_the_paper_does(budget, dominant):
 @pytest.mark.parametrize(("tokens", "dominant", "contextual"), [(40, 6, 5), (23, 1, 7), (12, 4, 9), (30, 20, 1)])
 def test_visionzip_merges_each_other_token_into_its_most_similar_target(tokens, dominant, contextual):
     view = make_view(tokens)
-    features, indices = visionzip.zip_tokens(view, dominant, contextual)
+    features, indices, _ = visionzip.zip_tokens(view, dominant, contextual)
     keys = view.keys[1:].view(tokens, HEADS, -1).mean(1)
     rest = sorted(set(range(tokens)) - set(indices[1:dominant].tolist()))
     targets = rest[:: max(1, len(rest) // contextual)][:contextual]
@@ -209,7 +224,7 @@ def test_visionzip_dyn_gives_tokens_by_information():
 def test_prumerge_adds_nearest_others_and_the_rest():
     for seed, (tokens, budget) in enumerate(random_cases(20)):
         view = make_view(tokens, seed)
-        features, indices = prumerge.choose(view, budget)
+        features, indices, _ = prumerge.choose(view, budget)
         logits = view.keys @ view.queries[0] / WIDTH**0.5
         attention = (logits.exp() / logits.exp().sum())[1:]
         kept = attention.topk(budget - 1).indices.sort().values.tolist()
@@ -423,7 +438,7 @@ def test_errors_name_what_is_wrong():
         features_of(model, "tome", pixels(1))
 
 
-def make_row(visual, text, seed=0):
+def make_row(visual, text, seed=0, num_images=1):
     """A random prompt: 3 words, `visual` visual tokens and `text` words in front of a layer."""
     generator = torch.Generator().manual_seed(seed)
     length = 3 + visual + text
@@ -434,25 +449,47 @@ def make_row(visual, text, seed=0):
         keys=torch.randn(length, 2, 5, generator=generator),
         visual=torch.arange(3, 3 + visual),
         text=torch.arange(3 + visual, length),
-        attention=lambda place: weights[place],
+        is_key=torch.rand(visual, generator=generator) < 0.1,
+        num_images=num_images,
+        entered=torch.randn(visual + seed % 5, DIM, generator=generator),
+        words=torch.randn(text, DIM, generator=generator),
+        attention=lambda places: weights[places],
     )
 
 
 def test_settings_inside_the_language_model_are_the_papers():
-    assert [count_behind(2, budget, 576) for budget in (192, 128, 64)] == [166, 98, 30]
+    for method in (fastv, dart):
+        assert [method.plan(budget, 576) for budget in (192, 128, 64)] == [{2: 166}, {2: 98}, {2: 30}]
+    assert sparsevlm.plan(192, 576) == {3: 300, 7: 200, 16: 110}
+    assert sparsevlm.plan(128, 576) == {3: 303, 7: 110, 16: 36}
+    assert sparsevlm.plan(64, 576) == {3: 66, 7: 30, 16: 17}
+    for budget, thresholds in ((192, (0.001, 0.001)), (128, (0.0012, 0.001)), (64, (0.011, 0.01))):
+        planned = mustdrop.plan(budget, 576)
+        assert list(planned) == [3, 7, 11, 15]
+        assert all(stage.thresholds == thresholds and stage.budget == budget for stage in planned.values())
     assert [scaled_layer(2, layers) for layers in (2, 4, 16, 24, 32, 40)] == [1, 1, 1, 2, 2, 3]
+    assert [scaled_layer(layer, 32) for layer in (2, 3, 7, 16)] == [2, 3, 7, 16]
+
+
+def test_other_budgets_lie_between_the_published_ones():
+    assert sparsevlm.plan(96, 576) == {3: 184, 7: 70, 16: 26}
+    assert sparsevlm.plan(32, 576) == {3: 33, 7: 15, 16: 8}
+    assert sparsevlm.plan(16, 144) == {3: 16, 7: 8, 16: 4}
+    assert sparsevlm.plan(1, 576) == {3: 1, 7: 1, 16: 1}
+    assert sparsevlm.plan(384, 576) == {3: 438, 7: 388, 16: 343}
 
 
 def test_fastv_keeps_the_order_of_what_the_last_token_attends_to_most():
     for seed, (tokens, count) in enumerate(random_cases(60)):
         row = make_row(tokens, seed % 3, seed)
-        kept = fastv.choose(row, count)
+        states, kept = fastv.choose(row, count)
         others = row.visual[~torch.isin(row.visual, kept)]
-        attention = row.attention(2 + tokens + seed % 3)
+        attention = row.attention(torch.tensor([2 + tokens + seed % 3]))[0]
         assert len(kept) == count
         assert (kept.diff() > 0).all()
         assert torch.isin(kept, row.visual).all()
         assert attention[kept].min() >= attention[others].max()
+        assert torch.equal(states, row.hidden_states[kept])
 
 
 @pytest.mark.parametrize(("tokens", "text", "count"), [(60, 9, 20), (60, 2, 29), (30, 4, 28), (40, 6, 3), (12, 5, 12)])
@@ -466,40 +503,226 @@ def test_dart_takes_what_is_least_similar_to_each_pivot_in_turn(tokens, text, co
         similarity = torch.cosine_similarity(row.normed, row.normed[pivot], dim=1).tolist()
         taken = sorted(pool, key=lambda place: similarity[place])[:each]
         pool, kept = pool - set(taken), kept | set(taken)
-    assert dart.choose(row, count).tolist() == sorted(kept)
+    states, places = dart.choose(row, count)
+    assert places.tolist() == sorted(kept)
+    assert torch.equal(states, row.hidden_states[places])
     assert len(kept) == min(4 + (4 + min(text, 4)) * each, tokens)
 
 
+def test_sparsevlm_lets_the_words_rate_that_visual_tokens_point_to():
+    for seed in range(30):
+        row = make_row(20 + seed, 1 + seed % 7, seed)
+        shares = []
+        for token in row.entered:
+            products = [math.exp(float(token @ word)) for word in row.words]
+            shares.append([product / sum(products) for product in products])
+        means = [sum(column) / len(shares) for column in zip(*shares)]
+        expected = [place for place, mean in zip(row.text.tolist(), means) if mean > 1 / len(means) + 1e-6]
+        assert sparsevlm.find_raters(row).tolist() == (expected or row.text.tolist())
+    assert sparsevlm.find_raters(make_row(9, 0)).tolist() == [11]
+
+
+def test_sparsevlm_keeps_the_best_rated_and_recycles_the_best_of_the_rest():
+    for seed, (tokens, count) in enumerate(random_cases(60)):
+        row = make_row(tokens, seed % 6, seed)
+        scores = row.attention(sparsevlm.find_raters(row)).mean(0)
+        ranked = sorted(row.visual.tolist(), key=lambda place: -float(scores[place]))
+        num_recycled = int(0.3 * (tokens - count)) + 1
+        num_clusters = num_recycled // 10 + 1
+        states, places = sparsevlm.choose(row, count)
+        assert len(places) == count + num_clusters
+        assert (places.diff() > 0).all()
+        assert set(ranked[:count]) <= set(places.tolist())
+        peaks = sorted(set(places.tolist()) - set(ranked[:count]))
+        recycled = ranked[count : count + num_recycled]
+        assert set(peaks) <= set(recycled)
+        members = {peak: [] for peak in peaks}
+        for place in recycled:
+            distances = [float((row.hidden_states[place] - row.hidden_states[peak]).norm()) for peak in peaks]
+            members[peaks[distances.index(min(distances))]].append(row.hidden_states[place])
+        for state, place in zip(states, places.tolist()):
+            expected = torch.stack(members[place]).mean(0) if place in members else row.hidden_states[place]
+            torch.testing.assert_close(state, expected)
+
+
+def test_sparsevlm_takes_for_peaks_what_is_dense_and_far_from_any_denser_token():
+    for seed in range(20):
+        count = 2 + seed % 3
+        tokens = torch.randn(10 * count + seed, DIM, generator=torch.Generator().manual_seed(seed))
+        distances = [[float((a - b).norm()) / DIM**0.5 for b in tokens] for a in tokens]
+        density = [math.exp(-sum(d**2 for d in sorted(row)[:count]) / count) for row in distances]
+        farthest = max(map(max, distances))
+        score = []
+        for i, row in enumerate(distances):  # mutual neighbours are equally dense
+            is_denser = [other > density[i] or (other == density[i] and j < i) for j, other in enumerate(density)]
+            score.append(density[i] * min((d for d, denser in zip(row, is_denser) if denser), default=farthest))
+        expected = sorted(range(len(tokens)), key=lambda i: -score[i])[:count]
+        assert sparsevlm.cluster_means(tokens, count)[1].tolist() == expected
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(7, 7), (3, 8), (6, 9), (2, 9)])
+def test_mustdrop_merges_windows_of_similar_patches(rows, columns):
+    generator = torch.Generator().manual_seed(rows)
+    tokens = torch.randn(rows, columns, DIM, generator=generator)
+    tokens[:3, 3:6] = tokens[:1, 3:4] + 0.1 * tokens[:3, 3:6]  # a uniform window, if there are three rows
+    expected, places = [], []
+    for row, column in itertools.product(range(rows), range(columns)):
+        top, left = row // 3 * 3, column // 3 * 3
+        window = tokens[top : top + 3, left : left + 3].reshape(-1, DIM)
+        pairs = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in itertools.combinations(window, 2)]
+        is_merged = len(window) == 9 and sum(pairs) / len(pairs) >= 0.8
+        if not is_merged or (row - top, column - left) == (1, 1):
+            expected.append(window.mean(0) if is_merged else tokens[row, column])
+            places.append(row * columns + column)
+    states, found = mustdrop.merge_windows(tokens.view(-1, DIM), columns)
+    assert found.tolist() == places
+    assert len(places) == rows * columns - (8 if rows >= 3 else 0)
+    torch.testing.assert_close(states, torch.stack(expected))
+
+
+def published_filter(weights, is_key, thresholds):
+    """MustDrop's rule, token by token: what is below both thresholds goes."""
+    total = float(weights.sum())
+    return [
+        bool(key) or float(column.sum()) >= thresholds[0] * total or float(column.max()) >= thresholds[1]
+        for column, key in zip(weights.T, is_key)
+    ]
+
+
+def test_mustdrop_filters_by_the_published_thresholds_times_a_factor():
+    for seed, (tokens, budget) in enumerate(random_cases(60)):
+        row = make_row(tokens, seed % 4, seed)
+        stage = mustdrop.plan(budget, tokens)[3 + 4 * (seed % 4)]
+        states, places = mustdrop.choose(row, stage)
+        kept = torch.isin(row.visual, places)
+        share = mustdrop.filter_share(budget / len(row.entered))
+        assert len(places) == max(round(len(row.entered) * share**stage.number), int(row.is_key.sum()), 1)
+        assert kept[row.is_key].all()
+        assert torch.equal(states, row.hidden_states[places])
+        weights = row.attention(row.readers)[:, row.visual]
+        above = mustdrop.margins(weights, stage.thresholds)
+        assert (above >= 1).tolist() == published_filter(weights, torch.zeros(tokens), stage.thresholds)
+        if not kept.all() and (kept & ~row.is_key).any():
+            factor = float(above[kept & ~row.is_key].min()) * (1 - 1e-6)
+            scaled = tuple(threshold * factor for threshold in stage.thresholds)
+            assert kept.tolist() == published_filter(weights, row.is_key, scaled)
+
+
+def test_mustdrop_filters_leave_the_same_share_each():
+    for target in (0.1, 0.2, 1 / 3, 0.7, 1.0):
+        left = [0, 1, 2, 3, 4]
+        shares = [mustdrop.filter_share(target) ** stage for stage in left]
+        layers = [shares[sum(layer >= start for start in mustdrop.LAYERS)] for layer in range(32)]
+        assert sum(layers) / 32 == pytest.approx(target)
+    assert mustdrop.filter_share(0.05) == pytest.approx(0, abs=1e-9)
+    assert mustdrop.filter_share(1.5) == 1
+
+
+# Random towers make no patches that are alike by the published measure.
+ALIKE_IN_CLIP, ALIKE_IN_DINOV2 = 0.1, 0.18
+
+
+@pytest.mark.parametrize(
+    ("vision", "similarity"), [({}, ALIKE_IN_CLIP), (DINOV2, ALIKE_IN_DINOV2)], ids=["clip", "dinov2"]
+)
+def test_mustdrop_key_tokens_are_what_cls_attends_to_most(vision, similarity, monkeypatch):
+    monkeypatch.setattr(mustdrop, "SIMILARITY", similarity)
+    model, images = build(vision=vision), pixels(3)
+    with encoder_method(mustdrop.encode)(model, BUDGET), torch.no_grad():
+        output = model.get_image_features(pixel_values=images, return_dict=True)
+    assert len({len(view) for view in output.pooler_output}) > 1
+    for image, places, is_key in zip(images, output.keep_indices, output["is_key"]):
+        assert int(is_key.sum()) == -(-8 * len(places) // 100)
+        blocks = tome.find_blocks(model.model.vision_tower)
+        with torch.no_grad():
+            states = run_tower(model.model.vision_tower, image[None], [0]).hidden_states[0]
+            states = blocks[0](states, attention_mask=None)
+            merged, expected = mustdrop.merge_windows(states[0, 1:], 7)
+            assert torch.equal(places, expected)
+            states = torch.cat([states[:, :1], merged[None]], dim=1)
+            for block in blocks[1:-1]:
+                states = block(states, attention_mask=None)
+            attention = getattr(blocks[-1], "self_attn", None) or blocks[-1].attention
+            normed = (getattr(blocks[-1], "layer_norm1", None) or blocks[-1].norm1)(states)
+            queries, keys = (
+                part(normed)[0].view(-1, HEADS, 32 // HEADS) for part in (attention.q_proj, attention.k_proj)
+            )
+        weights = (torch.einsum("hd,lhd->hl", queries[0], keys) * (32 // HEADS) ** -0.5).softmax(-1).mean(0)[1:]
+        assert weights[is_key].min() >= weights[~is_key].max()
+
+
 @pytest.mark.parametrize("grouped", [2, 4], ids=["grouped keys", "a key a head"])
-def test_the_row_of_attention_is_that_of_eager_attention(grouped):
+def test_the_rows_of_attention_are_those_of_eager_attention(grouped):
     model = build(text={"num_key_value_heads": grouped})
     inputs = batch([prompt([NUM_PATCHES], [7, 8]), prompt([NUM_PATCHES], [9, 10, 11, 12])])
     found = []
 
-    def rule(row, count):
-        found.append(row.attention(int(row.text[-1])))
-        return row.visual[:count]
+    def rule(row, setting):
+        found.append(row.attention(row.text[-2:]))
+        return row.keep(row.visual[:setting])
 
     stock = stock_twin(model)
     stock.set_attn_implementation("eager")
-    with torch.no_grad(), llm_method(2, rule)(model, BUDGET):
+    with torch.no_grad(), llm_method(lambda budget, patches: {2: budget}, rule)(model, BUDGET):
         model(**inputs, pixel_values=pixels(2))
         expected = stock(**inputs, pixel_values=pixels(2), output_attentions=True).attentions[0]
-    torch.testing.assert_close(torch.stack(found), expected[:, :, -1].mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.stack(found), expected[:, :, -2:].mean(1), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", LLM_SIDE)
-def test_tokens_dropped_inside_the_language_model_are_measured_over_its_layers(name):
-    """A left-padded batch, one row with two images and one with none, answers as its rows do alone."""
-    model, images, settings = build(), pixels(3), {"max_new_tokens": 4, "do_sample": False}
+def run_together_and_alone(name, model, images):
+    """The answers and tokens of a left-padded batch, one row with two images and one with none, and of its rows."""
+    settings = {"max_new_tokens": 4, "do_sample": False}
     rows = [prompt([NUM_PATCHES], [7, 8, 9, 10]), prompt([NUM_PATCHES] * 2, [9, 10, 11, 12, 13]), [1, 20, 21]]
     views = [{"pixel_values": images[:1]}, {"pixel_values": images[1:]}, {}]
     with applied(model, name, 20) as run:
         together = model.generate(**batch(rows), pixel_values=images, **settings)
-    behind = {"fastv": [18, 36], "dart": [20, 36]}[name]
-    means = [(NUM_PATCHES + behind[0]) / 2, *[(2 * NUM_PATCHES + behind[1]) / 4] * 2]
-    assert run.tokens == pytest.approx(means)
-    for answer, row, view in zip(together, rows, views):
-        with applied(model, name, 20):
-            alone = model.generate(**batch([row]), **view, **settings)
-        assert torch.equal(answer[-4:], alone[0, -4:])
+    answers, tokens = [], []
+    for row, view in zip(rows, views):
+        with applied(model, name, 20) as alone:
+            answers.append(model.generate(**batch([row]), **view, **settings)[0, -4:])
+        tokens += alone.tokens
+    return (together[:, -4:], run.tokens), (torch.stack(answers), tokens)
+
+
+@pytest.mark.parametrize("layers", [2, 8])
+@pytest.mark.parametrize("name", LLM_SIDE)
+def test_a_batch_inside_the_language_model_is_its_single_prompts(name, layers, monkeypatch):
+    monkeypatch.setattr(mustdrop, "SIMILARITY", ALIKE_IN_CLIP)
+    model = build(text={"num_hidden_layers": layers})
+    (together, tokens), (alone, tokens_alone) = run_together_and_alone(name, model, pixels(3))
+    assert torch.equal(together, alone)
+    assert tokens == pytest.approx(tokens_alone)
+    assert max(tokens) < NUM_PATCHES
+
+
+@pytest.mark.parametrize(("name", "behind"), [("fastv", [18, 36]), ("dart", [20, 36])])
+def test_tokens_dropped_inside_the_language_model_are_measured_over_its_layers(name, behind):
+    (_, tokens), _ = run_together_and_alone(name, build(), pixels(3))
+    assert tokens[0] == (NUM_PATCHES + behind[0]) / 2
+    assert tokens[1] + tokens[2] == NUM_PATCHES + behind[1] / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("fastv", [192, 128, 64]), ("sparsevlm", [206, 145, 82]), ("mustdrop", [192, None, None])],
+)
+def test_means_in_the_depth_that_settings_are_stated_for(name, expected):
+    """The figures of methods.md for 576 patches and 32 layers. MustDrop's key tokens alone are more than 128."""
+    model = build(None, vision={"image_size": 96}, text={"num_hidden_layers": 32, "max_position_embeddings": 1024})
+    images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    inputs = batch([prompt([576], [7, 8, 9])])
+    for budget, mean in zip((192, 128, 64), expected):
+        with torch.no_grad(), applied(model, name, budget) as run:
+            model(**inputs, pixel_values=images)
+        if mean is not None:
+            assert run.measured_tokens == pytest.approx(mean, abs=0.6)
+        else:
+            assert (3 * 576 + 29 * 47) / 32 <= run.measured_tokens < 192
+
+
+def test_a_stock_checkpoint_in_our_class_is_accepted(tmp_path):
+    model = build(None)
+    stock_twin(model).save_pretrained(tmp_path)
+    loaded = PruneSIDLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.model_type == "llava"
+    assert len(features_of(loaded, "visionzip", pixels(1)).pooler_output[0]) == BUDGET

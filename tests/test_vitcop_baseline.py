@@ -16,12 +16,12 @@ from modeling_prunesid import (
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from baselines import METHODS, applied
+from baselines import applied
 from evaluate import repeat_views
 
 
 BUDGET = 12
-NAMES = [name for name, method in METHODS.items() if method.place == "both"]
+NAMES = ("vitcop", "prunesid-llm")
 TOWERS = {"clip": {}, "dinov2": {"model_type": "dinov2"}}
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 ROWS = [prompt([NUM_PATCHES], [7, 8]), prompt([NUM_PATCHES] * 2, [9, 10, 11]), prompt([], [13, 14, 15])]

@@ -20,7 +20,20 @@ from typing import Any
 
 from modeling_prunesid import PruneSIDConfig
 
-from . import dart, divprune, fastv, hired, prumerge, random_choice, tome, uniform, visionzip, vitcop
+from . import (
+    dart,
+    divprune,
+    fastv,
+    hired,
+    mustdrop,
+    prumerge,
+    random_choice,
+    sparsevlm,
+    tome,
+    uniform,
+    visionzip,
+    vitcop,
+)
 from .encoder import encoder_method, from_views, replaced
 from .llm import llm_method
 
@@ -71,7 +84,7 @@ def applied(model: Any, name: str, budget: int | float) -> Iterator[Run]:
     """
     if name not in METHODS:
         raise ValueError(f"name must be one of {', '.join(METHODS)}, got {name!r}.")
-    if getattr(model.config, "model_type", None) != "prunesid_llava":
+    if type(model).__name__ != "PruneSIDLlavaForConditionalGeneration":  # a stock checkpoint keeps its model_type
         raise ValueError(
             f"model must be a PruneSIDLlavaForConditionalGeneration, got {type(model).__name__}. Load the checkpoint "
             "with that class; its weights are those of the stock LLaVA."
@@ -130,8 +143,12 @@ METHODS: dict[str, Method] = {
     "visionzip-dyn": Method(
         "VisionZip-Dyn", "encoder", encoder_method(from_views(visionzip.choose_dynamic, "compared"))
     ),
-    "fastv": Method("FastV", "llm", llm_method(fastv.LAYER, fastv.choose)),
-    "dart": Method("DART", "llm", llm_method(dart.LAYER, dart.choose)),
+    "fastv": Method("FastV", "llm", llm_method(fastv.plan, fastv.choose)),
+    "dart": Method("DART", "llm", llm_method(dart.plan, dart.choose)),
+    "sparsevlm": Method("SparseVLM", "llm", llm_method(sparsevlm.plan, sparsevlm.choose)),
+    "mustdrop": Method(
+        "MustDrop", "both", llm_method(mustdrop.plan, mustdrop.choose, encoder_method(mustdrop.encode))
+    ),
     "vitcop": Method("ViTCoP", "both", vitcop.vitcop),
     "prunesid-paper": Method("PruneSID (paper)", "encoder", _preset()),
     "prunesid-release": Method("PruneSID (release)", "encoder", _preset(**_RELEASE)),

@@ -10,30 +10,35 @@ prompt of fewer text tokens has fewer pivots. The layer scales with the depth of
 
 import torch
 
-from .llm import Row
+from .llm import Row, count_behind
 
 
 LAYER = 2
 PIVOTS = 4
 
 
-def choose(row: Row, count: int) -> torch.LongTensor:
+def plan(budget: int, patches: int) -> dict[int, int]:
+    """How many visual tokens of an image stay behind the layer, about."""
+    return {LAYER: count_behind(LAYER, budget, patches)}
+
+
+def choose(row: Row, setting: int) -> tuple[torch.Tensor, torch.LongTensor]:
     """
     Args:
         row (`Row`): for its keys and hidden states.
-        count (`int`): visual tokens behind the layer, about.
+        setting (`int`): how many visual tokens of an image stay, about.
     """
     norms = row.keys.float().flatten(1).abs().sum(1)
     images, texts = (largest(norms, places) for places in (row.visual, row.text))
     units = torch.nn.functional.normalize(row.normed.float(), dim=-1)
-    each = max(round((count - PIVOTS) / (2 * PIVOTS)), 0)
+    each = max(round((setting * row.num_images - PIVOTS) / (2 * PIVOTS)), 0)
     pool = row.visual[~torch.isin(row.visual, images)]
     kept = [images]
     for pivot in torch.cat([images, texts]):
         order = (units[pool] @ units[pivot]).argsort(stable=True)
         kept.append(pool[order[:each]])
         pool = pool[order[each:].sort().values]
-    return torch.cat(kept).sort().values
+    return row.keep(torch.cat(kept).sort().values)
 
 
 def largest(norms: torch.Tensor, places: torch.LongTensor) -> torch.LongTensor:

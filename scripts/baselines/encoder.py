@@ -58,10 +58,12 @@ class Kept(NamedTuple):
     Args:
         features (`torch.Tensor` of shape `(N, dim)`): as the projector takes them, merged or not, in their order.
         indices (`torch.LongTensor` of shape `(N,)`): the patch that each stands for; -1 for a token without a place.
+        is_key (`torch.BoolTensor` of shape `(N,)`, *optional*): tokens that are not to be dropped later.
     """
 
     features: torch.Tensor
     indices: torch.LongTensor
+    is_key: torch.BoolTensor | None = None
 
 
 def top(scores: torch.Tensor, count: int) -> torch.LongTensor:
@@ -148,6 +150,8 @@ def encoder_method(encode: Callable[[Any, torch.Tensor, list[int], int], list[Ke
             )
             output["keep_indices"] = [tokens.indices for tokens in kept]
             output["num_placeholders"] = [patches] * len(kept)
+            if kept[0].is_key is not None:
+                output["is_key"] = [tokens.is_key for tokens in kept]
             return output
 
         with replaced(base_model, "get_image_features", get_image_features):

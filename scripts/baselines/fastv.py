@@ -10,17 +10,22 @@ with the depth of the language model; the tokens behind it are those that make t
 import torch
 
 from .encoder import top
-from .llm import Row
+from .llm import Row, count_behind
 
 
 LAYER = 2
 
 
-def choose(row: Row, count: int) -> torch.LongTensor:
+def plan(budget: int, patches: int) -> dict[int, int]:
+    """How many visual tokens of an image stay behind the layer."""
+    return {LAYER: count_behind(LAYER, budget, patches)}
+
+
+def choose(row: Row, setting: int) -> tuple[torch.Tensor, torch.LongTensor]:
     """
     Args:
         row (`Row`): for its attention.
-        count (`int`): visual tokens behind the layer.
+        setting (`int`): how many visual tokens of an image stay.
     """
-    last = int(row.text[-1]) if len(row.text) else int(row.visual[-1])
-    return row.visual[top(row.attention(last)[row.visual], count)]
+    attention = row.attention(row.readers[-1:])[0]
+    return row.keep(row.visual[top(attention[row.visual], setting * row.num_images)])
