@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .llm_pruning_prunesid import LayerInput, Reducer, hooked_output, prune_layers, stack_rows
+from .llm_pruning_prunesid import CachedColumns, LayerInput, Reducer, hooked_output, prune_layers, stack_rows
 from .vitcop_prunesid import keep_smallest
 
 
@@ -84,6 +84,8 @@ class CoPrunedModelMixin:
         groups = [
             part for output in self._dropped_tokens(inputs).values() for part in output.get("visual_groups") or []
         ]
+        if is_generation and (groups or CachedColumns.are_known_of(inputs.get("past_key_values"))):
+            inputs = {**inputs, "disable_compile": True}  # a setting of `generate`
         if not groups:
             return inputs
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
@@ -102,11 +104,16 @@ class CoPrunedModelMixin:
 
     def forward_pruned(self, forward: Callable, **inputs):
         """Upstream's `forward`, with tokens dropped between the layers of the language model."""
+        if inputs.get("visual_groups") is None and not CachedColumns.are_known_of(inputs.get("past_key_values")):
+            inputs.pop("visual_groups", None)
+            return forward(**inputs)
+        return self._run_pruned(forward, **inputs)
+
+    @torch.compiler.disable  # the hooks between the layers come and go, and lengths follow the images
+    def _run_pruned(self, forward: Callable, **inputs):
         groups, cache = inputs.pop("visual_groups", None), inputs.get("past_key_values")
         columns = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        groups = None if groups is None or columns is None else _align(groups, cache, columns.shape[1])
-        if groups is None and not hasattr(cache, "_prunesid_columns"):
-            return forward(**inputs)
+        groups = None if groups is None else _align(groups, cache, columns.shape[1])
         reducers = {}
         if groups is not None:
             first, second = self.pruning_layers()
@@ -129,6 +136,10 @@ class CoPrunedGenerationMixin:
         if inputs.get("visual_groups") is None:
             inputs.pop("visual_groups", None)
             return forward(**inputs)
+        return self._run_measured(forward, **inputs)
+
+    @torch.compiler.disable
+    def _run_measured(self, forward: Callable, **inputs):
         with hooked_output(self.model) as outputs:
             output = forward(**inputs)
         if not isinstance(output, tuple) and outputs[0].get("layer_visual_tokens") is not None:

@@ -72,14 +72,21 @@ class CachedColumns:
             cache._prunesid_columns = self
 
     @staticmethod
+    def are_known_of(cache: Any) -> bool:
+        """Whether some layers of `cache` hold fewer columns than the first, or held them before it was emptied."""
+        return getattr(cache, "_prunesid_columns", None) is not None
+
+    @staticmethod
     def recall(cache: Any, batch: int) -> "CachedColumns | None":
         """
-        What `cache` holds, for `batch` rows. Beams repeat rows and reorder them among the copies of one prompt, which
-        hold the same columns.
+        What `cache` holds, for `batch` rows; it is forgotten where the cache was emptied. Beams repeat rows and
+        reorder them among the copies of one prompt, which hold the same columns.
         """
-        cached = getattr(cache, "_prunesid_columns", None)
-        length = 0 if cached is None else int(cache.get_seq_length())
+        if not CachedColumns.are_known_of(cache):
+            return None
+        cached, length = cache._prunesid_columns, int(cache.get_seq_length())
         if not length:
+            cache._prunesid_columns = None
             return None
         cached = cached._cropped_to(length)
         rows = len(next(iter(cached.columns.values())))

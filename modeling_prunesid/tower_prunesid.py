@@ -90,7 +90,13 @@ def run_tower(
     if torch.compiler.is_compiling() and cls_attention_layer is None:
         outputs = tower(pixel_values, return_dict=True, **{**kwargs, "output_hidden_states": True})
         return TowerStates(outputs, {layer: outputs.hidden_states[layer] for layer in layers})
+    return _run_watched(tower, pixel_values, layers, cls_attention_layer, **kwargs)
 
+
+@torch.compiler.disable  # compiled layers do not look for hooks again
+def _run_watched(
+    tower: nn.Module, pixel_values: torch.Tensor, layers: set[int], cls_attention_layer: int | None, **kwargs
+) -> TowerStates:
     if cls_attention_layer is not None:
         _check_has_cls(tower)
     blocks = _find_layers(tower)

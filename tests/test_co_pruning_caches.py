@@ -1,0 +1,102 @@
+"""Caches whose layers hold different columns: every kind and way of decoding answers as a run without a cache."""
+
+import copy
+
+import pytest
+import torch
+from tiny import NUM_PATCHES, batch, build, pixels, prompt
+from tiny_vitcop import build_vitcop
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+ROWS = [prompt([NUM_PATCHES], [7, 8]), prompt([NUM_PATCHES] * 2, [9, 10, 11, 12]), prompt([], [13, 14, 15])]
+DECODING = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "temperature": 2.0, "num_return_sequences": 2},
+}
+
+
+@pytest.fixture(scope="module", params=["vitcop", "llm_budget"])
+def model(request):
+    if request.param == "vitcop":
+        return build_vitcop()
+    return build(12, text={"num_hidden_layers": 8}, llm_budget=8)
+
+
+@pytest.fixture
+def inputs():
+    return {**batch(ROWS), "pixel_values": pixels(3)}
+
+
+@pytest.fixture
+def one():
+    return {"input_ids": torch.tensor(ROWS[:1]), "pixel_values": pixels(1)}
+
+
+def answer(model, inputs, **settings):
+    torch.manual_seed(3)
+    return model.generate(**inputs, **{**GREEDY, **settings})
+
+
+@pytest.mark.parametrize("decoding", DECODING)
+def test_every_cache_answers_as_none(model, inputs, decoding):
+    settings = DECODING[decoding]
+    expected = answer(model, inputs, **settings, use_cache=False)
+    for implementation in ("dynamic", "static"):
+        assert torch.equal(answer(model, inputs, **settings, cache_implementation=implementation), expected)
+    if decoding != "greedy":
+        assert not torch.equal(expected[::2], answer(model, inputs))
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_the_callers_own_cache_holds_what_is_left(model, one, cache_class):
+    room = {"max_cache_len": 90} if cache_class is StaticCache else {}
+    cache = cache_class(config=model.config.text_config, **room)
+    with torch.no_grad():
+        counts = model(**one, past_key_values=cache).layer_visual_tokens[0]
+    assert counts[-1] < counts[0]
+    words = len(ROWS[0]) - NUM_PATCHES
+    assert [int(cache.get_seq_length(layer)) for layer in range(len(counts))] == (counts + words).tolist()
+
+
+def test_an_emptied_cache_is_as_a_new_one(model, one):
+    text = {"input_ids": torch.arange(10, 60)[None]}
+    caches = [StaticCache(config=model.config.text_config, max_cache_len=90) for _ in range(2)]
+    with torch.no_grad():
+        model(**one, past_key_values=caches[0])
+        caches[0].reset()
+        for cache in caches:
+            model(**text, past_key_values=cache)
+        first, second = (model(torch.tensor([[7]]), past_key_values=cache).logits for cache in caches)
+    assert torch.equal(first, second)
+
+
+def test_a_compile_config_leaves_the_answer_and_nothing_is_compiled(model, one):
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    settings = {"cache_implementation": "static", "compile_config": config, "return_dict_in_generate": True}
+    first = answer(model, one, **settings)
+    assert torch.equal(first.sequences, answer(model, one))
+    chat = torch.cat([first.sequences, torch.tensor([[20, 21]])], dim=1)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=200)
+    answer(model, one, past_key_values=cache)
+    follow_up = answer(model, {"input_ids": chat}, past_key_values=cache, compile_config=config)
+    assert torch.equal(follow_up, answer(model, {**one, "input_ids": chat}))
+    assert not hasattr(model, "_compiled_call")
+
+
+def test_a_compiled_forward_gives_the_same_logits(one):
+    torch.compiler.reset()
+    model = build_vitcop()
+    with torch.no_grad():
+        expected = model(**one)
+        found = torch.compile(model, backend="eager")(**one)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.layer_visual_tokens, expected.layer_visual_tokens)
+    torch.compiler.reset()
+
+
+def test_an_assistant_gives_the_greedy_answer(model, one):
+    assert torch.equal(answer(model, one, assistant_model=copy.deepcopy(model)), answer(model, one))
