@@ -91,16 +91,17 @@ class CoPrunedModelMixin:
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         placeholders = self.find_placeholders("image", input_ids, inputs_embeds)
         groups = torch.cat(groups).to(placeholders.device)
-        # Of a conversation, the views of the last prompt alone may have been encoded.
-        columns = placeholders.nonzero()[-len(groups) :]
-        laid = torch.full((*placeholders.shape, NUM_GROUP_FIELDS), -1, device=placeholders.device)
-        laid[columns[:, 0], columns[:, 1]] = groups
         mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        before = past  # the columns of the cache that are not repeated in front of the prompt
         if is_generation:
-            cached = mask.shape[1] - laid.shape[1] if isinstance(mask, torch.Tensor) and mask.dim() == 2 else 0
-        else:
-            cached = 0 if cache is None else int(cache.get_seq_length())
-        return {**inputs, "visual_groups": torch.nn.functional.pad(laid, (0, 0, cached, 0), value=-1)}
+            is_flat = isinstance(mask, torch.Tensor) and mask.dim() == 2
+            before = mask.shape[1] - placeholders.shape[1] if is_flat else 0
+        if int(placeholders.sum()) != len(groups):  # of a conversation, the new views alone were encoded
+            placeholders = placeholders & (torch.arange(placeholders.shape[1], device=groups.device) >= past - before)
+        laid = torch.full((*placeholders.shape, NUM_GROUP_FIELDS), -1, device=groups.device)
+        laid[placeholders] = groups
+        return {**inputs, "visual_groups": torch.nn.functional.pad(laid, (0, 0, before, 0), value=-1)}
 
     def forward_pruned(self, forward: Callable, **inputs):
         """Upstream's `forward`, with tokens dropped between the layers of the language model."""
@@ -122,7 +123,11 @@ class CoPrunedModelMixin:
                 reducers[second] = thin_out(groups, _SECOND_COUNT, leave_smallest)
         with prune_layers(self.language_model, columns, cache, reducers) as pruning:
             output = forward(**inputs)
-        if groups is not None and not isinstance(output, tuple):
+        if groups is None:
+            return output
+        if isinstance(output, tuple):
+            pruning.remember(cache)
+        else:
             pruning.remember(output.past_key_values)
             output["layer_visual_tokens"] = pruning.visual_tokens(groups[..., _IMAGE] >= 0)
         return output

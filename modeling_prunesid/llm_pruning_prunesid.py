@@ -110,8 +110,13 @@ class CachedColumns:
         return CachedColumns(length, {layer: kept[:, :-removed] for layer, kept in self.columns.items()})
 
     def of_layer(self, layer: int) -> torch.LongTensor | None:
-        starts = [start for start in self.columns if start <= layer]
-        return self.columns[max(starts)] if starts else None
+        return _of_layer(self.columns, layer)
+
+
+def _of_layer(columns: dict[int, torch.LongTensor], layer: int) -> torch.LongTensor | None:
+    """The columns of a layer, from those by the first layer of each run of layers; None for all."""
+    starts = [start for start in columns if start <= layer]
+    return columns[max(starts)] if starts else None
 
 
 @dataclass
@@ -157,8 +162,7 @@ class LayerPruning:
 
     def _queries(self, layer: int) -> torch.LongTensor | None:
         """Columns of the prompt that run through a layer; None for all."""
-        starts = [start for start in self.columns if start <= layer]
-        return self.columns[max(starts)] if starts else None
+        return _of_layer(self.columns, layer)
 
     def _cached_columns(self, layer: int) -> torch.LongTensor | None:
         """Columns of the first layer's cache that a layer holds when it has seen this prompt; None for all."""

@@ -132,8 +132,8 @@ def _find_layers(tower: nn.Module) -> nn.ModuleList:
 def _check_has_cls(tower: nn.Module) -> None:
     if not any(name.rsplit(".", 1)[-1] in _CLS_EMBEDDINGS for name, _ in tower.named_parameters()):
         raise ValueError(
-            "prunesid_config.score='cls_attention' needs a vision tower with a CLS token, which "
-            f"{type(tower).__name__} has not; use score='component'."
+            "ViTCoP, and prunesid_config.score='cls_attention', need a vision tower with a CLS token, which "
+            f"{type(tower).__name__} has not. Use PruneSID with score='component'."
         )
 
 
@@ -173,14 +173,17 @@ def _capture(blocks: nn.ModuleList, layer: int, states: TowerStates):
 @contextmanager
 def _capture_projections(blocks: nn.ModuleList, layer: int):
     if layer == 0:
-        raise ValueError("prunesid_config.layer=0 are the embeddings, which have no attention; use score='component'.")
+        raise ValueError(
+            "prunesid_config.layer=0 (or vitcop_config.layer=0) are the embeddings, which have no attention. Name a "
+            "later layer, or use PruneSID with score='component'."
+        )
     modules = dict(blocks[layer - 1].named_modules())
     by_suffix = {name.rsplit(".", 1)[-1]: module for name, module in modules.items()}
     names = next((pair for pair in _PROJECTIONS if all(name in by_suffix for name in pair)), None)
     if names is None:
         raise ValueError(
-            f"prunesid_config.score='cls_attention' needs separate query and key projections, which "
-            f"{type(blocks[layer - 1]).__name__} has not; use score='component'."
+            f"ViTCoP, and prunesid_config.score='cls_attention', need separate query and key projections, which "
+            f"{type(blocks[layer - 1]).__name__} has not. Use PruneSID with score='component'."
         )
     captured: list[torch.Tensor] = []
     with _hooked(by_suffix[names[0]], captured.append), _hooked(by_suffix[names[1]], captured.append):

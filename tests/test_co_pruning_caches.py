@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import NUM_PATCHES, batch, build, pixels, prompt
+from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt
 from tiny_vitcop import build_vitcop
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -69,6 +69,35 @@ def test_an_emptied_cache_is_as_a_new_one(model, one):
         caches[0].reset()
         for cache in caches:
             model(**text, past_key_values=cache)
+        first, second = (model(torch.tensor([[7]]), past_key_values=cache).logits for cache in caches)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["the new image", "all images"])
+def test_a_second_image_in_every_row_of_a_conversation(model, repeated):
+    """The rows ask about one image each, then about another one, on the cache of the first answers."""
+    images = pixels(4)
+    first = {**batch([ROWS[0], prompt([NUM_PATCHES], [9, 10, 11])]), "pixel_values": images[:2]}
+    start = answer(model, first, return_dict_in_generate=True)
+    turn = torch.tensor([[20, *[IMAGE] * NUM_PATCHES, 21], [22, *[IMAGE] * NUM_PATCHES, 23]])
+    chat = torch.cat([start.sequences, turn], dim=1)
+    mask = torch.nn.functional.pad(first["attention_mask"], (0, chat.shape[1] - first["input_ids"].shape[1]), value=1)
+    by_row = images[[0, 2, 1, 3]]  # the views of a conversation are ordered by row
+    given = by_row if repeated else images[2:]
+    found = answer(
+        model,
+        {"input_ids": chat, "attention_mask": mask, "pixel_values": given},
+        past_key_values=start.past_key_values,
+    )
+    whole = {"input_ids": chat, "attention_mask": mask, "pixel_values": by_row}
+    assert torch.equal(found, answer(model, whole, use_cache=False))
+
+
+def test_an_output_that_is_a_tuple_leaves_the_cache_as_usable(model, one):
+    caches = [DynamicCache(), DynamicCache()]
+    with torch.no_grad():
+        for cache, return_dict in zip(caches, (True, False)):
+            model.model(**one, past_key_values=cache, return_dict=return_dict)
         first, second = (model(torch.tensor([[7]]), past_key_values=cache).logits for cache in caches)
     assert torch.equal(first, second)
 
