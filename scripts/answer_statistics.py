@@ -85,11 +85,16 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
     return {name: _number(value) for name, value in named.items()}
 
 
+def is_within(budget: int, tokens: float) -> bool:
+    """Whether the measured mean keeps to the budget, within 1% or the half token that rounding may add."""
+    return tokens <= budget + max(0.01 * budget, 0.5)
+
+
 def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
     """All figures of an evaluation, from what `evaluate.collect` found and the answers that `guess` gives unseen.
 
-    `rows` has one entry for each method and budget, "full" first. `behind_best` is the share of full less that of the
-    compressed method that has the highest at that budget.
+    `rows` has one entry for each method and budget, "full" first. `behind_best` is the share of full less the highest
+    at that budget among the methods that keep to it, `is_within_budget`; so it is of each variant of the scenes.
     """
     questions, scenes = found["questions"], np.array(found["scenes"])
     truths, kinds = [question.answer for question in questions], np.array([KINDS.index(q.kind) for q in questions])
@@ -113,30 +118,36 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
     hits = {case: right(answers) for case, answers in found["answers"].items()}
     full_hits = next(values for (method, _), values in hits.items() if method == "full")
     full = accuracy(full_hits)
-    shares = {case: share_of_full(accuracy(values), full) for case, values in hits.items()}
+    tokens = found["tokens"]
+    shares = {
+        name: {case: share_of_full(accuracy(own, counted), accuracy(full_hits, counted)) for case, own in hits.items()}
+        for name, counted in {"all": slice(None), **of_variant}.items()
+    }
+
+    def behind_best(case: tuple[str, int], scenes: str) -> dict[str, float | None]:
+        at_budget = [rival for rival in hits if rival[1] == case[1]]
+        rivals = [rival for rival in at_budget if is_within(rival[1], tokens[rival])] or at_budget
+        best = max(rivals, key=lambda rival: np.nan_to_num(shares[scenes][rival][0], nan=-1))
+        return interval(shares[scenes][case] - shares[scenes][best])
+
     rows = []
     for (method, budget), answers in found["answers"].items():
         seen = accuracy(hits[method, budget])
         presence = [(a, q.answer) for a, q in zip(answers, questions, strict=True) if q.kind == "presence"]
-        rivals = [share for case, share in shares.items() if case[1] == budget]
-        best = max(rivals, key=lambda share: np.nan_to_num(share[0], nan=-1))
         rows.append(
             {
                 "method": method,
                 "budget": budget,
-                "tokens": round(found["tokens"][method, budget], 1),
+                "tokens": round(tokens[method, budget], 1),
+                "is_within_budget": is_within(budget, tokens[method, budget]),
                 "accuracy": interval(over_kinds(seen)),
                 "by_type": by_type(seen),
                 "presence_f1": _number(f1(*zip(*presence, strict=True)) if presence else np.nan),
-                "share_of_full": interval(shares[method, budget]),
+                "share_of_full": interval(shares["all"][method, budget]),
                 "share_above_prior": interval(share_above_prior(seen, full, prior)),
-                "behind_best": interval(shares[method, budget] - best),
-                "share_by_variant": {
-                    variant: interval(
-                        share_of_full(accuracy(hits[method, budget], counted), accuracy(full_hits, counted))
-                    )
-                    for variant, counted in of_variant.items()
-                },
+                "behind_best": behind_best((method, budget), "all"),
+                "share_by_variant": {name: interval(shares[name][method, budget]) for name in VARIANTS},
+                "behind_best_by_variant": {name: behind_best((method, budget), name) for name in VARIANTS},
             }
         )
     return {

@@ -9,15 +9,17 @@ is what equals the scene's answer word for word. Accuracy is the mean over the q
 - 95% intervals of a bootstrap over scenes, paired: all methods are drawn on the same scenes.
 
 The tower runs once for each picture: what it computed is looked up when another method gives it the same input
-(`tower_memo.py`), and the questions of several scenes are answered as one batch. Answers are appended to
+(`tower_memo.py`), and the questions of several scenes are answered as one batch. ToMe alone shortens the tower for
+each budget anew, for half the time of a run of the tower each; MustDrop runs it once more. Answers are appended to
 `OUT/answers.jsonl` under a hash of weights, code, scenes and settings; a run that was stopped goes on from there.
 Dynamic budgets are calibrated on validation scenes to the same mean. Time and memory are those of one question about
 one picture, tower included, measured as in `demo.py`.
 
     python scripts/evaluate.py --out out/evaluation
+    python scripts/evaluate.py --out out/all --all                      # every method: the table of docs/accuracy.md
     python scripts/evaluate.py --out out/quick --quick                  # 200 questions
     python scripts/evaluate.py --out out/ablations --ablations          # the paper's ablations, on validation scenes
-    python scripts/evaluate.py --out out/all --methods full prunesid-auto visionzip divprune --budgets 64 16
+    python scripts/evaluate.py --out out/some --methods full prunesid-auto visionzip divprune --budgets 64 16
 """
 
 import argparse
@@ -180,7 +182,7 @@ def collect(
     """
     found: dict = {"questions": [], "scenes": [], "variants": [], "answers": {}, "tokens": {}}
     starts = range(0, num_scenes, AT_ONCE)
-    with tqdm(total=len(starts) * len(cases), desc="chunks x methods") as bar, remembered(model.model.vision_tower):
+    with tqdm(total=len(starts) * len(cases), desc="chunks x methods") as bar:
         for start in starts:
             scenes = [scene_of(split, number) for number in range(start, min(start + AT_ONCE, num_scenes))]
             chunk = build_chunk(processor, model.device, start // AT_ONCE, scenes, count)
@@ -188,19 +190,26 @@ def collect(
             found["questions"] += chunk.questions
             found["scenes"] += [first + row for row in chunk.rows]
             found["variants"] += [scene.variant for scene in scenes]
-            for method, budget in cases:
-                key = known.key(method, budget, chunk)
-                if key not in known.records:
-                    with applied(model, method, budget) as run:
-                        answers = answer(model, processor, chunk)
-                    record = {"key": key, "method": method, "budget": budget, "chunk": chunk.number}
-                    known.add({**record, "tokens": run.measured_tokens, "answers": answers})
-                record = known.records[key]
-                found["answers"].setdefault((method, budget), []).extend(record["answers"])
-                found["tokens"].setdefault((method, budget), []).extend([record["tokens"]] * len(scenes))
-                bar.update()
+            with remembered(model.model.vision_tower):
+                for case in cases:
+                    record = _ask(model, processor, case, chunk, known)
+                    found["answers"].setdefault(case, []).extend(record["answers"])
+                    found["tokens"].setdefault(case, []).extend([record["tokens"]] * len(scenes))
+                    bar.update()
     found["tokens"] = {case: statistics.fmean(tokens) for case, tokens in found["tokens"].items()}
     return found
+
+
+def _ask(model, processor, case: tuple[str, int], chunk: Chunk, known: Answers) -> dict:
+    """The record of a method and budget on a chunk, made if it is not `known`."""
+    method, budget = case
+    key = known.key(method, budget, chunk)
+    if key not in known.records:
+        with applied(model, method, budget) as run:
+            answers = answer(model, processor, chunk)
+        record = {"key": key, "method": method, "budget": budget, "chunk": chunk.number}
+        known.add({**record, "tokens": run.measured_tokens, "answers": answers})
+    return known.records[key]
 
 
 @torch.inference_mode()
@@ -289,6 +298,8 @@ def evaluate(arguments: argparse.Namespace, model, processor) -> dict:
         model.config.prunesid_config.reference_information = reference_information(model, processor)
     found = collect(model, processor, cases, arguments.scenes, arguments.split, arguments.questions, known)
     result = {"machine": machine(), "split": arguments.split, **summarise(found, fit_prior(prior_questions()))}
+    for row in result["rows"]:
+        row["place"] = METHODS[row["method"]].place
     if not arguments.quick:
         for case, cost in measure_cost(model, processor, cases, arguments.split).items():
             next(row for row in result["rows"] if (row["method"], row["budget"]) == case).update(cost)
@@ -305,12 +316,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=SPLITS, help="default: test; val with --ablations")
     parser.add_argument("--scenes", type=int, help="default: 400")
     parser.add_argument("--questions", type=int, help="at most so many of a scene (default: 6)")
+    parser.add_argument("--all", action="store_true", help="every method")
     parser.add_argument("--quick", action="store_true", help="200 fixed questions, two budgets, three methods")
     parser.add_argument("--ablations", action="store_true", help="PruneSID with one setting changed at a time")
     arguments = parser.parse_args(argv)
     defaults: dict = {"methods": COMPARED, "budgets": BUDGETS, "split": "test", "scenes": 400, "questions": 6}
     if arguments.quick:
         defaults |= {"methods": QUICK, "budgets": (64, 32), "scenes": 40, "questions": 5}
+    if arguments.all:
+        defaults |= {"methods": tuple(METHODS)}
     if arguments.ablations:
         scenes = 40 if arguments.quick else 200
         defaults |= {"methods": None, "budgets": (64, 32), "split": "val", "scenes": scenes}

@@ -28,6 +28,7 @@ def columns(row: dict) -> dict[str, str]:
     """What a table shows of a row of `answer_statistics.summarise`, in percent, times and memory apart."""
     shown = {
         "method": row["method"],
+        "side": row["place"],
         "budget": str(row["budget"]),
         "tokens": f"{row['tokens']:.1f}",
         **{kind: percent(row["by_type"][kind]) for kind in KINDS},
@@ -64,29 +65,77 @@ def ordered(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: (-row["budget"], -(row["share_of_full"]["value"] or 0)))
 
 
+def winners(rows: list[dict]) -> list[dict[str, str]]:
+    """Of each budget, and each variant of the scenes: the best method that keeps to the budget, and who equals it."""
+    lines = []
+    for budget in sorted({row["budget"] for row in rows if row["method"] != "full"}, reverse=True):
+        within = [row for row in rows if row["budget"] == budget and row["is_within_budget"]]
+        for scenes in ("all", *VARIANTS):
+            shares = {row["method"]: _of(row, "share", scenes) for row in within}
+            shares = {name: share for name, share in shares.items() if share["value"] is not None}
+            if not shares:
+                continue
+            best = max(shares, key=lambda name: shares[name]["value"])
+            behind = {row["method"]: _of(row, "behind_best", scenes) for row in within}
+            equal = [name for name in shares if name != best and behind[name]["high"] >= 0]
+            equal.sort(key=lambda name: -shares[name]["value"])
+            lines.append(
+                {
+                    "budget": str(budget),
+                    "scenes": scenes,
+                    "best": best,
+                    "share of full": ranged(shares[best]),
+                    "not worse beyond chance (to the best)": ", ".join(f"{n} ({ranged(behind[n])})" for n in equal),
+                }
+            )
+    return lines
+
+
+def _of(row: dict, field: str, scenes: str) -> dict[str, float | None]:
+    if scenes == "all":
+        return row["share_of_full" if field == "share" else field]
+    return row[f"{field}_by_variant"][scenes]
+
+
+def grid(rows: list[dict[str, str]]) -> list[str]:
+    """The lines of a Markdown table, whose columns are those of the first row."""
+    names = list(rows[0])
+    cells = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in cells]
+
+
 def markdown(result: dict) -> str:
     shown = [columns(row) for row in ordered(result["rows"])]
-    names = list(shown[0])
-    rows = [shown[0], prior_columns(result), *shown[1:]]
+    won = winners(result["rows"])
     lines = [
         "# Accuracy at every budget",
         "",
         f"{result['questions']} questions about {result['scenes']} scenes (split `{result['split']}`), all methods on "
         "the same model, pictures, prompts and greedy decoding. Percent; 95% intervals of a paired bootstrap over "
-        "scenes in brackets. `tokens`: measured mean visual tokens of a picture. `accuracy`: mean over question "
-        "types. `share of full`: accuracy / accuracy with all tokens, also for each variant of the "
-        "scenes. `above prior`: the same for what pictures add to the best answer from the question alone. `to the "
-        "best`: share of full less that of the best at the budget.",
+        "scenes in brackets. `side`: tokens are dropped before the language model (encoder), inside it (llm) or "
+        "both. `tokens`: measured mean visual tokens of a picture, over the layers where tokens are dropped inside "
+        "the language model. `accuracy`: mean over question types. `share of full`: accuracy / accuracy with all "
+        "tokens, also for each variant of the scenes. `above prior`: the same for what pictures add to the best "
+        "answer from the question alone. `to the best`: share of full less that of the best method whose tokens keep "
+        "to the budget.",
         "",
         f"Measured on {result['machine']}.",
         "",
-        "| " + " | ".join(names) + " |",
-        "|" + "---|" * len(names),
-        *("| " + " | ".join(row.get(name, "") for name in names) + " |" for row in rows),
+        *grid([shown[0], prior_columns(result), *shown[1:]]),
         "",
-        "![Share of full against tokens](accuracy.png)",
+        "![Share of full against tokens and, where it was measured, time to first token](accuracy.png)",
         "",
     ]
+    if won:
+        lines += [
+            "## Who wins where",
+            "",
+            "Among the methods whose tokens keep to the budget, on all scenes and on each variant. Not worse beyond "
+            "chance are those whose interval of the difference reaches 0.",
+            "",
+            *grid(won),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -97,9 +146,9 @@ def draw(result: dict, path: Path) -> None:
     if "first_token_ms" in full:
         against["first_token_ms"] = "time to first token (ms)"
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure, grid = pyplot.subplots(1, len(against), figsize=(6.5 * len(against) + 2, 4.8), squeeze=False, dpi=130)
+    figure, axes_grid = pyplot.subplots(1, len(against), figsize=(6.5 * len(against) + 2, 4.8), squeeze=False, dpi=130)
     colours = pyplot.get_cmap("tab20" if len(methods) > 10 else "tab10")
-    for axes, (field, label) in zip(grid[0], against.items()):
+    for axes, (field, label) in zip(axes_grid[0], against.items()):
         for number, method in enumerate(methods):
             points = [row for row in rows if row["method"] == method and row["share_of_full"]["value"] is not None]
             points.sort(key=lambda row: row["tokens"])
@@ -114,11 +163,11 @@ def draw(result: dict, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     tokens = [row["tokens"] for row in rows]
-    grid[0][0].set_xlim(min(tokens) / 1.2, max(tokens) * 1.2)
-    grid[0][0].set_xscale("log", base=2)
-    grid[0][0].xaxis.set_major_formatter(ScalarFormatter())
-    grid[0][0].set_ylabel("accuracy, share of all tokens'")
-    grid[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes_grid[0][0].set_xlim(min(tokens) / 1.2, max(tokens) * 1.2)
+    axes_grid[0][0].set_xscale("log", base=2)
+    axes_grid[0][0].xaxis.set_major_formatter(ScalarFormatter())
+    axes_grid[0][0].set_ylabel("accuracy, share of all tokens'")
+    axes_grid[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

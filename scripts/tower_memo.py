@@ -9,10 +9,11 @@ from torch import nn
 
 @contextmanager
 def remembered(tower: nn.Module) -> Iterator[None]:
-    """Within, the tower's embeddings and layers return what they returned last where they are given the same again.
+    """Within, the tower's embeddings and layers return what they returned before where they are given the same again.
 
     Nothing is approximated: inputs are compared value by value, and a layer that is watched from within (hooks on its
-    queries or keys) runs again. The tower must be in evaluation mode and get no mask.
+    queries or keys) runs again. All results are kept until the end. The tower must be in evaluation mode and get no
+    mask.
     """
     assert not tower.training
     depth = tower.config.num_hidden_layers
@@ -29,16 +30,15 @@ def remembered(tower: nn.Module) -> Iterator[None]:
 
 
 def _recalling(module: nn.Module, forward: Callable) -> Callable:
-    last: list[torch.Tensor] = []
+    results: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def recall(given: torch.Tensor, *arguments, **options):
-        if last and not _is_watched_within(module):
-            known, returned = last
-            if given is known or (given.shape == known.shape and torch.equal(given, known)):
-                return returned
-        returned = forward(given, *arguments, **options)
-        last[:] = given, returned
-        return returned
+        if not _is_watched_within(module):
+            for known, returned in results:
+                if given is known or (given.shape == known.shape and torch.equal(given, known)):
+                    return returned
+        results.append((given, forward(given, *arguments, **options)))
+        return results[-1][1]
 
     return recall
 

@@ -24,7 +24,7 @@ KINDS = ("presence", "count", "where", "colour", "reading", "region")
 def modules():
     scripts = str(Path(__file__).parents[1] / "scripts")
     sys.path.insert(0, scripts)
-    names = ("evaluate", "answer_statistics", "tower_memo", "train_demo", "scenes")
+    names = ("evaluate", "answer_statistics", "tower_memo", "train_demo", "scenes", "evaluation_pages")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(scripts)
 
@@ -176,6 +176,38 @@ def test_bootstrap_agrees_with_drawn_scenes_counted_one_by_one(modules, naive):
             assert rows[method]["share_of_full"]["high"] == pytest.approx(high, abs=1e-4)
 
 
+def test_the_best_of_a_budget_keeps_to_it_overall_and_in_each_variant(modules, naive):
+    for seed in range(20):
+        found = found_at_random(modules, random.Random(seed))
+        found["answers"]["fat", 8] = [question.answer for question in found["questions"]]
+        found["tokens"]["fat", 8] = 8.6
+        rows = {row["method"]: row for row in naive.summarise(found, lambda _: "yes")["rows"]}
+        assert [rows[name]["is_within_budget"] for name in ("full", "good", "bad", "fat")] == [True, True, True, False]
+        for scenes in ("all", "salient", "context"):
+            of = modules["evaluation_pages"]._of
+            shares = {name: of(rows[name], "share", scenes)["value"] for name in ("good", "bad", "fat")}
+            for name, share in shares.items():
+                behind = of(rows[name], "behind_best", scenes)
+                assert behind["value"] == pytest.approx(share - max(shares["good"], shares["bad"]), abs=2e-4)
+                assert behind["low"] <= behind["high"]
+
+
+def test_winners_are_listed_with_those_that_equal_them(modules):
+    def row(method, share, high, is_within=True):
+        interval = {"value": share, "low": share, "high": share}
+        behind = {"value": share - 0.9, "low": share - 0.95, "high": high}
+        variants = {variant: {"value": None, "low": None, "high": None} for variant in ("salient", "context")}
+        return {
+            "method": method, "budget": 8, "is_within_budget": is_within, "share_of_full": interval,
+            "share_by_variant": variants, "behind_best": behind, "behind_best_by_variant": variants,
+        }  # fmt: skip
+
+    rows = [row("a", 0.7, -0.1), row("b", 0.9, 0.0), row("c", 0.8, 0.0), row("d", 1.0, 0.2, is_within=False)]
+    lines = modules["evaluation_pages"].winners(rows)
+    assert len(lines) == 1
+    assert list(lines[0].values()) == ["8", "all", "b", "90.0 (90.0 to 90.0)", "c (-10.0 (-15.0 to 0.0))"]
+
+
 def test_what_full_never_gets_right_has_no_share(modules, naive):
     found = found_at_random(modules, random.Random(0))
     found["answers"]["full", 49] = ["?"] * len(found["questions"])
@@ -197,7 +229,18 @@ def test_questions_take_a_type_before_they_repeat_one(modules, evaluate):
 
 
 @pytest.mark.parametrize(
-    "method", ["full", "prunesid-paper", "prunesid-release", "prunesid-dyn", "random", "visionzip"]
+    "method",
+    [
+        "full",
+        "prunesid-paper",
+        "prunesid-release",
+        "prunesid-dyn",
+        "random",
+        "visionzip",
+        "fastv",
+        "mustdrop",
+        "vitcop",
+    ],
 )
 def test_answers_are_those_of_plain_generate(modules, evaluate, loaded, method):
     model, processor = loaded
@@ -233,15 +276,15 @@ def test_the_memo_runs_a_layer_again_for_other_pictures_or_a_watcher_alone(modul
         expected = [tower(picture).last_hidden_state for picture in pictures]
         runs.clear()
         with modules["tower_memo"].remembered(tower):
-            for which, count in ((0, 1), (0, 1), (1, 2), (1, 2), (0, 3)):
+            for which, count in ((0, 1), (0, 1), (1, 2), (1, 2), (0, 2)):
                 assert torch.equal(tower(pictures[which].clone()).last_hidden_state, expected[which])
                 assert len(runs) == count
             handle = block.self_attn.q_proj.register_forward_hook(lambda *_: None)
             tower(pictures[0])
-            assert len(runs) == 4
+            assert len(runs) == 3
             handle.remove()
         tower(pictures[0])
-        assert len(runs) == 5
+        assert len(runs) == 4
 
 
 # The whole script
@@ -283,7 +326,9 @@ def test_a_stopped_run_goes_on_to_the_same_records(run, evaluate, tmp_path, monk
     assert run(tmp_path / "stopped", *options) == line and len(answered) == len(whole) - 4
 
 
-def test_the_last_line_and_the_pages(run, tmp_path):
+def test_the_last_line_and_the_pages(run, evaluate, tmp_path, monkeypatch):
+    answer = evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda *given: answer(*given) and [q.answer for q in given[2].questions])
     line = run(tmp_path, "--methods", "prunesid-paper", "random", "--budgets", "8", "4")
     assert set(line) == {"full_accuracy", "by_type", "prior", "prior_by_type", "share_of_full"}
     assert set(line["by_type"]) == set(KINDS)
@@ -297,8 +342,19 @@ def test_the_last_line_and_the_pages(run, tmp_path):
     ]  # fmt: skip
     assert all(row["first_token_ms"] > 0 and row["peak_mib"] > 0 for row in result["rows"])
     page = (tmp_path / "accuracy.md").read_text()
-    assert all(f"| {method} | {budget} |" in page for method in ("prunesid-paper", "random") for budget in (8, 4))
+    assert all(
+        f"| {method} | encoder | {budget} |" in page for method in ("prunesid-paper", "random") for budget in (8, 4)
+    )
+    assert "| 8 | context | prunesid-paper | 100.0 (100.0 to 100.0) | random (0.0 (0.0 to 0.0)) |" in page
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def test_all_runs_every_method(run, evaluate, tmp_path):
+    line = run(tmp_path, "--all", "--quick", "--budgets", "24")
+    assert set(line["share_of_full"]) == set(evaluate.METHODS) - {"full"}
+    places = {row["method"]: row["place"] for row in json.loads((tmp_path / "accuracy.json").read_text())["rows"]}
+    assert {places[name] for name in ("fastv", "dart", "sparsevlm")} == {"llm"}
+    assert {places[name] for name in ("mustdrop", "vitcop", "prunesid-llm")} == {"both"}
 
 
 def test_ablations_change_one_setting_at_a_time(run, evaluate, modules, tmp_path):
