@@ -4,9 +4,10 @@ a. Selection alone, against the way the authors' release computes it (our own co
    the similarity matrix, Python loops over groups and tokens), on the same inputs: time and peak memory.
 b. The vision tower of LLaVA-1.5 (CLIP ViT-L/14-336, random weights), as the stock class runs it and as ours does,
    which stops after the last layer that is needed; the row of CLS attention, against `output_attentions=True`.
-c. LLaVA-1.5 and LLaVA-NeXT shapes end to end, stock class and ours at every budget: time to first token, prefill of
-   the language model alone, decoding, KV cache and peak memory. Random weights; a small language model on a CPU,
-   the shape of a 7B in bfloat16 on a GPU.
+c. LLaVA-1.5 and LLaVA-NeXT shapes end to end, stock class and ours at every budget: time to first token, prefill from
+   encoded images to filled caches, decoding, KV cache and peak memory. For LLaVA-1.5 also `llm_budget` and ViTCoP, at
+   the same mean over the layers (`prompt`). Random weights; a small language model on a CPU, the shape of a 7B in
+   bfloat16 on a GPU.
 d. Beside each time to first token its limit: the ratio of floating-point operations that remain.
 e. How selection grows with tokens, images and frames.
 
@@ -23,7 +24,9 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from measuring import machine, peak_bytes, seconds_by_turns, spread  # first: it quietens PyTorch's profiler
 
@@ -31,6 +34,7 @@ from measuring import machine, peak_bytes, seconds_by_turns, spread  # first: it
 # isort: split
 import parts
 import torch
+from tower_memo import remembered
 from transformers import (
     AutoModel,
     CLIPVisionConfig,
@@ -46,6 +50,8 @@ from modeling_prunesid import (
     PruneSIDLlavaForConditionalGeneration,
     PruneSIDLlavaNextConfig,
     PruneSIDLlavaNextForConditionalGeneration,
+    ViTCoPLlavaConfig,
+    ViTCoPLlavaForConditionalGeneration,
 )
 from modeling_prunesid.selection_prunesid import select_tokens
 from modeling_prunesid.tower_prunesid import run_tower
@@ -189,32 +195,71 @@ def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, f
     }
 
 
-def build(is_next: bool):
-    """The stock model and ours around the same modules, with random weights."""
+def around(modules_of, model_class, config):
+    """A model of another class with the modules of `modules_of`."""
+    with torch.device("meta"):
+        model = model_class(config).eval()
+    for name, module in modules_of.model.named_children():
+        setattr(model.model, name, module)
+    model.lm_head = modules_of.lm_head
+    return model
+
+
+def build(is_next: bool) -> dict:
+    """The stock model, PruneSID and, for LLaVA-1.5, ViTCoP around the same modules, with random weights."""
     text = {**TEXT, **(SEVEN_B if DEVICE == "cuda" else SMALL)}
     common = {"vision_config": CLIP_L, "text_config": text, "image_token_index": IMAGE}
-    if is_next:
-        common["image_grid_pinpoints"] = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-        ours_class, stock_class = PruneSIDLlavaNextForConditionalGeneration, LlavaNextForConditionalGeneration
-        ours_config, stock_config = PruneSIDLlavaNextConfig(**common), LlavaNextConfig(**common)
-    else:
-        ours_class, stock_class = PruneSIDLlavaForConditionalGeneration, LlavaForConditionalGeneration
-        ours_config, stock_config = PruneSIDLlavaConfig(**common), LlavaConfig(**common)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    if is_next:
+        common["image_grid_pinpoints"] = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+        ours_class, ours_config = PruneSIDLlavaNextForConditionalGeneration, PruneSIDLlavaNextConfig(**common)
+    else:
+        ours_class, ours_config = PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaConfig(**common)
     with torch.device(DEVICE):
         ours = ours_class._from_config(ours_config, dtype=dtype).eval()
-    with torch.device("meta"):
-        stock = stock_class(stock_config).eval()
-    for name, module in ours.model.named_children():
-        setattr(stock.model, name, module)
     if is_next:
+        stock = around(ours, LlavaNextForConditionalGeneration, LlavaNextConfig(**common))
         stock.model.image_newline = ours.model.image_newline
-    stock.lm_head = ours.lm_head
-    for model in (ours, stock):
+        models = {"stock": stock, "prunesid": ours}
+    else:
+        stock = around(ours, LlavaForConditionalGeneration, LlavaConfig(**common))
+        vitcop = around(ours, ViTCoPLlavaForConditionalGeneration, ViTCoPLlavaConfig(**common))
+        models = {"stock": stock, "prunesid": ours, "vitcop": vitcop}
+    for model in models.values():
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
-    return ours, stock
+    return models
+
+
+class Case(NamedTuple):
+    """A model, what is set in its `prunesid_config`, and its name in the JSON."""
+
+    model: Any
+    settings: dict[str, int | None]
+    key: str
+
+    def set_up(self):
+        for name, value in self.settings.items():
+            setattr(self.model.config.prunesid_config, name, value)
+        return self.model
+
+
+def list_cases(is_next: bool, budgets: list[int]) -> dict[str, Case]:
+    """The stock class; at every budget of a view PruneSID; and at the same mean over the layers for LLaVA-1.5
+    PruneSID with `llm_budget`, which half as many tokens again enter, and ViTCoP."""
+    models, views, family = build(is_next), 5 if is_next else 1, "next" if is_next else "llava"
+    ours = models["prunesid"]
+    cases = {"stock": Case(models["stock"], {}, family)}
+    for count in budgets:
+        key = f"{family}_{views * count}"
+        cases[f"{views} x {count}"] = Case(ours, {"budget": count, "llm_budget": None}, key)
+        if not is_next:
+            entering = count + count // 2
+            inside = {"budget": entering, "llm_budget": count}
+            cases[f"{entering}, mean {count}"] = Case(ours, inside, f"{key}_llm_budget")
+            cases[f"ViTCoP {count}"] = Case(models["vitcop"], {"budget": count}, f"{key}_vitcop")
+    return cases
 
 
 def question(model, is_next: bool) -> dict[str, torch.Tensor]:
@@ -231,83 +276,74 @@ def question(model, is_next: bool) -> dict[str, torch.Tensor]:
     return {**inputs, "input_ids": torch.tensor([ids], device=DEVICE)}
 
 
-def operations(views: int, tokens: int) -> float:
-    """d. Floating-point operations of the tower on `views` images and the prefill of a prompt of `tokens`."""
+def operations(views: int, lengths: list[int]) -> float:
+    """d. Floating-point operations of the tower on `views` images and of a prefill of so many tokens in each layer."""
 
-    def transformer(length: int, layers: int, width: int, inner: int, projections: int) -> float:
-        return layers * (2 * length * (4 * width**2 + projections * width * inner) + 4 * length**2 * width)
+    def layer(length: int, width: int, inner: int, projections: int) -> float:
+        return 2 * length * (4 * width**2 + projections * width * inner) + 4 * length**2 * width
 
     text = SEVEN_B if DEVICE == "cuda" else SMALL
-    tower = views * transformer(577, 24, 1024, 4096, projections=2)
-    return tower + transformer(tokens, text["num_hidden_layers"], text["hidden_size"], text["intermediate_size"], 3)
+    tower = views * 24 * layer(577, 1024, 4096, projections=2)
+    return tower + sum(layer(length, text["hidden_size"], text["intermediate_size"], 3) for length in lengths)
 
 
 @torch.no_grad()
 def compare_models(is_next: bool, budgets: list[int], rounds: int) -> dict[str, float]:
     """c. and d. The stock class and ours at every budget of a view."""
     name, views = ("LLaVA-NeXT", 5) if is_next else ("LLaVA-1.5", 1)
-    ours, stock = build(is_next)
-    inputs, settings = question(ours, is_next), ours.config.prunesid_config
-    cases = {"stock": (stock, None)} | {f"{views} x {count}": (ours, count) for count in budgets}
-    size = sum(parameter.numel() for parameter in ours.model.language_model.parameters()) / 1e6
-    print(f"\nc. {name} shape, language model of {size:.0f} M parameters, {ours.dtype}")
-    print(
-        f"{'':12}{'prompt':>8}{'first token':>34}{'ratio':>8}{'limit':>8}{'prefill':>10}{'ratio':>8}{'decode':>14}",
-        end="",
-    )
-    print(f"{'KV cache':>12}{'peak':>12}")
+    cases = list_cases(is_next, budgets)
+    stock = cases["stock"].model
+    inputs = question(stock, is_next)
+    prompt = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    word = inputs["input_ids"][:, -1:]
 
-    def answer(model, budget):
-        settings.budget = budget
-        return model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+    def answer(case: Case):
+        return case.set_up().generate(**inputs, max_new_tokens=1, do_sample=False)
 
-    first = seconds_by_turns(
-        {case: (lambda model=model, budget=budget: answer(model, budget)) for case, (model, budget) in cases.items()},
-        rounds,
-    )
-    prompts = {}
-    for case, (model, budget) in cases.items():
-        cache = answer(model, budget).past_key_values
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        prompts[case] = (cache.get_seq_length(), held)
-    embeddings = {
-        case: torch.randn(1, length, ours.config.text_config.hidden_size, device=DEVICE, dtype=ours.dtype)
-        for case, (length, _) in prompts.items()
-    }
-    prefill = seconds_by_turns(
-        {
-            case: (lambda rows=rows: ours.model.language_model(inputs_embeds=rows, use_cache=True))
-            for case, rows in embeddings.items()
-        },
-        max(rounds, 3),
-    )
-    word = torch.randn(1, 1, ours.config.text_config.hidden_size, device=DEVICE, dtype=ours.dtype)
+    def encode(case: Case):
+        pixels = {name: value for name, value in inputs.items() if name != "input_ids"}
+        return case.set_up().get_image_features(**pixels, return_dict=True)
 
-    def decode(cache):
+    def prefill(case: Case, features):
+        return case.set_up().model(**prompt, mm_encoder_outputs={"image": features}, use_cache=True).past_key_values
+
+    def decode(case: Case, cache):
         for _ in range(DECODED):
-            ours.model.language_model(inputs_embeds=word, past_key_values=cache)
+            case.model.model(input_ids=word, past_key_values=cache)
 
-    caches = {
-        case: ours.model.language_model(inputs_embeds=rows, use_cache=True).past_key_values
-        for case, rows in embeddings.items()
-    }
-    decoding = seconds_by_turns({case: (lambda cache=cache: decode(cache)) for case, cache in caches.items()}, 3)
+    first = seconds_by_turns({label: partial(answer, case) for label, case in cases.items()}, rounds)
+    with remembered(stock.model.vision_tower):
+        prefills = {label: partial(prefill, case, encode(case)) for label, case in cases.items()}
+    seconds = seconds_by_turns(prefills, max(rounds, 3))
+    caches = {label: run() for label, run in prefills.items()}
+    held = {label: sum(row.keys.nbytes + row.values.nbytes for row in cache.layers) for label, cache in caches.items()}
+    lengths = {label: [row.get_seq_length() for row in cache.layers] for label, cache in caches.items()}
+    decoding = seconds_by_turns({label: partial(decode, case, caches[label]) for label, case in cases.items()}, 3)
+    peaks = {label: peak_bytes(partial(answer, case)) for label, case in cases.items()}
+
+    size = sum(parameter.numel() for parameter in stock.model.language_model.parameters()) / 1e6
+    print(f"\nc. {name} shape, language model of {size:.0f} M parameters, {stock.dtype}")
+    print(
+        f"{'':14}{'prompt':>8}{'first token':>34}{'ratio':>8}{'limit':>8}{'prefill':>10}{'ratio':>8}{'decode':>14}"
+        f"{'KV cache':>12}{'peak':>12}"
+    )
     ratios = {}
-    for case, (model, budget) in cases.items():
-        length, held = prompts[case]
-        rate = DECODED / statistics.median(decoding[case])
-        ratio = statistics.median(first["stock"]) / statistics.median(first[case])
-        alone = statistics.median(prefill["stock"]) / statistics.median(prefill[case])
-        limit = operations(views, prompts["stock"][0]) / operations(views, length)
-        peak = peak_bytes(lambda model=model, budget=budget: answer(model, budget)) / 2**20
+    for label, case in cases.items():
+        rate = DECODED / statistics.median(decoding[label])
+        limit = operations(views, lengths["stock"]) / operations(views, lengths[label])
+        against = {
+            "ttft": statistics.median(first["stock"]) / statistics.median(first[label]),
+            "prefill": statistics.median(seconds["stock"]) / statistics.median(seconds[label]),
+            "kv_cache": held["stock"] / held[label],
+            "peak_memory": peaks["stock"] / peaks[label],
+        }
         print(
-            f"{case:12}{length:8}{spread(first[case]):>34}{ratio:7.2f}x{limit:7.2f}x"
-            f"{1000 * statistics.median(prefill[case]):7.0f} ms{alone:7.2f}x{rate:8.1f} tok/s"
-            f"{held / 2**20:8.1f} MiB{peak:8.0f} MiB"
+            f"{label:14}{statistics.fmean(lengths[label]):8.0f}{spread(first[label]):>34}{against['ttft']:7.2f}x"
+            f"{limit:7.2f}x{1000 * statistics.median(seconds[label]):7.0f} ms{against['prefill']:7.2f}x"
+            f"{rate:8.1f} tok/s{held[label] / 2**20:8.1f} MiB{peaks[label] / 2**20:8.0f} MiB"
         )
-        if budget is not None:
-            key = f"{'next' if is_next else 'llava'}_{views * budget}"
-            ratios |= {f"ttft_ratio_{key}": ratio, f"prefill_ratio_{key}": alone}
+        if label != "stock":
+            ratios |= {f"{what}_ratio_{case.key}": value for what, value in against.items()}
     return ratios
 
 
@@ -342,7 +378,7 @@ def main() -> None:
         cases = [(batch, 576, budget) for batch in (1, 5) for budget in (192, 128, 64, 32)] + [(8, 256, 17)]
     ratios = compare_selection(tokens, cases, 5 if arguments.quick else 7)
     ratios |= compare_tower(tokens, 2 if arguments.quick else 3, arguments.quick)
-    ratios |= compare_models(False, [64] if arguments.quick else [192, 128, 64, 32], 2 if arguments.quick else 3)
+    ratios |= compare_models(False, [64] if arguments.quick else [192, 128, 64, 32], 1 if arguments.quick else 3)
     if not arguments.quick:
         ratios |= compare_models(True, [128, 64, 32], 1 if DEVICE == "cpu" else 5)
         grow(tokens, 3)
