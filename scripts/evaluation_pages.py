@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -91,7 +92,7 @@ def winners(rows: list[dict]) -> list[dict[str, str]]:
     return lines
 
 
-def _of(row: dict, field: str, scenes: str) -> dict[str, float | None]:
+def _of(row: dict, field: str, scenes: str) -> dict[str, Any]:
     if scenes == "all":
         return row["share_of_full" if field == "share" else field]
     return row[f"{field}_by_variant"][scenes]

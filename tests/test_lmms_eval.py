@@ -14,11 +14,14 @@ from configparser import ConfigParser
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_checkpoint import picture, save_checkpoint
+from datasets import Dataset
+from test_video_llava import build as build_video_llava
+from tiny_checkpoint import CHAT_TEMPLATE, picture, save_checkpoint
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
 
@@ -308,18 +311,22 @@ def answers_by_hand(folder, rows, prompt, budget):
     return answers
 
 
-def evaluate(python, folder, task, arguments, batch_size):
-    """Run the client on `task` of `folder`. Returns its samples by number, its results and its log."""
-    home = folder / "home"
+def offline(home):
+    """The environment variables of the client, with a `home` of its own."""
     home.mkdir()
     (home / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    environment = {
+    return {
         **os.environ, "PYTHONPATH": f"{home}:{ROOT / 'tests'}", "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
+
+
+def evaluate(python, folder, task, arguments, batch_size):
+    """Run the client on `task` of `folder`. Returns its samples by number, its results and its log."""
+    home = folder / "home"
+    environment = offline(home)
     command = [python, "-m", "lmms_eval", "--model", "prunesid", "--model_args", arguments, "--tasks", task]
-    command += ["--include_path", folder, "--log_samples", "--limit", "8", "--batch_size", batch_size]
-    command += ["--output_path", home / "out"]
+    command += ["--include_path", folder, "--log_samples", "--batch_size", batch_size, "--output_path", home / "out"]
     done = subprocess.run(
         [str(part) for part in command], cwd=home, env=environment, capture_output=True, text=True, check=False
     )
@@ -347,4 +354,113 @@ def test_the_real_client_records_our_own_answers(client, scripts, demo_variant, 
     assert [samples[index]["filtered_resps"].strip() for index in range(8)] == expected
     assert results["exact_match,none"] == 0.5
     assert f"PruneSIDLlavaForConditionalGeneration kept {8 * 32} of {8 * 576} visual tokens of 8 images" in log
+    assert not re.findall("Error|Traceback|Failed", log)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("budget", [1.0, 32])
+def test_the_embedded_model_is_as_accurate_as_in_our_own_evaluation(client, scripts, budget, tmp_path):
+    """Two questions about each of six scenes, chosen and answered as `evaluate.py` does it."""
+    own, embedded = importlib.import_module("evaluate"), importlib.import_module("embedded")
+    model, processor = own.load_model(None)
+    model.config.prunesid_config.budget = budget
+    scenes = [own.scene_of("test", number) for number in range(6)]
+    chunk = own.build_chunk(processor, model.device, 0, scenes, 2)
+    answers = own.answer(model, processor, chunk)
+    hits = [answer == question.answer for answer, question in zip(answers, chunk.questions)]
+
+    rows = [
+        {"image": scenes[row].image, "question": question.text, "answer": question.answer, "kind": question.kind}
+        for row, question in zip(chunk.rows, chunk.questions)
+    ]
+    scripts[0].write_task(tmp_path, "scenes", rows)
+    arguments = f"pretrained={embedded.complete()},device_map=cpu,dtype=float32,num_visual_tokens={budget}"
+    samples, results, log = evaluate(client, tmp_path, "scenes", arguments, batch_size=4)
+
+    found = [samples[index]["filtered_resps"].strip() == row["answer"] for index, row in enumerate(rows)]
+    assert found == hits
+    assert results["exact_match,none"] == pytest.approx(sum(hits) / len(hits), abs=1e-4)
+    kept = 12 * (576 if budget == 1.0 else budget)
+    assert f"PruneSIDLlavaForConditionalGeneration kept {kept} of {12 * 576} visual tokens of 12 images" in log
+    assert not re.findall("Error|Traceback|Failed", log)
+
+
+# Completes a folder that has the weights of a tiny Video-LLaVA by a processor of 100 words, and prints the answers of
+# the class itself to questions about clips, of whose 10 frames it is given 4. Needs torchvision, as the client does.
+VIDEO_ANSWERS = """
+import json, sys
+import decord
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, VideoLlavaImageProcessor, VideoLlavaVideoProcessor
+from modeling_prunesid import PruneSIDVideoLlavaForConditionalGeneration, PruneSIDVideoLlavaProcessor
+
+folder, template, *asked = sys.argv[1:]
+words = [f"word{index}" for index in range(120)]
+words[:4], words[100], words[101] = ["<pad>", "<s>", "</s>", "<unk>"], "<image>", "<video>"
+tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                    unk_token="<unk>", additional_special_tokens=["<image>", "<video>"])
+sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+processor = PruneSIDVideoLlavaProcessor(image_processor=VideoLlavaImageProcessor(**sizes), tokenizer=tokenizer,
+                                        video_processor=VideoLlavaVideoProcessor(**sizes), patch_size=4,
+                                        num_visual_tokens=6, chat_template=template)
+processor.save_pretrained(folder)
+model = PruneSIDVideoLlavaForConditionalGeneration.from_pretrained(folder).eval()
+answers = []
+for clip, question in zip(asked[::2], asked[1::2]):
+    frames = decord.VideoReader(clip).get_batch([0, 3, 6, 9]).asnumpy()
+    inputs = processor(text=f"USER: <video> {question} ASSISTANT:", videos=[frames], return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+print(json.dumps(answers))
+"""
+
+
+def write_clip(path, seed):
+    """Ten frames of coloured noise, which comes in blocks that survive compression."""
+    rng = np.random.default_rng(seed)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for _ in range(10):
+            blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(blocks.repeat(16, 0).repeat(16, 1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_real_client_records_our_own_answers_about_clips(client, scripts, tmp_path):
+    folder = tmp_path / "repo"
+    build_video_llava(6).save_pretrained(folder)
+    clips = [tmp_path / f"{seed}.mp4" for seed in range(5)]
+    for seed, clip in enumerate(clips):
+        write_clip(clip, seed)
+    template = CHAT_TEMPLATE.replace("{% else %}", "{% elif part.type == 'video' %}<video> {% else %}")
+    asked = [str(part) for pair in zip(clips, QUESTIONS) for part in pair]
+    run = subprocess.run(
+        [client, "-c", VIDEO_ANSWERS, folder, template, *asked],
+        env=offline(tmp_path / "own"), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    expected = json.loads(run.stdout.splitlines()[-1])
+    assert len(set(expected)) > 2
+
+    rows = [{"video": str(clip), "question": question, "answer": ""} for clip, question in zip(clips, QUESTIONS)]
+    for row, answer in list(zip(rows, expected))[:3]:
+        row["answer"] = answer
+    parquet = tmp_path / "clips.parquet"
+    Dataset.from_list(rows).to_parquet(parquet)
+    yaml = scripts[0].TASK.format(name="clips", parquet=parquet)
+    (tmp_path / "clips.yaml").write_text(yaml.replace("doc_to_visual: image", "doc_to_visual: video"))
+    arguments = f"pretrained={folder},device_map=cpu,max_frames_num=4"
+    samples, results, log = evaluate(client, tmp_path, "clips", arguments, batch_size=2)
+
+    assert [samples[index]["filtered_resps"].strip() for index in range(5)] == expected
+    assert results["exact_match,none"] == 0.6
+    assert "PruneSIDVideoLlavaForConditionalGeneration kept " in log
     assert not re.findall("Error|Traceback|Failed", log)
