@@ -7,6 +7,7 @@ on everything upstream (caches, positions, decoding) works on the short prompt a
 `generate` returns begins with the caller's own prompt again.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -19,6 +20,38 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 # The pixels that each modality is encoded from, by the names that Transformers uses.
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 _IGNORED_LABEL = -100
+
+
+def like_upstream(upstream: Callable) -> Callable[[Callable], Callable]:
+    """
+    A decorator for a method `(self, *, ours=None, **inputs)` that overrides `upstream`. Callers see upstream's
+    arguments, as the installed Transformers has them, with ours behind them, and pass them by place or by name; the
+    method gets those that were passed, by name.
+
+    Raises:
+        `TypeError`: from the decorated method, for more arguments by place than upstream takes, or one given twice.
+    """
+    signature = inspect.signature(upstream)
+    theirs = list(signature.parameters.values())
+    by_place = [parameter.name for parameter in theirs if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][1:]
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def named(self, *args, **kwargs):
+            if len(args) > len(by_place):
+                raise TypeError(f"{method.__qualname__} takes {len(by_place)} arguments by place, got {len(args)}.")
+            return method(self, **dict(zip(by_place, args)), **kwargs)
+
+        ours = [
+            parameter
+            for name, parameter in inspect.signature(method).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in signature.parameters
+        ]
+        # `inspect` finds it behind `named`, whose own attributes Accelerate copies to a function without `self`.
+        method.__signature__ = signature.replace(parameters=[*theirs[:-1], *ours, theirs[-1]])
+        return named
+
+    return decorate
 
 
 @dataclass
@@ -288,10 +321,9 @@ class CompressedModelMixin:
         """Gives a family the shortened arguments to add positions to that upstream cannot find from them."""
         return inputs
 
-    def forward_compressed(self, forward: Callable, **inputs):
+    def forward_compressed(self, forward: Callable, input_ids: torch.LongTensor | None = None, **inputs):
         """Upstream's `forward` on the shortened arguments."""
-        input_ids = inputs["input_ids"]
-        inputs, prompt = self.compress(inputs)
+        inputs, prompt = self.compress({"input_ids": input_ids, **inputs})
         return _finish_forward(forward(**inputs), input_ids, prompt)
 
     def _dropped_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -523,10 +555,9 @@ class _StreamsCallersPrompt:
 class CompressedGenerationMixin:
     """For a model with a language-modelling head whose `self.model` is a [`CompressedModelMixin`]."""
 
-    def forward_compressed(self, forward: Callable, **inputs):
+    def forward_compressed(self, forward: Callable, input_ids: torch.LongTensor | None = None, **inputs):
         """Upstream's `forward` on the shortened arguments."""
-        input_ids = inputs["input_ids"]
-        inputs, prompt = self.model.compress(inputs)
+        inputs, prompt = self.model.compress({"input_ids": input_ids, **inputs})
         return _finish_forward(forward(**inputs), input_ids, prompt)
 
     @torch.no_grad()

@@ -12,21 +12,15 @@ import math
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, LlavaNextForConditionalGeneration, LlavaNextModel
-from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava_next.modeling_llava_next import (
-    LlavaNextCausalLMOutputWithPast,
-    LlavaNextModelOutputWithPast,
-    LlavaNextMultiModalProjector,
-    LlavaNextPreTrainedModel,
-)
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector, LlavaNextPreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .anyres_prunesid import NEWLINE, PackedImage
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import PruneSIDLlavaNextConfig
 from .hub_prunesid import HubModelMixin, register_class_names
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
@@ -172,22 +166,8 @@ class PruneSIDLlavaNextModel(CompressedModelMixin, HubModelMixin, LlavaNextModel
         packed[~is_newline] = projected
         return packed
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        use_cache: bool | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | LlavaNextModelOutputWithPast:
+    @like_upstream(LlavaNextModel.forward)
+    def forward(self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs):
         r"""
         Upstream's `forward` on the shortened prompt.
 
@@ -198,22 +178,7 @@ class PruneSIDLlavaNextModel(CompressedModelMixin, HubModelMixin, LlavaNextModel
         Raises:
             `ValueError`: if the prompt has neither T nor N placeholders for each image.
         """
-        return self.forward_compressed(
-            super().forward,
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            use_cache=use_cache,
-            mm_encoder_outputs=mm_encoder_outputs,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
 class PruneSIDLlavaNextForConditionalGeneration(
@@ -241,43 +206,15 @@ class PruneSIDLlavaNextForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @like_upstream(LlavaNextForConditionalGeneration.get_image_features)
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        image_sizes: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
+        self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs
+    ):
         """See [`PruneSIDLlavaNextModel.get_image_features`]."""
-        return self.model.get_image_features(
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.model.get_image_features(num_visual_tokens=num_visual_tokens, **inputs)
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | LlavaNextCausalLMOutputWithPast:
+    @like_upstream(LlavaNextForConditionalGeneration.forward)
+    def forward(self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs):
         r"""
         Upstream's `forward` on the shortened prompt; logits have its length.
 
@@ -293,24 +230,7 @@ class PruneSIDLlavaNextForConditionalGeneration(
         Raises:
             `ValueError`: if the prompt has neither T nor N placeholders for each image.
         """
-        return self.forward_compressed(
-            super().forward,
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
 class PruneSIDLlavaNextAutoModel(PruneSIDLlavaNextModel):

@@ -3,18 +3,13 @@
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModelOutputWithPast,
-    LlavaPreTrainedModel,
-)
+from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import refuse_cls
 from .configuration_prunesid_mini_gemini import PruneSIDMiniGeminiConfig
 from .hub_prunesid import HubModelMixin, register_class_names
@@ -87,21 +82,8 @@ class PruneSIDMiniGeminiModel(CompressedModelMixin, HubModelMixin, MiniGeminiMod
         outputs["num_placeholders"] = [num_tokens] * num_images
         return outputs
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        high_res_pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | LlavaModelOutputWithPast:
+    @like_upstream(MiniGeminiModel.forward)
+    def forward(self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs):
         r"""
         Upstream's `forward` on the shortened prompt.
 
@@ -112,21 +94,7 @@ class PruneSIDMiniGeminiModel(CompressedModelMixin, HubModelMixin, MiniGeminiMod
         Raises:
             `ValueError`: if the prompt has neither T nor N placeholders for each image.
         """
-        return self.forward_compressed(
-            super().forward,
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            high_res_pixel_values=high_res_pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            mm_encoder_outputs=mm_encoder_outputs,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
 class PruneSIDMiniGeminiForConditionalGeneration(
@@ -154,42 +122,15 @@ class PruneSIDMiniGeminiForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @like_upstream(MiniGeminiForConditionalGeneration.get_image_features)
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        high_res_pixel_values: torch.Tensor | None = None,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
+        self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs
+    ):
         """See [`PruneSIDMiniGeminiModel.get_image_features`]."""
-        return super().get_image_features(
-            pixel_values,
-            high_res_pixel_values,
-            vision_feature_layer,
-            vision_feature_select_strategy,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.model.get_image_features(num_visual_tokens=num_visual_tokens, **inputs)
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        high_res_pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | LlavaCausalLMOutputWithPast:
+    @like_upstream(MiniGeminiForConditionalGeneration.forward)
+    def forward(self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs):
         r"""
         Upstream's `forward` on the shortened prompt; logits have its length.
 
@@ -205,23 +146,7 @@ class PruneSIDMiniGeminiForConditionalGeneration(
         Raises:
             `ValueError`: if the prompt has neither T nor N placeholders for each image.
         """
-        return self.forward_compressed(
-            super().forward,
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            high_res_pixel_values=high_res_pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
 class PruneSIDMiniGeminiAutoModel(PruneSIDMiniGeminiModel):

@@ -3,19 +3,10 @@
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, Qwen3VLForConditionalGeneration, Qwen3VLModel
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
-from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-    BaseModelOutputWithDeepstackFeatures,
-    Qwen3VLPreTrainedModel,
-)
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures, Qwen3VLPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin
+from .compression_prunesid import CompressedGenerationMixin, like_upstream
 from .configuration_prunesid import PruneSIDQwen3VLConfig
 from .hub_prunesid import HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
@@ -95,22 +86,8 @@ class PruneSIDQwen3VLModel(MRoPEModelMixin, HubModelMixin, Qwen3VLModel):
         merge_size = self.config.vision_config.spatial_merge_size
         return keep_merged_tokens(self.config.prunesid_config, output, grid_thw, merge_size, num_visual_tokens)
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.IntTensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
-    ) -> tuple | BaseModelOutputWithPast:
+    @like_upstream(Qwen3VLModel.forward)
+    def forward(self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs):
         r"""
         Upstream's `forward` on the shortened prompt.
 
@@ -121,22 +98,7 @@ class PruneSIDQwen3VLModel(MRoPEModelMixin, HubModelMixin, Qwen3VLModel):
         Raises:
             `ValueError`: if the prompt has neither T nor N placeholders for each image and video.
         """
-        return self.forward_compressed(
-            super().forward,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
-            mm_encoder_outputs=mm_encoder_outputs,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
 class PruneSIDQwen3VLForConditionalGeneration(
@@ -164,51 +126,22 @@ class PruneSIDQwen3VLForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @like_upstream(Qwen3VLForConditionalGeneration.get_image_features)
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        image_grid_thw: torch.LongTensor | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
-    ) -> tuple | BaseModelOutputWithDeepstackFeatures:
+        self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs
+    ):
         """See [`PruneSIDQwen3VLModel.get_image_features`]."""
-        return self.model.get_image_features(
-            pixel_values=pixel_values, image_grid_thw=image_grid_thw, num_visual_tokens=num_visual_tokens, **kwargs
-        )
+        return self.model.get_image_features(num_visual_tokens=num_visual_tokens, **inputs)
 
+    @like_upstream(Qwen3VLForConditionalGeneration.get_video_features)
     def get_video_features(
-        self,
-        pixel_values_videos: torch.Tensor,
-        video_grid_thw: torch.LongTensor | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
-    ) -> tuple | BaseModelOutputWithDeepstackFeatures:
+        self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs
+    ):
         """See [`PruneSIDQwen3VLModel.get_video_features`]."""
-        return self.model.get_video_features(
-            pixel_values_videos=pixel_values_videos,
-            video_grid_thw=video_grid_thw,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.model.get_video_features(num_visual_tokens=num_visual_tokens, **inputs)
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.IntTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
-    ) -> tuple | CausalLMOutputWithPast:
+    @like_upstream(Qwen3VLForConditionalGeneration.forward)
+    def forward(self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs):
         r"""
         Upstream's `forward` on the shortened prompt; logits have its length.
 
@@ -224,24 +157,7 @@ class PruneSIDQwen3VLForConditionalGeneration(
         Raises:
             `ValueError`: if the prompt has neither T nor N placeholders for each image and video.
         """
-        return self.forward_compressed(
-            super().forward,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
 class PruneSIDQwen3VLAutoModel(PruneSIDQwen3VLModel):

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, VideoLlavaForConditionalGeneration, VideoLlavaModel
-from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.video_llava.modeling_video_llava import (
-    VideoLlavaCausalLMOutputWithPast,
-    VideoLlavaModelOutputWithPast,
     VideoLlavaMultiModalProjector,
     VideoLlavaPreTrainedModel,
 )
@@ -25,7 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import PruneSIDVideoLlavaConfig
 from .hub_prunesid import HubModelMixin, register_class_names
 from .processing_prunesid_video_llava import PruneSIDVideoLlavaProcessor
@@ -224,23 +221,15 @@ class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaMod
             {**of_clips, "num_visual_tokens": counts[num_images:], "mm_encoder_outputs": outputs}
         )
 
+    @like_upstream(VideoLlavaModel.forward)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        *,
         pixel_values: torch.Tensor | None = None,
         pixel_values_images: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        use_cache: bool | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | VideoLlavaModelOutputWithPast:
+        **inputs,
+    ):
         r"""
         Upstream's `forward` on the shortened prompt.
 
@@ -254,19 +243,9 @@ class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaMod
         """
         return self.forward_compressed(
             self._forward_joined,
-            input_ids=input_ids,
             **{_IMAGE_PIXELS: pixel_values_images if pixel_values is None else pixel_values},
-            pixel_values_videos=pixel_values_videos,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            use_cache=use_cache,
-            mm_encoder_outputs=mm_encoder_outputs,
             num_visual_tokens=num_visual_tokens,
-            **kwargs,
+            **inputs,
         )
 
     def _forward_joined(self, mm_encoder_outputs=None, **inputs):
@@ -301,44 +280,22 @@ class PruneSIDVideoLlavaForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @like_upstream(VideoLlavaForConditionalGeneration.get_image_features)
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_images: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
+        self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs
+    ):
         """See [`PruneSIDVideoLlavaModel.get_image_features`]."""
-        return self.model.get_image_features(
-            pixel_values=pixel_values,
-            pixel_values_images=pixel_values_images,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.model.get_image_features(num_visual_tokens=num_visual_tokens, **inputs)
 
+    @like_upstream(VideoLlavaForConditionalGeneration.forward)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        *,
         pixel_values: torch.Tensor | None = None,
         pixel_values_images: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | VideoLlavaCausalLMOutputWithPast:
+        **inputs,
+    ):
         r"""
         Upstream's `forward` on the shortened prompt; logits have its length.
 
@@ -357,21 +314,9 @@ class PruneSIDVideoLlavaForConditionalGeneration(
         """
         return self.forward_compressed(
             super().forward,
-            input_ids=input_ids,
             **{_IMAGE_PIXELS: pixel_values_images if pixel_values is None else pixel_values},
-            pixel_values_videos=pixel_values_videos,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
             num_visual_tokens=num_visual_tokens,
-            **kwargs,
+            **inputs,
         )
 
 

@@ -5,21 +5,15 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel
-from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModelOutputWithPast,
-    LlavaMultiModalProjector,
-    LlavaPreTrainedModel,
-)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector, LlavaPreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_vitcop import ViTCoPLlavaConfig
 from .hub_prunesid import HubModelMixin, register_class_names
 from .processing_vitcop_llava import ViTCoPLlavaProcessor
@@ -165,22 +159,14 @@ class ViTCoPLlavaModel(CoPrunedModelMixin, CompressedModelMixin, HubModelMixin, 
             )
         return count, count_of_share(center_share, count)
 
+    @like_upstream(LlavaModel.forward)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        *,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
         visual_groups: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | LlavaModelOutputWithPast:
+        **inputs,
+    ):
         r"""
         Upstream's `forward` on the shortened prompt.
 
@@ -196,19 +182,9 @@ class ViTCoPLlavaModel(CoPrunedModelMixin, CompressedModelMixin, HubModelMixin, 
         """
         return self.forward_compressed(
             partial(self.forward_pruned, super().forward),
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            image_sizes=image_sizes,
-            mm_encoder_outputs=mm_encoder_outputs,
             num_visual_tokens=num_visual_tokens,
             visual_groups=visual_groups,
-            **kwargs,
+            **inputs,
         )
 
 
@@ -237,41 +213,21 @@ class ViTCoPLlavaForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @like_upstream(LlavaForConditionalGeneration.get_image_features)
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
+        self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs
+    ):
         """See [`ViTCoPLlavaModel.get_image_features`]."""
-        return self.model.get_image_features(
-            pixel_values=pixel_values,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            num_visual_tokens=num_visual_tokens,
-            **kwargs,
-        )
+        return self.model.get_image_features(num_visual_tokens=num_visual_tokens, **inputs)
 
+    @like_upstream(LlavaForConditionalGeneration.forward)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        image_sizes: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        *,
         num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
         visual_groups: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | LlavaCausalLMOutputWithPast:
+        **inputs,
+    ):
         r"""
         Upstream's `forward` on the shortened prompt; logits have its length.
 
@@ -294,21 +250,9 @@ class ViTCoPLlavaForConditionalGeneration(
         """
         return self.forward_compressed(
             partial(self.forward_pruned, super().forward),
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            image_sizes=image_sizes,
-            mm_encoder_outputs=mm_encoder_outputs,
             num_visual_tokens=num_visual_tokens,
             visual_groups=visual_groups,
-            **kwargs,
+            **inputs,
         )
 
 

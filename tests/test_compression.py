@@ -1,11 +1,13 @@
 """Shortened prompts against plain Python lists."""
 
+import functools
+import inspect
 import random
 
 import pytest
 import torch
 
-from modeling_prunesid.compression_prunesid import ShortPrompt, mark_kept_placeholders
+from modeling_prunesid.compression_prunesid import ShortPrompt, like_upstream, mark_kept_placeholders
 
 
 FILL = -7
@@ -165,3 +167,57 @@ def test_a_short_prompt_with_an_image_split_over_two_rows_is_refused():
 def test_the_error_names_the_modality():
     with pytest.raises(ValueError, match=r"^Video features and video tokens do not match"):
         mark_kept_placeholders(torch.tensor([[True]]), [4], [torch.tensor([1, 2])], "video")
+
+
+class Upstream:
+    def forward(self, input_ids=None, labels=None, logits_to_keep=0, **kwargs):
+        return "upstream"
+
+
+class Ours(Upstream):
+    @like_upstream(Upstream.forward)
+    def forward(self, *, labels=None, num_visual_tokens=None, **inputs):
+        """Ours."""
+        return {"labels": labels, "num_visual_tokens": num_visual_tokens, **inputs}
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, expected",
+    [
+        ((), {}, {}),
+        ((1,), {}, {"input_ids": 1}),
+        ((1, 2, 3), {}, {"input_ids": 1, "labels": 2, "logits_to_keep": 3}),
+        (
+            (1,),
+            {"logits_to_keep": 3, "num_visual_tokens": 8},
+            {"input_ids": 1, "logits_to_keep": 3} | {"num_visual_tokens": 8},
+        ),
+        ((), {"labels": 2, "new_upstream": 5}, {"labels": 2, "new_upstream": 5}),
+    ],
+    ids=["none", "by place", "all by place", "mixed", "by name"],
+)
+def test_like_upstream_hands_over_what_was_passed_by_name(args, kwargs, expected):
+    assert Ours().forward(*args, **kwargs) == {"labels": None, "num_visual_tokens": None, **expected}
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, match",
+    [
+        ((1, 2, 3, 4), {}, "takes 3 arguments by place, got 4"),
+        ((1,), {"input_ids": 1}, "multiple values.*'input_ids'"),
+    ],
+    ids=["too many", "twice"],
+)
+def test_like_upstream_refuses(args, kwargs, match):
+    with pytest.raises(TypeError, match=match):
+        Ours().forward(*args, **kwargs)
+
+
+def test_like_upstream_shows_upstreams_arguments_and_ours():
+    expected = "(input_ids=None, labels=None, logits_to_keep=0, *, num_visual_tokens=None, **kwargs)"
+    forward = Ours().forward
+    # As Accelerate puts a hook in front of a module.
+    hooked = functools.update_wrapper(functools.partial(lambda module: None, None), forward)
+    assert str(inspect.signature(forward)) == str(inspect.signature(hooked)) == expected
+    assert str(inspect.signature(Ours.forward)) == expected.replace("(", "(self, ", 1)
+    assert Ours.forward.__doc__ == "Ours."

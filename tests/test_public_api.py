@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -41,22 +42,38 @@ def test_every_promised_name_is_exported():
     assert sorted(modeling_prunesid.__all__) == sorted(set(modeling_prunesid.__all__))
 
 
+def overridden(method):
+    """`method` of each of our classes, and of the stock class that it extends."""
+    for prefix, family in [*(("PruneSID", family) for family in FAMILIES), ("ViTCoP", "Llava")]:
+        for part in ("Model", "ForConditionalGeneration"):
+            stock = getattr(modeling_prunesid if family == "MiniGemini" else transformers, family + part)
+            if hasattr(stock, method):
+                ours = getattr(modeling_prunesid, prefix + family + part)
+                yield pytest.param(getattr(ours, method), getattr(stock, method), id=f"{ours.__name__}.{method}")
+
+
 @pytest.mark.parametrize(
     "ours, stock",
-    [
-        (PruneSIDLlavaModel.forward, LlavaModel.forward),
-        (PruneSIDLlavaModel.get_image_features, LlavaModel.get_image_features),
-        (PruneSIDLlavaForConditionalGeneration.forward, LlavaForConditionalGeneration.forward),
-        (PruneSIDLlavaForConditionalGeneration.get_image_features, LlavaForConditionalGeneration.get_image_features),
-    ],
-    ids=["model", "model features", "head", "head features"],
+    [*overridden("forward"), *overridden("get_image_features"), *overridden("get_video_features")],
 )
 def test_arguments_are_upstreams_in_upstreams_order(ours, stock):
-    own = [name for name in names_of(ours) if name != OURS]
-    expected = names_of(stock)
+    own, expected = inspect.signature(ours).parameters, inspect.signature(stock).parameters
+    assert [name for name in own if name in expected] == list(expected)
+    # What upstream requires may have a second name in ours.
+    assert all(theirs.default in (theirs.empty, own[name].default) for name, theirs in expected.items())
     # Ours must take what any promised version of Transformers takes.
-    assert [name for name in own if name in expected] == expected
-    assert set(own) - set(expected) <= {"mm_encoder_outputs", "inputs", "image_sizes", "visual_groups"}
+    both_names = {"pixel_values", "pixel_values_images"} if "VideoLlava" in ours.__qualname__ else set()
+    assert OURS in own
+    assert set(own) - set(expected) <= {OURS, "image_sizes", "visual_groups"} | both_names
+
+
+@pytest.mark.parametrize("ours, stock", [*overridden("forward")])
+def test_forward_takes_by_place_what_upstream_does(ours, stock):
+    def by_place(method):
+        parameters = inspect.signature(method).parameters.values()
+        return [parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
+    assert by_place(ours) == by_place(stock)
 
 
 def test_generate_takes_upstreams_arguments_by_place_and_all_others_by_name():
