@@ -23,7 +23,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,7 +236,7 @@ class Case(NamedTuple):
     """A model, what is set in its `prunesid_config`, and its name in the JSON."""
 
     model: Any
-    settings: dict[str, int | None]
+    settings: Mapping[str, int | None]
     key: str
 
     def set_up(self):

@@ -95,4 +95,4 @@ def test_budgets_at_the_ends_are_met_within_whole_tokens(name, budget):
     model = build(None, text={"num_hidden_layers": 4})
     with torch.no_grad(), applied(model, name, budget) as run:
         model(torch.tensor(ROWS[:1]), pixel_values=pixels(1))
-    assert run.measured_tokens == pytest.approx(budget, abs=0.76)
+    assert run.measured_tokens == pytest.approx(budget, abs=0.5)
