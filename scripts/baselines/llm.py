@@ -166,8 +166,7 @@ def _run_pruned(
         reducers = {}
         for place, setting in stages.items():
             queries = stack.enter_context(_queries(decoder.layers[place - 1].self_attn))
-            told_rule = functools.partial(rule, setting=setting)
-            reducers[place] = _reducer(decoder, told_rule, groups, is_token, embedded, queries)
+            reducers[place] = _reducer(decoder, rule, setting, groups, is_token, embedded, queries)
         pruning = stack.enter_context(prune_layers(decoder, columns, cache, reducers))
         output = forward(**inputs)
     pruning.remember(output.past_key_values)
@@ -202,7 +201,8 @@ def _queries(attention: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 def _reducer(
     decoder: Any,
-    rule: Callable[[Row], tuple[torch.Tensor, torch.LongTensor]],
+    rule: Rule,
+    setting: Any,
     groups: torch.LongTensor,
     is_token: torch.BoolTensor,
     embedded: list[torch.Tensor],
@@ -238,7 +238,7 @@ def _reducer(
                     words=embeddings[columns[text]],
                     attention=functools.partial(_attention, queries[0][number], keys, cos, sin, tokens, scaling),
                 )
-                left, kept = rule(row)
+                left, kept = rule(row, setting)
             order = torch.cat([others, kept]).sort()
             places.append(order.values)
             states.append(torch.cat([hidden_states[others], left])[order.indices])
