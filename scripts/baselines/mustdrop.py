@@ -6,14 +6,13 @@ which are never dropped. Behind layers 2, 6, 10 and 14 of 32 of the language mod
 two thresholds: its share of all the attention that the text behind the image pays to visual tokens, and the most that
 any one word pays it, mean over heads.
 
-The published thresholds leave means of 192, 128 and 64 tokens in LLaVA-1.5-7B and other numbers elsewhere: in the
-embedded model, where words attend to images ten times as much, some 500 of 576. So both are scaled by one factor for
-each prompt and layer (ours), which leaves as many tokens as make the mean N in 32 layers, where each filter leaves the
-same share of them; the pair is that of the published budget nearest to N. The layers scale with the depth of the
-language model, and of those that fall together the last remains. Tokens are in raster order and keep their positions,
-a mean has the place of its window's middle, and each image is merged by itself (the release merges as many windows in
-every image of a batch, and puts the means first). The last stage, which shortens caches once the prompt is read, is
-left out: it changes no layer of the prompt.
+The published thresholds leave means of 192, 128 and 64 tokens in LLaVA-1.5-7B and other numbers elsewhere, as they
+are weights of its attention. So both are scaled by one factor for each prompt and layer (ours), which leaves as many
+tokens as make the mean N in 32 layers, where each filter leaves the same share of them; the pair is that of the
+published budget nearest to N. The layers scale with the depth of the language model, and of those that fall together
+the last remains. Tokens are in raster order and keep their positions, a mean has the place of its window's middle, and
+each image is merged by itself (the release merges as many windows in every image of a batch, and puts the means
+first). The last stage, which shortens caches once the prompt is read, is left out: it changes no layer of the prompt.
 """
 
 import itertools
