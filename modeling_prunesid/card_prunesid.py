@@ -1,6 +1,7 @@
 """The model card of a saved variant: valid metadata, usage to copy, the settings and the citation."""
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def write_card(
     text = _TEXT.format(
         method="ViTCoP" if is_vitcop else "PruneSID",
         settings_name=config.prunesid_config.base_config_key,
-        and_processor="" if is_vitcop else " and the processor with `num_visual_tokens=32`",
+        and_processor=" and the processor with `num_visual_tokens=32`" if _has_short_prompts(folder) else "",
         citation=_VITCOP if is_vitcop else _PRUNESID,
         title=repo.rstrip("/").rsplit("/", 1)[-1],
         base=f"`{base or config.model_type}`",
@@ -119,6 +120,12 @@ def write_card(
         ),
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
+
+
+def _has_short_prompts(folder: str | os.PathLike) -> bool:
+    """Whether the processor in the folder writes prompts by a budget of its own."""
+    path = Path(folder, "processor_config.json")
+    return path.exists() and "num_visual_tokens" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def _describe_budget(settings: PretrainedConfig) -> str:

@@ -72,6 +72,10 @@ class ShortPrompt:
 
     @classmethod
     def from_keep_mask(cls, keep_mask: torch.BoolTensor, padding_side: str, minimum_length: int = 0) -> "ShortPrompt":
+        """
+        The columns that `keep_mask` `(batch, full_length)` marks, moved together. Rows shorter than the longest one,
+        or than `minimum_length`, are filled up on the `padding_side`, `"left"` or `"right"`.
+        """
         lengths = keep_mask.sum(1)
         length = max(int(lengths.max()), minimum_length)
         # A stable sort moves the kept columns to the front and leaves them in order.
@@ -120,6 +124,7 @@ class ShortPrompt:
         )
 
     def repeat_rows(self, times: int) -> "ShortPrompt":
+        """Each row `times` times in succession, as `generate` repeats them for beams."""
         return ShortPrompt(self.source.repeat_interleave(times, 0), self.keep_mask.repeat_interleave(times, 0))
 
 
@@ -131,6 +136,7 @@ class CachedPrompt:
     prompt: ShortPrompt
 
     def remember(self, cache: Any) -> None:
+        """Leave this on a cache, for the calls that go on with it."""
         if cache is not None:
             cache._prunesid_prompt = self
 
@@ -145,6 +151,7 @@ class CachedPrompt:
         return CachedPrompt(input_ids, cached.prompt.repeat_rows(times))
 
     def starts(self, input_ids: torch.LongTensor | None) -> bool:
+        """Whether `input_ids` `(batch, length)` begin with this prompt, as those of a whole conversation do."""
         length = self.prompt.full_length
         if self.input_ids is None or input_ids is None or input_ids.shape[1] < length:
             return False
@@ -218,7 +225,12 @@ class CompressedModelMixin:
     """
 
     def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Replace the pixels among the arguments of `forward` by encoded features, as upstream's `generate` does."""
+        """
+        Replace the pixels among the arguments of `forward` by encoded features, as upstream's `generate` does.
+
+        Raises:
+            `ValueError`: if a modality is given both as pixels and as encoded features.
+        """
         inputs, encoded, consumed = dict(inputs), {}, {"num_visual_tokens"}
         outputs = dict(inputs.get("mm_encoder_outputs") or {})
         for modality, pixels in _PIXELS.items():

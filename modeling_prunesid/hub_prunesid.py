@@ -140,10 +140,13 @@ class HubModelMixin:
                 from, or `prunesid_config.base_model_name_or_path`. Weights that were trained since then are not saved.
 
         Raises:
-            `ValueError`: if `thin` and no base is known, or the folder holds weights already.
+            `ValueError`: if `save_directory` is a file; if `thin` and no base is known, the folder holds weights
+                already, or the model has an adapter.
         """
         if os.path.isfile(save_directory):
-            raise ValueError(f"save_directory must be a folder, got the file {str(save_directory)!r}.")
+            raise ValueError(
+                f"save_directory must be a folder, got the file {str(save_directory)!r}. Name another one."
+            )
         push = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs}
         if getattr(self, "_hf_peft_config_loaded", False):  # an adapter is saved, and not the model
             if thin:
@@ -303,6 +306,9 @@ def push_folder(
         folder: a flat folder that `save_pretrained` wrote.
         repo_id: `"org/name"`; created where it does not exist.
         private, token, revision, create_pr, commit_message, commit_description: as for upstream's `push_to_hub`.
+
+    Returns:
+        `CommitInfo`: of the one commit, for example its `commit_url`, and with `create_pr` its `pr_url`.
     """
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
@@ -375,7 +381,8 @@ def _check_family(base: str, config: PretrainedConfig, fields: dict[str, Any]) -
         if found.get("model_type") not in (None, *expected):
             raise ValueError(
                 f"prunesid_config.base_model_name_or_path={base!r} is no base of this variant: its {part}model_type "
-                f"is {found['model_type']!r}, expected {' or '.join(map(repr, sorted(expected)))}."
+                f"is {found['model_type']!r}, expected {' or '.join(map(repr, sorted(expected)))}. Name the "
+                "checkpoint that the variant was made from."
             )
 
 

@@ -129,7 +129,10 @@ class MiniGeminiModel(LlavaModel):
                 f"{vision_feature_select_strategy!r}: a CLS token has no window of the high-resolution map."
             )
         if high_res_pixel_values is None:
-            raise ValueError("high_res_pixel_values is missing: Mini-Gemini sees each image in two resolutions.")
+            raise ValueError(
+                "high_res_pixel_values is missing: Mini-Gemini sees each image in two resolutions. Pass both, as the "
+                "model's processor returns them."
+            )
         num_views, patch_size = self.config.views_per_image, self.config.vision_config.patch_size
         leading = (len(high_res_pixel_values), *([num_views] if num_views > 1 else []))
         if pixel_values.shape[:-3] != leading:

@@ -74,7 +74,8 @@ class PruneSIDLlavaModel(CoPrunedModelMixin, CompressedModelMixin, HubModelMixin
         Returns:
             Upstream's output, whose `pooler_output` is a list of `(N, hidden_size)` for each image. Where tokens were
             dropped it also has `keep_indices`, a list of `(N,)` ascending indices into upstream's T tokens (-1 is a
-            CLS token that upstream leaves out), and `num_placeholders`, T of each image.
+            CLS token that upstream leaves out), and `num_placeholders`, T of each image; with
+            `prunesid_config.llm_budget` also `visual_groups`, a list of `(N, 4)` (see `describe_tokens`).
 
         Raises:
             `ValueError`: for an invalid budget or layer, or a tower that cannot give what the configuration asks for.

@@ -96,8 +96,9 @@ class PruneSIDQwen2VLModel(MRoPEModelMixin, HubModelMixin, Qwen2VLModel):
         Upstream's `forward` on the shortened prompt.
 
         Args:
-            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor`, *optional*):
-                N of this call, in place of `config.prunesid_config.budget`.
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_views,)`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`. A list has a count for each image, or a
+                total for each video; a call with both takes a single value.
 
         Raises:
             `ValueError`: if the prompt has neither T nor N placeholders for each image and video.
@@ -150,8 +151,9 @@ class PruneSIDQwen2VLForConditionalGeneration(
         Upstream's `forward` on the shortened prompt; logits have its length.
 
         Args:
-            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor`, *optional*):
-                N of this call, in place of `config.prunesid_config.budget`.
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_views,)`, *optional*):
+                N of this call, in place of `config.prunesid_config.budget`. A list has a count for each image, or a
+                total for each video; a call with both takes a single value.
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:

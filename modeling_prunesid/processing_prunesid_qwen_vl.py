@@ -1,6 +1,6 @@
 """
 The processors of Qwen-VL. The budget is a share of each image's own tokens, so that they write the full prompt, as the
-stock processors do.
+stock processors do, and have no budget of their own: a call asks the model, `generate(..., num_visual_tokens=64)`.
 """
 
 from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor

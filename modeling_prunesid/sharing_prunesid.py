@@ -88,6 +88,9 @@ def share_total(total: int, weights: Sequence[float], num_tokens: Sequence[int],
         weights (`list[float]`): one for each view.
         num_tokens (`list[int]`): what each view can receive at most.
         minimum (`int`): what each view receives first.
+
+    Returns:
+        `list[int]`: the share of each view.
     """
     weights = [max(weight, torch.finfo(torch.float32).eps) for weight in weights]
     shares = [min(minimum, tokens) for tokens in num_tokens]

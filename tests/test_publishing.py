@@ -332,6 +332,15 @@ class TestCard:
         assert data.license == "llama2"
         assert data.base_model is None
 
+    def test_names_the_processors_budget_where_it_has_one(self, model, thin, tmp_path):
+        from modeling_prunesid.card_prunesid import write_card
+
+        own = "and the processor with `num_visual_tokens=32`"
+        assert own in (thin / "README.md").read_text()
+        (tmp_path / "processor_config.json").write_text('{"processor_class": "PruneSIDQwen2VLProcessor"}')
+        write_card(tmp_path, model.config, None, thin=False)
+        assert own not in (tmp_path / "README.md").read_text()
+
     def test_follows_the_settings_and_replaces_no_card_of_the_users(self, model, tmp_path):
         readme = tmp_path / "README.md"
         model.save_pretrained(tmp_path)
