@@ -29,8 +29,8 @@ CHOICES = {
 
 
 EPS = torch.finfo(torch.float32).eps
-KRYLOV_BLOCK = 16
-STRIP = 48
+KRYLOV_BLOCK = 20
+STRIP = 96
 WHOLE_REGISTERS = 16
 COMPILED_ROUNDS = 15
 NEVER_SIMILAR = 1.001  # above any cosine similarity with its rounding error
@@ -256,16 +256,16 @@ def top_eigenvectors(matrix: torch.Tensor, count: int, factored: bool = False) -
     """
     The largest eigenvalues of a symmetric positive semidefinite matrix M, and their eigenvectors.
 
-    Block Krylov: the products of M with the means of 16 stretches of its rows, orthogonalised twice, span 2 * count +
-    56 directions, and the small problem inside them is solved exactly. The answer stands if every residual
-    |M v - w v| is at most sqrt(tokens) * eps * w_1, the rounding error of the products themselves. If not, half as
-    many directions are added; if still not (spectra without decay, exact low rank), and where the span would be a
-    third of the whole space, all eigenvectors are computed.
+    Block Krylov: the products of M with the means of 20 stretches of its rows, orthogonalised twice, span at least
+    2.25 * count + 42 directions, and the small problem inside them is solved exactly. The eigenvectors v found there
+    are multiplied by M once more: M v / w is closer to the truth, and has equal entries for equal rows of M.
 
-    Where M = F F^T is given by F, the Krylov answer takes thin products with F and M is never formed. The eigenvectors
-    are then M v / w, which has equal entries for equal rows of F, whatever the solver rounded.
+    The answer stands if every residual |M v - w v| is at most 2^-8 w_K and 2^-13 w_1, or sqrt(tokens) * eps * w_1,
+    the rounding error of the products themselves. If not, half as many directions are added; if still not (spectra
+    without decay, exact low rank), and where the span would be a third of the whole space, all eigenvectors are
+    computed. Compiled code cannot branch on the residual and keeps the first Krylov answer.
 
-    Compiled code cannot branch on the residual and keeps the first Krylov answer.
+    Where M = F F^T is given by F, the Krylov answer takes thin products with F and M is never formed.
 
     Args:
         matrix (`torch.FloatTensor`): M, of shape `(tokens, tokens)`, or F, of shape `(tokens, dim)`.
@@ -276,26 +276,31 @@ def top_eigenvectors(matrix: torch.Tensor, count: int, factored: bool = False) -
         Eigenvalues of shape `(count,)`, falling, and eigenvectors of shape `(tokens, count)`.
     """
     tokens = len(matrix)
-    steps = math.ceil((2 * count + 56) / KRYLOV_BLOCK)
+    steps = math.ceil((2.25 * count + 42) / KRYLOV_BLOCK)
     if 3 * steps * KRYLOV_BLOCK < tokens:
         length = tokens // KRYLOV_BLOCK
         block = matrix[: KRYLOV_BLOCK * length].reshape(KRYLOV_BLOCK, length, -1).mean(1)
         block = block @ matrix.T if factored else block
-        basis = products = matrix.new_empty(0, tokens)
-        for more_steps in (steps, steps // 2):
-            for _ in range(more_steps):
-                for _ in range(2):
-                    block = torch.addmm(block, block @ basis.T, basis, alpha=-1)
-                block = torch.linalg.qr(block.T).Q.T
-                basis = torch.cat([basis, block])
-                block = block @ matrix @ matrix.T if factored else block @ matrix
-                products = torch.cat([products, block])
-            eigenvalues, rotation = torch.linalg.eigh(basis @ products.T)
+        basis = matrix.new_empty((steps + steps // 2) * KRYLOV_BLOCK, tokens)
+        products = torch.empty_like(basis)
+        for step in range(steps + steps // 2):
+            known, size = basis[: step * KRYLOV_BLOCK], (step + 1) * KRYLOV_BLOCK
+            for _ in range(2):
+                block = torch.addmm(block, block @ known.T, known, alpha=-1)
+            block = torch.linalg.qr(block.T).Q.T
+            basis[len(known) : size] = block
+            block = block @ matrix @ matrix.T if factored else block @ matrix
+            products[len(known) : size] = block
+            if step + 1 not in (steps, steps + steps // 2):
+                continue
+            eigenvalues, rotation = torch.linalg.eigh(basis[:size] @ products[:size].T)
             eigenvalues, rotation = eigenvalues.flip(0)[:count, None], rotation.flip(1)[:, :count].T
-            eigenvectors, images = rotation @ basis, rotation @ products
-            residuals = torch.linalg.vector_norm(images - eigenvalues * eigenvectors, dim=1)
-            if torch.compiler.is_compiling() or residuals.max() <= math.sqrt(tokens) * EPS * eigenvalues[0]:
-                return eigenvalues[:, 0], (images / eigenvalues if factored else eigenvectors).T
+            images = rotation @ products[:size]
+            residuals = torch.linalg.vector_norm(images - eigenvalues * (rotation @ basis[:size]), dim=1)
+            tolerance = (2**-8 * eigenvalues[-1]).minimum(2**-13 * eigenvalues[0])
+            tolerance = tolerance.maximum(math.sqrt(tokens) * EPS * eigenvalues[0])
+            if torch.compiler.is_compiling() or residuals.max() <= tolerance:
+                return eigenvalues[:, 0], (images / eigenvalues).T
     gram = matrix @ matrix.T if factored else matrix
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)
     eigenvalues, eigenvectors = eigenvalues.flip(0)[:count], eigenvectors.flip(1)[:, :count]
@@ -351,7 +356,7 @@ def survivors(similarity: list[torch.Tensor], tau: torch.Tensor) -> torch.Tensor
     photographs tried, and an odd count never leaves two tokens in conflict.
 
     Args:
-        similarity (`list` of `torch.FloatTensor`): see `_similarity_to_better`.
+        similarity (`list` of `torch.FloatTensor`): see `_similarity_in_groups`.
         tau (`torch.FloatTensor`, a scalar): the threshold.
 
     Returns:
@@ -363,6 +368,7 @@ def survivors(similarity: list[torch.Tensor], tau: torch.Tensor) -> torch.Tensor
     for strip in similarity:
         top, end = end, end + len(strip)
         conflicts[top:end, end - strip.shape[1] : end] = strip >= tau
+    conflicts.tril_(-1)
     alive = torch.ones_like(conflicts[0])
     compiling = torch.compiler.is_compiling()
     for _ in range(COMPILED_ROUNDS if compiling else tokens):
@@ -459,7 +465,7 @@ def _select_of_one_image(
     alive = members < num_groups
     if nms_lambda == "auto" or torch.compiler.is_compiling() or nms_lambda * rho < NEVER_SIMILAR:
         units = features.index_select(0, order).mul_(scales[order, None])
-        similarity = _similarity_to_better(units, members)
+        similarity = _similarity_in_groups(units, members)
         if nms_lambda == "auto":
             alive = _survivors_of_smallest_tau(similarity, alive, count)
         else:
@@ -508,23 +514,20 @@ def _mean_similarity(features: torch.Tensor, scales: torch.Tensor, finite: torch
     return torch.where(tokens > 1, similarity / pairs_twice.clamp(min=1), 0.0)
 
 
-def _similarity_to_better(units: torch.Tensor, members: torch.Tensor) -> list[torch.Tensor]:
+def _similarity_in_groups(units: torch.Tensor, members: torch.Tensor) -> list[torch.Tensor]:
     """
-    Similarity of each token to the better ones of its group, -inf to others; the tokens are sorted by group and score.
+    Similarity of each token to the better ones of its group; the tokens are sorted by group and score.
 
-    In strips of rows that end on the diagonal. No strip reaches further left than the group of its first token, except
-    in compiled code, which cannot look where that starts.
+    Each tensor holds the next rows, and the columns up to the last of them. On a CPU these are strips of one group
+    each. One product of all tokens, -inf between groups, is faster on other devices, and compiled code cannot look
+    where the groups begin.
     """
-    tops = range(0, len(members), STRIP)
-    starts = [0] * len(tops)
-    if not torch.compiler.is_compiling():
-        starts = torch.searchsorted(members, members[::STRIP].contiguous()).tolist()
+    if torch.compiler.is_compiling() or units.device.type != "cpu":
+        return [(units @ units.T).masked_fill(members[:, None] != members, -math.inf)]
     strips = []
-    for top, left in zip(tops, starts, strict=True):
-        own, others = members[top : top + STRIP, None], members[left : top + STRIP]
-        better = (own == others).tril(top - left - 1)
-        similarity = units[top : top + STRIP] @ units[left : top + STRIP].T
-        strips.append(torch.where(better, similarity, -math.inf))
+    for group in units.split(members.unique_consecutive(return_counts=True)[1].tolist()):
+        for top in range(0, len(group), STRIP):
+            strips.append(group[top : top + STRIP] @ group[: top + STRIP].T)
     return strips
 
 
