@@ -184,6 +184,11 @@ class TestConfiguration:
         with pytest.raises(ValueError, match="keep_share=0.1 keeps 4 of 49 tokens, fewer than the mean of 8"):
             build_vitcop(keep_share=0.1).get_image_features(pixels(1))
 
+    def test_a_tower_without_a_cls_token_is_refused(self):
+        model = build_vitcop(vision={"model_type": "siglip_vision_model"})
+        with pytest.raises(ValueError, match="ViTCoP, .* need a vision tower with a CLS token, which Siglip"):
+            model.get_image_features(pixels(1))
+
 
 @pytest.fixture(scope="module")
 def model():
