@@ -71,7 +71,7 @@ _RULES = {
     "max_budget": optional_count(),
     "score": _one_of("component", "cls_attention"),
     "center": _one_of("tokens", "features"),
-    "quota": _one_of("proportional", "bounded"),
+    "quota": _one_of("proportional", "bounded", "spread"),
     "keep_cls": (lambda value: isinstance(value, bool), "True or False"),
     "grouping": _one_of("psca", "kmeans", "random"),
     "mrope_positions": _one_of("original", "contiguous"),
@@ -160,8 +160,10 @@ class PruneSIDConfig(NestedSettings):
             release).
         center (`"tokens"` or `"features"`, defaults to `"tokens"`):
             Axis whose mean is removed before the decomposition: over tokens (equation 1), or over features (release).
-        quota (`"proportional"` or `"bounded"`, defaults to `"proportional"`):
+        quota (`"proportional"`, `"bounded"` or `"spread"`, defaults to `"proportional"`):
             Group quotas: proportional to the survivors (section 3.3), or bounded from below and above (release).
+            `"spread"` (ours) takes neither groups nor NMS into account: tokens follow by score and distance to those
+            already kept.
         keep_cls (`bool`, defaults to `False`):
             Let the tower's CLS token be one of the N (release).
         grouping (`"psca"`, `"kmeans"` or `"random"`, defaults to `"psca"`):

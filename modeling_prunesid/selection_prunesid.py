@@ -23,7 +23,7 @@ import torch
 CHOICES = {
     "score": ("component", "cls_attention"),
     "center": ("tokens", "features"),
-    "quota": ("proportional", "bounded"),
+    "quota": ("proportional", "bounded", "spread"),
     "grouping": ("psca", "kmeans", "random"),
 }
 
@@ -34,6 +34,7 @@ STRIP = 96
 WHOLE_REGISTERS = 16
 COMPILED_ROUNDS = 15
 NEVER_SIMILAR = 1.001  # above any cosine similarity with its rounding error
+INDISTINCT = 16 * EPS  # cosine distance of equal tokens, at most, with its rounding error
 
 
 @dataclass
@@ -100,7 +101,9 @@ def select_tokens(
             `"component"`: |V| of the token in its own group's component (in its strongest one where the groups are not
             PSCA's); or `"cls_attention"`.
         center (`str`): subtract the mean over `"tokens"` (equation 1) or over each token's own `"features"`.
-        quota (`str`): [`proportional_quotas`] or [`bounded_quotas`].
+        quota (`str`):
+            [`proportional_quotas`], [`bounded_quotas`], or `"spread"`, which is ours: [`spread_tokens`] of the
+            whole image, without groups and NMS.
         grouping (`str`): `"psca"` or, to compare (Table 5), [`kmeans_groups`] or [`random_groups`].
         seed (`int`): seed of `grouping="kmeans"` and `"random"`.
         extra_kept (`int`):
@@ -431,6 +434,36 @@ def bounded_quotas(sizes: torch.Tensor, total: int | torch.Tensor, nominal: int,
     return quotas.scatter_add(0, largest_first, added)
 
 
+def spread_tokens(units: torch.Tensor, scores: torch.Tensor, count: int) -> torch.BoolTensor:
+    """
+    Ours: the token of highest score, then one after another that of largest score ** 0.25 * distance.
+
+    The distance is the cosine distance to the nearest kept token. With equal scores this is the greedy answer to the
+    max-min diversity problem. Tokens that rounding cannot tell from a kept one are `INDISTINCT` away from it, so that
+    they follow by score. Ties go to the lower token.
+
+    Args:
+        units (`torch.FloatTensor` of shape `(tokens, dim)`): the tokens, scaled to length 1.
+        scores (`torch.FloatTensor` of shape `(tokens,)`): negative ones count as 0; tokens at -inf come last.
+        count (`int`): tokens to keep, at most `tokens`.
+
+    Returns:
+        `torch.BoolTensor` of shape `(tokens,)`, `count` of them true.
+    """
+    tokens = len(units)
+    # Equal tokens are to stay equal, but products round them differently at their edge.
+    units = torch.nn.functional.pad(units, (0, 0, 0, -tokens % WHOLE_REGISTERS))
+    distances = (1 - units @ units.T)[:tokens, :tokens].clamp(min=INDISTINCT)
+    finite, weights = scores > -math.inf, scores.clamp(min=0).sqrt().sqrt()
+    nearest, kept = torch.full_like(scores, 2), torch.zeros_like(finite)
+    for _ in range(count):
+        gains = torch.where(finite, weights * nearest, -1).masked_fill(kept, -2)
+        chosen = gains.argmax(0, keepdim=True)
+        kept = kept.index_fill(0, chosen, True)
+        nearest = nearest.minimum(distances.index_select(0, chosen)[0])
+    return kept
+
+
 def _select_of_one_image(
     hidden_states: torch.Tensor,
     cls_attention: torch.Tensor | None,
@@ -456,6 +489,11 @@ def _select_of_one_image(
         groups = random_groups(finite, num_groups, seed)
     scores = component_scores if cls_attention is None else cls_attention
     scores = scores.masked_fill(~finite, -math.inf)
+
+    if quota == "spread":
+        kept = spread_tokens(features * scales[:, None], scores, count)
+        indices = (~kept).byte().argsort(stable=True)[:count]
+        return indices, rho, groups.masked_fill(~finite, -1), scores
 
     # Non-finite tokens come last in the ranking and form a group of their own behind the others.
     ranking = scores.argsort(descending=True, stable=True)

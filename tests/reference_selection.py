@@ -111,6 +111,24 @@ def bounded(sizes, total, nominal):
     return quotas
 
 
+def reference_spread(x, scores, noise, similarity, budget, margins):
+    """Ours: one after another the token of largest score ** 0.25 * cosine distance to the nearest kept one."""
+    weights = [max(score, 0) ** 0.25 for score in scores]
+    nearest, kept = [2.0] * len(x), []
+    for _ in range(budget):
+        gains = [weight * distance for weight, distance in zip(weights, nearest, strict=True)]
+        rest = sorted((i for i in range(len(x)) if i not in kept), key=lambda i: (-gains[i], i))
+        best = rest[0]
+        for i in rest[1:]:
+            if (x[i] != x[best]).any() or scores[i] != scores[best]:
+                blurred = [j for j in (i, best) if scores[j] > 0]
+                blur = [8 * EPS * weights[j] + nearest[j] * noise[j] / 4 / scores[j] ** 0.75 for j in blurred]
+                margins.append((gains[best] - gains[i]) / (sum(blur) or 1))
+        kept.append(best)
+        nearest = [min(nearest[i], max(1 - similarity[i][best], 16 * EPS)) for i in range(len(x))]
+    return kept
+
+
 def reference_select(
     x,
     budget,
@@ -149,6 +167,9 @@ def reference_select(
         return ranked
 
     similarity = reference_similarity(x)
+    if quota == "spread":
+        blur = [noise[g] if cls_attention is None else 0.0 for g in groups]
+        return sorted(reference_spread(x, scores, blur, similarity, budget, margins)), min(margins)
     ranked_groups = [rank(i for i in range(tokens) if groups[i] == k) for k in range(num_groups)]
     if nms_lambda == "auto":
         survivors = reference_auto_nms(ranked_groups, similarity, budget, margins)

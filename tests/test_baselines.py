@@ -407,6 +407,7 @@ def test_presets_are_settings_of_prunesid(model):
     for name, settings in {
         "prunesid-paper": {},
         "prunesid-auto": {"nms_lambda": "auto"},
+        "prunesid-spread": {"score": "cls_attention", "quota": "spread"},
         "prunesid-dyn": {"dynamic": True, "reference_information": 0.9},
         "prunesid-release": json.loads(RELEASE.read_text()),
     }.items():

@@ -1,6 +1,7 @@
 """Token selection: the fp64 oracle, and properties that hold for any input."""
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ VARIANTS = {
     "paper": {},
     "release": {"score": "cls_attention", "center": "features", "quota": "bounded", "extra_kept": 1},
     "auto": {"nms_lambda": "auto"},
+    "spread": {"score": "cls_attention", "quota": "spread"},
     "kmeans": {"grouping": "kmeans"},
     "random": {"grouping": "random", "seed": 3},
     "many_groups": {"num_groups": 1000},
@@ -77,6 +79,8 @@ def random_case(seed):
         options["center"] = "features"
     if seed % 13 < 5:
         options["quota"] = "bounded"
+    elif seed % 13 > 9:
+        options["quota"] = "spread"
     if seed % 6 == 1:
         options["num_groups"] = draw(1, 2 * tokens)
     if seed % 8 < 3:
@@ -212,7 +216,7 @@ def test_the_same_input_gives_the_same_tokens_again(variant):
     assert torch.equal(select(x, 30, variant).indices, select(x, 30, variant).indices)
 
 
-@pytest.mark.parametrize("variant", ["paper", "release", "auto", "no_nms"])
+@pytest.mark.parametrize("variant", ["paper", "release", "auto", "spread", "no_nms"])
 def test_order_of_the_tokens_does_not_matter(variant):
     for seed in range(10):
         x = tokens_like_a_tower(60, 32, seed)
@@ -221,7 +225,7 @@ def test_order_of_the_tokens_does_not_matter(variant):
         assert shuffle[select(x[shuffle][None], 12, variant).indices[0]].sort().values.tolist() == kept.tolist()
 
 
-@pytest.mark.parametrize("variant", ["paper", "release", "auto"])
+@pytest.mark.parametrize("variant", ["paper", "release", "auto", "spread"])
 def test_non_finite_tokens_leave_the_others_alone(variant):
     for seed in range(10):
         x = tokens_like_a_tower(60, 32, seed)[None]
@@ -245,6 +249,32 @@ def test_non_finite_attention_ranks_last():
     attention[0, [2, 5]] = math.nan
     kept = select_tokens(x, 18, score="cls_attention", cls_attention=attention).indices[0]
     assert kept.tolist() == [i for i in range(20) if i not in (2, 5)]
+
+
+def test_spread_tokens_of_equal_score_are_at_least_half_as_far_apart_as_can_be():
+    """The greedy answer's bound on the max-min distance, here by its angle, against every choice of four tokens."""
+    for seed in range(20):
+        x = tokens_like_a_tower(11, 8, seed)
+        units = torch.nn.functional.normalize(x, dim=1)
+        angles = (units @ units.T).clamp(-1, 1).acos()
+
+        def smallest(kept, angles=angles):
+            return min(angles[i, j] for i, j in combinations(kept, 2))
+
+        kept = select_tokens(x[None], 4, score="cls_attention", quota="spread", cls_attention=torch.ones(1, 11))
+        best = max(smallest(four) for four in combinations(range(11), 4))
+        assert smallest(kept.indices[0].tolist()) >= best / 2
+
+
+def test_spread_prefers_the_better_of_equal_tokens_and_covers_every_cluster_first():
+    x = torch.eye(5, 16).repeat_interleave(4, 0)[None]
+    attention = torch.rand(1, 20, generator=torch.Generator().manual_seed(0)) + 0.1
+    clusters = attention.view(5, 4)
+    options = {"score": "cls_attention", "quota": "spread", "cls_attention": attention}
+    best = (clusters.argmax(1) + 4 * torch.arange(5)).tolist()
+    assert select_tokens(x, 5, **options).indices[0].tolist() == best
+    others = [i for i in attention[0].argsort(descending=True).tolist() if i not in best]
+    assert select_tokens(x, 9, **options).indices[0].tolist() == sorted(best + others[:4])
 
 
 def test_rho_is_the_mean_of_all_pairs():
@@ -274,7 +304,7 @@ def test_information_budgets():
     assert budgets.double().mean().item() == pytest.approx(64, abs=0.05)
 
 
-@pytest.mark.parametrize("variant", ["paper", "release", "auto"])
+@pytest.mark.parametrize("variant", ["paper", "release", "auto", "spread"])
 def test_a_budget_for_each_image(variant):
     x = torch.stack([tokens_like_a_tower(90, 48, seed) for seed in range(4)])
     budgets = torch.tensor([5, 40, 1, 200])
@@ -381,7 +411,7 @@ def test_nothing_larger_than_the_tokens_of_one_image_is_allocated(variant):
     assert seen.largest <= max(400 * 400, x.numel())
 
 
-@pytest.mark.parametrize("variant", ["paper", "release"])
+@pytest.mark.parametrize("variant", ["paper", "release", "spread"])
 def test_compiles_into_one_graph_for_all_images(variant):
     x = torch.stack([tokens_like_a_tower(256, 280, seed) for seed in range(4)])
     compiled = torch.compile(lambda batch: select(batch, 16, variant).indices, fullgraph=True, backend="eager")

@@ -152,6 +152,7 @@ METHODS: dict[str, Method] = {
     "vitcop": Method("ViTCoP", "both", vitcop.vitcop),
     "prunesid-paper": Method("PruneSID (paper)", "encoder", _preset()),
     "prunesid-release": Method("PruneSID (release)", "encoder", _preset(**_RELEASE)),
+    "prunesid-spread": Method("PruneSID (spread)", "encoder", _preset(score="cls_attention", quota="spread")),
     "prunesid-auto": Method("PruneSID (auto)", "encoder", _preset(nms_lambda="auto")),
     "prunesid-dyn": Method("PruneSID-Dyn", "encoder", _preset(dynamic=True)),
     "prunesid-llm": Method("PruneSID (auto), and inside", "both", vitcop.prunesid),
