@@ -112,7 +112,11 @@ def bounded(sizes, total, nominal):
 
 
 def reference_spread(x, scores, noise, similarity, budget, margins):
-    """Ours: one after another the token of largest score ** 0.25 * cosine distance to the nearest kept one."""
+    """
+    Ours: one after another the token of largest score ** 0.25 * cosine distance to the nearest kept one.
+
+    Similarities are rounded to 12 digits, so that equal tokens are exact ties.
+    """
     weights = [max(score, 0) ** 0.25 for score in scores]
     nearest, kept = [2.0] * len(x), []
     for _ in range(budget):
@@ -125,7 +129,7 @@ def reference_spread(x, scores, noise, similarity, budget, margins):
                 blur = [8 * EPS * weights[j] + nearest[j] * noise[j] / 4 / scores[j] ** 0.75 for j in blurred]
                 margins.append((gains[best] - gains[i]) / (sum(blur) or 1))
         kept.append(best)
-        nearest = [min(nearest[i], max(1 - similarity[i][best], 16 * EPS)) for i in range(len(x))]
+        nearest = [min(nearest[i], max(1 - round(similarity[i][best], 12), 16 * EPS)) for i in range(len(x))]
     return kept
 
 
