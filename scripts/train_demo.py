@@ -592,7 +592,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the export (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=5000, help="training scenes to extract")
     parser.add_argument("--crowded", type=int, default=1400, help="crowded training scenes to extract")
-    parser.add_argument("--steps", type=int, nargs=4, default=(800, 700, 1500, 1200), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=4, default=(800, 700, 1500, 1300), metavar=STAGES)
     parser.add_argument("--batch", type=int, default=8, help="scenes a step and process")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
