@@ -245,8 +245,8 @@ class Case(NamedTuple):
         return self.model
 
 
-def list_cases(is_next: bool, budgets: list[int]) -> dict[str, Case]:
-    """The stock class; at every budget of a view PruneSID; and at the same mean over the layers for LLaVA-1.5
+def list_cases(is_next: bool, budgets: list[int], inside: bool) -> dict[str, Case]:
+    """The stock class; at every budget of a view PruneSID; and, `inside` LLaVA-1.5, at the same mean over the layers
     PruneSID with `llm_budget`, which half as many tokens again enter, and ViTCoP."""
     models, views, family = build(is_next), 5 if is_next else 1, "next" if is_next else "llava"
     ours = models["prunesid"]
@@ -254,7 +254,7 @@ def list_cases(is_next: bool, budgets: list[int]) -> dict[str, Case]:
     for count in budgets:
         key = f"{family}_{views * count}"
         cases[f"{views} x {count}"] = Case(ours, {"budget": count, "llm_budget": None}, key)
-        if not is_next:
+        if inside:
             entering = count + count // 2
             inside = {"budget": entering, "llm_budget": count}
             cases[f"{entering}, mean {count}"] = Case(ours, inside, f"{key}_llm_budget")
@@ -288,10 +288,10 @@ def operations(views: int, lengths: list[int]) -> float:
 
 
 @torch.no_grad()
-def compare_models(is_next: bool, budgets: list[int], rounds: int) -> dict[str, float]:
+def compare_models(is_next: bool, budgets: list[int], rounds: int, inside: bool = False) -> dict[str, float]:
     """c. and d. The stock class and ours at every budget of a view."""
     name, views = ("LLaVA-NeXT", 5) if is_next else ("LLaVA-1.5", 1)
-    cases = list_cases(is_next, budgets)
+    cases = list_cases(is_next, budgets, inside)
     stock = cases["stock"].model
     inputs = question(stock, is_next)
     prompt = {name: value for name, value in inputs.items() if name != "pixel_values"}
@@ -378,8 +378,10 @@ def main() -> None:
         cases = [(batch, 576, budget) for batch in (1, 5) for budget in (192, 128, 64, 32)] + [(8, 256, 17)]
     ratios = compare_selection(tokens, cases, 5 if arguments.quick else 7)
     ratios |= compare_tower(tokens, 2 if arguments.quick else 3, arguments.quick)
-    ratios |= compare_models(False, [64] if arguments.quick else [192, 128, 64, 32], 1 if arguments.quick else 3)
-    if not arguments.quick:
+    if arguments.quick:
+        ratios |= compare_models(False, [64], 1)
+    else:
+        ratios |= compare_models(False, [192, 128, 64, 32], 3, inside=True)
         ratios |= compare_models(True, [128, 64, 32], 1 if DEVICE == "cpu" else 5)
         grow(tokens, 3)
     report = {"machine": machine(), **{name: round(value, 5) for name, value in ratios.items()}}

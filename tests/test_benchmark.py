@@ -19,7 +19,7 @@ def benchmark(monkeypatch):
 
 
 def test_all_ways_hold_the_same_share_of_the_cache(benchmark, capsys):
-    ratios = benchmark.compare_models(False, [64], rounds=1)
+    ratios = benchmark.compare_models(False, [64], rounds=1, inside=True)
     text = benchmark.TEXT_TOKENS + 1
     expected = (576 + text) / (64 + text)
     for key in ("llava_64", "llava_64_llm_budget", "llava_64_vitcop"):
