@@ -256,8 +256,8 @@ def list_cases(is_next: bool, budgets: list[int], inside: bool) -> dict[str, Cas
         cases[f"{views} x {count}"] = Case(ours, {"budget": count, "llm_budget": None}, key)
         if inside:
             entering = count + count // 2
-            inside = {"budget": entering, "llm_budget": count}
-            cases[f"{entering}, mean {count}"] = Case(ours, inside, f"{key}_llm_budget")
+            thinned = {"budget": entering, "llm_budget": count}
+            cases[f"{entering}, mean {count}"] = Case(ours, thinned, f"{key}_llm_budget")
             cases[f"ViTCoP {count}"] = Case(models["vitcop"], {"budget": count}, f"{key}_vitcop")
     return cases
 
