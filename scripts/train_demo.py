@@ -14,6 +14,7 @@ Four stages, all on patch features that the frozen tower gives once and a cache 
 The language model reads a dozen questions of a scene in one sequence; each sees the picture and itself only, and
 answers alone carry loss. Every step draws from a generator seeded by its number, and training resumes where it was
 stopped. It trains on the scenes that the cache holds when it starts: extract all first for the same weights again.
+It needs PyTorch 2.9 or later, for `torch.optim.Muon`.
 
     python scripts/train_demo.py features WORK            # once; about 0.3 s a scene on 2 idle cores
     python scripts/train_demo.py train WORK               # stop and start again at will; on 2 cores rather
