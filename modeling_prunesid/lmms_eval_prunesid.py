@@ -37,11 +37,11 @@ def manifest() -> ModelManifest:
 
 class PruneSIDForLmmsEval(lmms):
     r"""
-    A PruneSID repo that answers the `generate_until` tasks of lmms-eval, on images and on videos. Prompts are written
-    by the repo's own chat template. What goes wrong in an answer is raised, never scored as an empty one.
+    A PruneSID or ViTCoP repo that answers the `generate_until` tasks of lmms-eval, on images and on videos. Prompts
+    are written by the repo's own chat template. What goes wrong in an answer is raised, never scored as an empty one.
 
     Args:
-        pretrained (`str`): the repo or folder of a PruneSID variant.
+        pretrained (`str`): the repo or folder of a variant.
         revision (`str`, defaults to `"main"`): its revision.
         device (`str`, *optional*): where the model runs. Default: the device of this process in Accelerate.
         device_map (`str`, *optional*): Accelerate's placement, for example `"auto"`, in place of `device`.
@@ -54,7 +54,7 @@ class PruneSIDForLmmsEval(lmms):
         video_fps (`float`, *optional*): take this many frames a second, where that is less than `max_frames_num`.
 
     Raises:
-        `ValueError`: for an invalid argument, or a repo that is no PruneSID variant.
+        `ValueError`: for an invalid argument, or a repo that is no variant.
     """
 
     is_simple = False
@@ -90,13 +90,14 @@ class PruneSIDForLmmsEval(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         location = {"revision": revision, "trust_remote_code": trust_remote_code}
-        model_type = AutoConfig.from_pretrained(pretrained, **location).model_type
-        if not model_type.startswith("prunesid_"):
+        config = AutoConfig.from_pretrained(pretrained, **location)
+        if not config.model_type.startswith(("prunesid_", "vitcop_")):
             raise ValueError(
-                f"pretrained={pretrained!r} is no PruneSID repo but a {model_type!r}, which would run without "
-                "compression. Make a variant of it with scripts/convert.py."
+                f"pretrained={pretrained!r} is no PruneSID or ViTCoP repo but a {config.model_type!r}, which would "
+                "run without compression. Make a variant of it with scripts/convert.py."
             )
-        settings = {} if num_visual_tokens is None else {"prunesid_config": {"budget": num_visual_tokens}}
+        budget_field = config.prunesid_config.base_config_key
+        settings = {} if num_visual_tokens is None else {budget_field: {"budget": num_visual_tokens}}
         placement = device_map or device or str(self.accelerator.device)
         self.model = AutoModelForImageTextToText.from_pretrained(
             pretrained, dtype=dtype, device_map=placement, **location, **settings
@@ -127,11 +128,13 @@ class PruneSIDForLmmsEval(lmms):
         bar.close()
 
         seen = self.visual_tokens
+        kept = seen["kept"] * seen["in_layers"] / seen["entered"] if seen["entered"] else seen["kept"]
         logger.info(
-            f"prunesid: {type(self.model).__name__} kept {seen['kept']} of {seen['all']} visual tokens of "
+            f"prunesid: {type(self.model).__name__} kept {round(kept)} of {seen['all']} visual tokens of "
             f"{seen['views']} images and clips"
         )
-        mean = {f"{name}_visual_tokens": seen[name] / max(seen["views"], 1) for name in ("kept", "all")}
+        views = max(seen["views"], 1)
+        mean = {"kept_visual_tokens": kept / views, "all_visual_tokens": seen["all"] / views}
         log_metrics(seconds, tokens, tokens / seconds if seconds else 0.0, additional_metrics=mean)
         return [results[index] for index in range(len(requests))]
 
@@ -236,8 +239,20 @@ def frame_indices(metadata: VideoMetadata, max_frames_num: int, video_fps: float
 
 
 def count_visual_tokens(model) -> Counter:
-    """Counts, from now on, the images and clips that the base model encodes (`views`), and their tokens."""
+    """
+    Counts, from now on, the images and clips that the base model encodes (`views`), their tokens (`all`), and those
+    that enter the language model (`kept`). Where its layers drop more of them, `in_layers` is what they saw, summed
+    over the layers, and `entered` what they would have seen of all that entered.
+    """
     seen: Counter = Counter()
+
+    def count_layers(module, inputs, output):
+        layers = output.get("layer_visual_tokens")
+        if layers is not None:
+            seen["in_layers"] += int(layers.sum())
+            seen["entered"] += int(layers[:, 0].sum()) * layers.shape[1]
+
+    model.register_forward_hook(count_layers)
     for name in ("get_image_features", "get_video_features"):
         if hasattr(model, name):
             setattr(model, name, _counted(getattr(model, name), seen))

@@ -21,9 +21,14 @@ import torch
 import transformers
 from datasets import Dataset
 from test_video_llava import build as build_video_llava
-from tiny_checkpoint import CHAT_TEMPLATE, picture, save_checkpoint
+from tiny_checkpoint import CHAT_TEMPLATE, build_processor, picture, save_checkpoint
+from transformers import AutoModelForImageTextToText
 
-from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
+from modeling_prunesid import (
+    PruneSIDLlavaForConditionalGeneration,
+    PruneSIDLlavaProcessor,
+    ViTCoPLlavaForConditionalGeneration,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -92,11 +97,24 @@ def plugin(metrics):
 
 
 @pytest.fixture(scope="module")
-def variant(tmp_path_factory):
+def base(tmp_path_factory):
+    """A stock checkpoint."""
+    return save_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def variant(base, tmp_path_factory):
     """A saved variant that keeps 8 of 49 tokens."""
     folder = tmp_path_factory.mktemp("variant")
-    base = save_checkpoint(tmp_path_factory.mktemp("base"))
     PruneSIDLlavaForConditionalGeneration.from_pretrained(base, prunesid_config={"budget": 8}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vitcop(base, tmp_path_factory):
+    """A saved ViTCoP variant that leaves 20 of 49 tokens in the mean over its layers."""
+    folder = tmp_path_factory.mktemp("vitcop")
+    ViTCoPLlavaForConditionalGeneration.from_pretrained(base, vitcop_config={"budget": 20}).save_pretrained(folder)
     return folder
 
 
@@ -119,17 +137,22 @@ def ask(model, gen_kwargs=None, docs=DOCS, kind="image"):
     ]
 
 
+def own_inputs(doc):
+    """The full prompt of the stock processor."""
+    text = f"USER: <image> {doc['question']} ASSISTANT:"
+    return build_processor()(images=doc["image"], text=text, return_tensors="pt")
+
+
 def own_answers(variant, budget, length=5):
     """The answers of the class itself to `DOCS`, one at a time."""
-    settings = {"prunesid_config": {"budget": budget}}
-    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(variant, **settings).eval()
-    processor = PruneSIDLlavaProcessor.from_pretrained(variant, num_visual_tokens=budget)
+    model = AutoModelForImageTextToText.from_pretrained(variant).eval()
+    model.config.prunesid_config.budget = budget
     answers = []
     for doc in DOCS:
-        text = f"USER: <image> {doc['question']} ASSISTANT:"
-        inputs = processor(images=doc["image"], text=text, return_tensors="pt")
+        inputs = own_inputs(doc)
         output = model.generate(**inputs, max_new_tokens=length, do_sample=False)
-        answers.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        answer = output[0, inputs["input_ids"].shape[1] :]
+        answers.append(build_processor().decode(answer, skip_special_tokens=True))
     return answers
 
 
@@ -179,6 +202,21 @@ class TestAnswers:
         assert model.visual_tokens == {"views": len(DOCS), "kept": kept * len(DOCS), "all": 49 * len(DOCS)}
         assert metrics[-1] == {"kept_visual_tokens": kept, "all_visual_tokens": 49}
 
+    @pytest.mark.parametrize("budget", [None, 30])
+    def test_a_vitcop_repo_answers_as_its_class_does(self, plugin, metrics, vitcop, budget):
+        """What it kept is counted as the mean over the layers, which drop tokens too, beams or none."""
+        model = plugin.PruneSIDForLmmsEval(str(vitcop), device="cpu", batch_size=3, num_visual_tokens=budget)
+        results = model.generate_until(ask(model))
+        expected = own_answers(vitcop, budget or 20)
+        assert [result.text for result in results] == expected
+        assert len(set(expected)) > 3
+        own = AutoModelForImageTextToText.from_pretrained(vitcop).eval()
+        seen = own(**own_inputs(DOCS[0]), num_visual_tokens=budget or 20).layer_visual_tokens[0].tolist()
+        assert seen[0] > seen[-1]
+        assert metrics[-1] == {"kept_visual_tokens": pytest.approx(sum(seen) / len(seen)), "all_visual_tokens": 49}
+        model.generate_until(ask(model, {"max_new_tokens": 2, "num_beams": 2}))
+        assert metrics[-1] == {"kept_visual_tokens": pytest.approx(sum(seen) / len(seen)), "all_visual_tokens": 49}
+
     def test_a_task_with_a_medium_that_the_model_does_not_take_is_named(self, plugin, variant):
         model = plugin.PruneSIDForLmmsEval(str(variant), device="cpu")
         for kind in ("video", "audio"):
@@ -211,9 +249,9 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             plugin.PruneSIDForLmmsEval(**arguments)
 
-    def test_a_stock_checkpoint_is_refused(self, plugin, tmp_path):
-        with pytest.raises(ValueError, match="is no PruneSID repo but a 'llava'.*convert.py"):
-            plugin.PruneSIDForLmmsEval(str(save_checkpoint(tmp_path)))
+    def test_a_stock_checkpoint_is_refused(self, plugin, base):
+        with pytest.raises(ValueError, match="is no PruneSID or ViTCoP repo but a 'llava'.*convert.py"):
+            plugin.PruneSIDForLmmsEval(str(base))
 
 
 class TestParts:
