@@ -4,6 +4,7 @@ as `visual_groups`, and reducers between the layers read it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,6 +104,10 @@ class CoPrunedModelMixin:
         laid[placeholders] = groups
         return {**inputs, "visual_groups": torch.nn.functional.pad(laid, (0, 0, before, 0), value=-1)}
 
+    def forward_compressed(self, forward: Callable, **inputs):
+        """As for every family, with `forward_pruned` on the shortened arguments."""
+        return super().forward_compressed(partial(self.forward_pruned, forward), **inputs)
+
     def forward_pruned(self, forward: Callable, **inputs):
         """Upstream's `forward`, with tokens dropped between the layers of the language model."""
         if inputs.get("visual_groups") is None and not CachedColumns.are_known_of(inputs.get("past_key_values")):
@@ -135,6 +140,10 @@ class CoPrunedModelMixin:
 
 class CoPrunedGenerationMixin:
     """For a model with a language-modelling head whose `self.model` is a [`CoPrunedModelMixin`]."""
+
+    def forward_compressed(self, forward: Callable, **inputs):
+        """As for every family, with `forward_pruned` on the shortened arguments."""
+        return super().forward_compressed(partial(self.forward_pruned, forward), **inputs)
 
     def forward_pruned(self, forward: Callable, **inputs):
         """Upstream's `forward`; the output says how many visual tokens each layer saw."""

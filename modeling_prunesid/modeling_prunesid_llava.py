@@ -1,7 +1,5 @@
 """LLaVA-1.5 with PruneSID: tokens are chosen from the tower's features, and only the kept ones are projected."""
 
-from functools import partial
-
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel
@@ -168,10 +166,7 @@ class PruneSIDLlavaModel(CoPrunedModelMixin, CompressedModelMixin, HubModelMixin
             `ValueError`: if the prompt has neither T nor N placeholders for each image.
         """
         return self.forward_compressed(
-            partial(self.forward_pruned, super().forward),
-            num_visual_tokens=num_visual_tokens,
-            visual_groups=visual_groups,
-            **inputs,
+            super().forward, num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs
         )
 
 
@@ -235,10 +230,7 @@ class PruneSIDLlavaForConditionalGeneration(
             `ValueError`: if the prompt has neither T nor N placeholders for each image.
         """
         return self.forward_compressed(
-            partial(self.forward_pruned, super().forward),
-            num_visual_tokens=num_visual_tokens,
-            visual_groups=visual_groups,
-            **inputs,
+            super().forward, num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs
         )
 
 

@@ -1,7 +1,5 @@
 """LLaVA-1.5 with ViTCoP: salient tokens leave the tower, and are merged and dropped inside the language model."""
 
-from functools import partial
-
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel
@@ -181,10 +179,7 @@ class ViTCoPLlavaModel(CoPrunedModelMixin, CompressedModelMixin, HubModelMixin, 
             `ValueError`: if the prompt has neither T nor n placeholders for each image.
         """
         return self.forward_compressed(
-            partial(self.forward_pruned, super().forward),
-            num_visual_tokens=num_visual_tokens,
-            visual_groups=visual_groups,
-            **inputs,
+            super().forward, num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs
         )
 
 
@@ -249,10 +244,7 @@ class ViTCoPLlavaForConditionalGeneration(
             `ValueError`: if the prompt has neither T nor n placeholders for each image.
         """
         return self.forward_compressed(
-            partial(self.forward_pruned, super().forward),
-            num_visual_tokens=num_visual_tokens,
-            visual_groups=visual_groups,
-            **inputs,
+            super().forward, num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs
         )
 
 
