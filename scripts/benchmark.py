@@ -8,7 +8,8 @@ c. LLaVA-1.5 and LLaVA-NeXT shapes end to end, stock class and ours at every bud
    encoded images to filled caches, decoding, KV cache and peak memory. For LLaVA-1.5 also `llm_budget` and ViTCoP, at
    the same mean over the layers (`prompt`). Random weights; a small language model on a CPU, the shape of a 7B in
    bfloat16 on a GPU.
-d. Beside each time to first token its limit: the ratio of floating-point operations that remain.
+d. Beside these ratios their limits: of the first token and of prefill the ratio of floating-point operations, of
+   decoding that of the bytes a step reads, of the KV cache that of its tokens.
 e. How selection grows with tokens, images and frames.
 
 Cases take turns; figures are medians with their range. The inputs of a. and e. are tokens of real photographs:
@@ -276,15 +277,18 @@ def question(model, is_next: bool) -> dict[str, torch.Tensor]:
     return {**inputs, "input_ids": torch.tensor([ids], device=DEVICE)}
 
 
-def operations(views: int, lengths: list[int]) -> float:
-    """d. Floating-point operations of the tower on `views` images and of a prefill of so many tokens in each layer."""
+def operations(views: int, tower_layers: int, lengths: list[int]) -> float:
+    """d. Floating-point operations of so many layers of the tower on `views` images, and of a prefill of so many tokens
+    in each layer of the language model. Embeddings, projector and head are left out."""
 
     def layer(length: int, width: int, inner: int, projections: int) -> float:
         return 2 * length * (4 * width**2 + projections * width * inner) + 4 * length**2 * width
 
     text = SEVEN_B if DEVICE == "cuda" else SMALL
-    tower = views * 24 * layer(577, 1024, 4096, projections=2)
-    return tower + sum(layer(length, text["hidden_size"], text["intermediate_size"], 3) for length in lengths)
+    patches = (CLIP_L["image_size"] // CLIP_L["patch_size"]) ** 2
+    tower_layer = layer(patches + 1, CLIP_L["hidden_size"], CLIP_L["intermediate_size"], projections=2)
+    prefill = sum(layer(length, text["hidden_size"], text["intermediate_size"], projections=3) for length in lengths)
+    return views * tower_layers * tower_layer + prefill
 
 
 @torch.no_grad()
@@ -321,26 +325,39 @@ def compare_models(is_next: bool, budgets: list[int], rounds: int, inside: bool 
     decoding = seconds_by_turns({label: partial(decode, case, caches[label]) for label, case in cases.items()}, 3)
     peaks = {label: peak_bytes(partial(answer, case)) for label, case in cases.items()}
 
+    weights = sum(parameter.nbytes for parameter in stock.model.language_model.layers.parameters())
+
+    def model_cost(label: str) -> dict[str, float]:
+        layers = CLIP_L["num_hidden_layers"] - (label != "stock")  # ours stops at layer -2
+        return {
+            "ttft": operations(views, layers, lengths[label]),
+            "prefill": operations(0, 0, lengths[label]),
+            "decode": weights + held[label],
+            "kv_cache": sum(lengths[label]),
+        }
+
     size = sum(parameter.numel() for parameter in stock.model.language_model.parameters()) / 1e6
     print(f"\nc. {name} shape, language model of {size:.0f} M parameters, {stock.dtype}")
     print(
-        f"{'':14}{'prompt':>8}{'first token':>34}{'ratio':>8}{'limit':>8}{'prefill':>10}{'ratio':>8}{'decode':>14}"
-        f"{'KV cache':>12}{'peak':>12}"
+        f"{'':14}{'prompt':>8}{'first token':>34}{'ratio':>8}{'limit':>8}{'prefill':>10}{'ratio':>8}{'limit':>8}"
+        f"{'decode':>14}{'ratio':>8}{'limit':>8}{'KV cache':>12}{'ratio':>8}{'limit':>8}{'peak':>12}"
     )
     ratios = {}
     for label, case in cases.items():
         rate = DECODED / statistics.median(decoding[label])
-        limit = operations(views, lengths["stock"]) / operations(views, lengths[label])
+        limits = {what: cost / model_cost(label)[what] for what, cost in model_cost("stock").items()}
         against = {
             "ttft": statistics.median(first["stock"]) / statistics.median(first[label]),
             "prefill": statistics.median(seconds["stock"]) / statistics.median(seconds[label]),
+            "decode": statistics.median(decoding["stock"]) / statistics.median(decoding[label]),
             "kv_cache": held["stock"] / held[label],
             "peak_memory": peaks["stock"] / peaks[label],
         }
+        beside = {what: f"{against[what]:7.2f}x{limit:7.2f}x" for what, limit in limits.items()}
         print(
-            f"{label:14}{statistics.fmean(lengths[label]):8.0f}{spread(first[label]):>34}{against['ttft']:7.2f}x"
-            f"{limit:7.2f}x{1000 * statistics.median(seconds[label]):7.0f} ms{against['prefill']:7.2f}x"
-            f"{rate:8.1f} tok/s{held[label] / 2**20:8.1f} MiB{peaks[label] / 2**20:8.0f} MiB"
+            f"{label:14}{statistics.fmean(lengths[label]):8.0f}{spread(first[label]):>34}{beside['ttft']}"
+            f"{1000 * statistics.median(seconds[label]):7.0f} ms{beside['prefill']}{rate:8.1f} tok/s{beside['decode']}"
+            f"{held[label] / 2**20:8.1f} MiB{beside['kv_cache']}{peaks[label] / 2**20:8.0f} MiB"
         )
         if label != "stock":
             ratios |= {f"{what}_ratio_{case.key}": value for what, value in against.items()}

@@ -30,9 +30,15 @@ def test_all_ways_hold_the_same_share_of_the_cache(benchmark, capsys):
     assert shown == ["stock", "1 x 64", "96, mean 64", "ViTCoP 64"]
 
 
-def test_operations_are_those_of_each_layer(benchmark):
-    whole = [benchmark.operations(1, [length] * 12) for length in (0, 100, 200)]
-    assert benchmark.operations(1, [100] * 6 + [200] * 6) == pytest.approx((whole[1] + whole[2]) / 2)
-    assert benchmark.operations(5, [0]) == pytest.approx(5 * whole[0])
-    layer = 2 * 100 * (4 * 16**2 + 3 * 16 * 16) + 4 * 100**2 * 16
-    assert whole[1] - whole[0] == pytest.approx(12 * layer)
+def test_operations_are_those_of_the_matrix_products_in_each_layer(benchmark):
+    def products(tokens, inner_products):
+        """Multiplications and additions of the products in one layer of width 16, by the shapes of their factors."""
+        inner = [(tokens, 16, 16)] * inner_products
+        attention = [(tokens, 16, tokens), (tokens, tokens, 16)]
+        return sum(2 * rows * shared * columns for rows, shared, columns in [(tokens, 16, 16)] * 4 + inner + attention)
+
+    patches_and_cls = 24 * 24 + 1
+    assert benchmark.operations(5, 23, []) == 5 * 23 * products(patches_and_cls, inner_products=2)
+    prefill = 6 * products(100, inner_products=3) + 6 * products(200, inner_products=3)
+    assert benchmark.operations(0, 0, [100] * 6 + [200] * 6) == prefill
+    assert benchmark.operations(5, 23, [100] * 6 + [200] * 6) == benchmark.operations(5, 23, []) + prefill
