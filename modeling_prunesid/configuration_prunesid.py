@@ -162,8 +162,8 @@ class PruneSIDConfig(NestedSettings):
             Axis whose mean is removed before the decomposition: over tokens (equation 1), or over features (release).
         quota (`"proportional"`, `"bounded"` or `"spread"`, defaults to `"proportional"`):
             Group quotas: proportional to the survivors (section 3.3), or bounded from below and above (release).
-            `"spread"` (ours) takes neither groups nor NMS into account: tokens follow by score and distance to those
-            already kept.
+            `"spread"` (ours) takes neither groups nor NMS into account: tokens follow by score and by the distance,
+            projected as the language model gets them, to those already kept. All tokens are projected for it.
         keep_cls (`bool`, defaults to `False`):
             Let the tower's CLS token be one of the N (release).
         grouping (`"psca"`, `"kmeans"` or `"random"`, defaults to `"psca"`):

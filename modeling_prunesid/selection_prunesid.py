@@ -49,7 +49,7 @@ class TokenSelection:
         counts (`torch.LongTensor` of shape `(batch,)`): number of tokens kept of each image.
         rho (`torch.FloatTensor` of shape `(batch,)`): redundancy of each image, equation 4.
         groups (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
-            Group of each token, equation 3; -1 for a non-finite token.
+            Group of each token, equation 3; -1 for a non-finite token. `quota="spread"` by CLS attention has none.
         scores (`torch.FloatTensor` of shape `(batch, tokens)`, *optional*):
             Selection score of each token; -inf for a non-finite token.
     """
@@ -67,6 +67,7 @@ def select_tokens(
     budget: int | float | torch.LongTensor,
     *,
     cls_attention: torch.Tensor | None = None,
+    projected: torch.Tensor | None = None,
     num_groups: int | None = None,
     nms_lambda: float | str | None = None,
     score: str = "component",
@@ -92,6 +93,9 @@ def select_tokens(
             for each image. From `tokens` on, nothing is dropped.
         cls_attention (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
             Attention of the CLS token, summed over heads; the score of `score="cls_attention"`.
+        projected (`torch.Tensor` of shape `(batch, tokens, any dim)`, *optional*):
+            The tokens as the language model would get them, between which `quota="spread"` measures distances; without
+            them it does between `hidden_states`.
         num_groups (`int`, *optional*):
             K, the number of components, N/4 by default. Components beyond the rank of the features stay empty.
         nms_lambda (`float` or `str`, *optional*):
@@ -127,6 +131,8 @@ def select_tokens(
         _check_cls_attention(cls_attention, hidden_states)
     else:
         cls_attention = None
+    if projected is not None:
+        _check_projected(projected, hidden_states)
 
     batch, tokens, _ = hidden_states.shape
     budgets = _budget_of_each_image(budget, batch, tokens)
@@ -143,6 +149,7 @@ def select_tokens(
                 _select_of_one_image(
                     hidden_states[row],
                     None if cls_attention is None else cls_attention[row].float(),
+                    None if projected is None else projected[row],
                     count=count,
                     nominal=nominal,
                     num_groups=min(max(nominal // 4, 1) if num_groups is None else num_groups, tokens),
@@ -158,7 +165,7 @@ def select_tokens(
         indices=torch.nn.utils.rnn.pad_sequence(indices, batch_first=True, padding_value=tokens),
         counts=torch.tensor(budgets, device=hidden_states.device),
         rho=torch.stack(rho),
-        groups=torch.stack(groups) if return_details else None,
+        groups=torch.stack(groups) if return_details and groups[0] is not None else None,
         scores=torch.stack(scores) if return_details else None,
     )
 
@@ -467,6 +474,7 @@ def spread_tokens(units: torch.Tensor, scores: torch.Tensor, count: int) -> torc
 def _select_of_one_image(
     hidden_states: torch.Tensor,
     cls_attention: torch.Tensor | None,
+    projected: torch.Tensor | None,
     *,
     count: int,
     nominal: int,
@@ -476,10 +484,13 @@ def _select_of_one_image(
     quota: str,
     grouping: str,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Indices `(count,)`, rho `()`, groups `(tokens,)` and scores `(tokens,)` of one image's `(tokens, dim)`."""
     features, scales, finite = _finite_features(hidden_states, cls_attention)
     rho = _mean_similarity(features, scales, finite)
+    if quota == "spread" and cls_attention is not None:
+        scores = cls_attention.masked_fill(~finite, -math.inf)
+        return _spread_indices(features, scales, projected, scores, count), rho, None, scores
 
     components = principal_components(features, finite, num_groups, center)
     component_scores, groups = components.max(1)
@@ -491,8 +502,7 @@ def _select_of_one_image(
     scores = scores.masked_fill(~finite, -math.inf)
 
     if quota == "spread":
-        kept = spread_tokens(features * scales[:, None], scores, count)
-        indices = (~kept).byte().argsort(stable=True)[:count]
+        indices = _spread_indices(features, scales, projected, scores, count)
         return indices, rho, groups.masked_fill(~finite, -1), scores
 
     # Non-finite tokens come last in the ranking and form a group of their own behind the others.
@@ -523,6 +533,15 @@ def _select_of_one_image(
     kept = kept | torch.zeros_like(kept).scatter(0, ranking, filled)
     indices = (~kept).byte().argsort(stable=True)[:count]
     return indices, rho, groups.masked_fill(~finite, -1), scores
+
+
+def _spread_indices(
+    features: torch.Tensor, scales: torch.Tensor, projected: torch.Tensor | None, scores: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Ascending indices `(count,)` of [`spread_tokens`] between `projected`, or `features`."""
+    if projected is not None:
+        features, scales, _ = _finite_features(projected, None)
+    return (~spread_tokens(features * scales[:, None], scores, count)).byte().argsort(stable=True)[:count]
 
 
 def _finite_features(
@@ -641,6 +660,15 @@ def _check_cls_attention(cls_attention: torch.Tensor | None, hidden_states: torc
         raise ValueError(
             f"`cls_attention` must have shape (batch, tokens) = {tuple(hidden_states.shape[:2])}, "
             f"got {tuple(cls_attention.shape)}."
+        )
+
+
+def _check_projected(projected: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    shape = tuple(hidden_states.shape[:2])
+    if projected.dim() != 3 or tuple(projected.shape[:2]) != shape or not projected.is_floating_point():
+        raise ValueError(
+            f"`projected` must be a floating tensor of shape (batch, tokens, dim) = {(*shape, 'dim')}, "
+            f"got shape {tuple(projected.shape)} and {projected.dtype}."
         )
 
 

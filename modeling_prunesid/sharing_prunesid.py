@@ -109,6 +109,7 @@ def choose_tokens_of_views(
     full_view: int,
     extra_kept: int = 0,
     cls_attention: Sequence[torch.Tensor] | None = None,
+    projected: Sequence[torch.Tensor] | None = None,
     information: Sequence[float] | None = None,
 ) -> list[torch.LongTensor]:
     """
@@ -120,6 +121,7 @@ def choose_tokens_of_views(
         total (`int`), rule (`str`): this input's, of [`SharedBudgets`].
         num_tokens (`list[int]`), full_view (`int`), extra_kept (`int`): this input's, as given to `request_budgets`.
         cls_attention (`list[torch.Tensor]`, each of shape `(tokens,)`, *optional*): for `score="cls_attention"`.
+        projected (`list[torch.Tensor]`, each of shape `(patches, hidden_size)`, *optional*): of `project_if_compared`.
         information (`list[float]`, *optional*): what a total is shared by, by default 1 - rho of each view.
 
     Returns:
@@ -147,5 +149,6 @@ def choose_tokens_of_views(
             is_dynamic=rule == "reference",
             extra_kept=extra_kept,
             cls_attention=None if cls_attention is None else cls_attention[index][None],
+            projected=None if projected is None else projected[index][None],
         )
     return kept

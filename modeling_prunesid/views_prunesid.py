@@ -1,6 +1,6 @@
 """From a configuration to the kept tokens of each encoded view (image, crop or frame): the part all towers share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PretrainedConfig
@@ -60,6 +60,19 @@ def requested_budgets(
     return None if all(budget >= num_tokens for budget in budgets) else budgets
 
 
+@torch.no_grad()
+def project_if_compared(
+    settings: PretrainedConfig, projector: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor
+) -> torch.Tensor | None:
+    """
+    All patches `(views, tokens, dim)` as the language model would get them, where `settings.quota` compares these. One
+    view at a time, because matrix products round differently in other batch sizes.
+    """
+    if settings.quota != "spread":
+        return None
+    return torch.cat([projector(view) for view in features.split(1)])
+
+
 def choose_tokens(
     settings: PretrainedConfig,
     hidden_states: torch.Tensor,
@@ -67,6 +80,7 @@ def choose_tokens(
     is_dynamic: bool,
     extra_kept: int = 0,
     cls_attention: torch.Tensor | None = None,
+    projected: torch.Tensor | None = None,
 ) -> list[torch.LongTensor]:
     """
     The kept tokens of each view.
@@ -78,6 +92,7 @@ def choose_tokens(
         is_dynamic (`bool`): adjust N to each view's information (section 3.4).
         extra_kept (`int`): how many of the N are CLS or register tokens, which are kept in any case.
         cls_attention (`torch.Tensor` of shape `(views, tokens)`, *optional*): for `score="cls_attention"`.
+        projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*): of [`project_if_compared`].
 
     Returns:
         `list[torch.LongTensor]`: ascending indices of the kept patches of each view.
@@ -105,6 +120,7 @@ def choose_tokens(
         hidden_states,
         counts[0] if len(set(counts)) == 1 else torch.tensor(counts, device=hidden_states.device),
         cls_attention=cls_attention,
+        projected=projected,
         num_groups=settings.num_groups,
         nms_lambda=settings.nms_lambda,
         score=settings.score,

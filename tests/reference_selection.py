@@ -142,6 +142,7 @@ def reference_select(
     center="tokens",
     quota="proportional",
     extra_kept=0,
+    projected=None,
 ):
     """Kept tokens of one image's `x` (tokens, dim), ascending, and the margin of the decisions behind them."""
     x = np.asarray(x, dtype=np.float64)
@@ -173,6 +174,8 @@ def reference_select(
     similarity = reference_similarity(x)
     if quota == "spread":
         blur = [noise[g] if cls_attention is None else 0.0 for g in groups]
+        if projected is not None:
+            x, similarity = projected, reference_similarity(projected)
         return sorted(reference_spread(x, scores, blur, similarity, budget, margins)), min(margins)
     ranked_groups = [rank(i for i in range(tokens) if groups[i] == k) for k in range(num_groups)]
     if nms_lambda == "auto":

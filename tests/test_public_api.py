@@ -87,6 +87,7 @@ def test_the_arguments_of_select_tokens():
         "hidden_states",
         "budget",
         "cls_attention",
+        "projected",
         "num_groups",
         "nms_lambda",
         "score",

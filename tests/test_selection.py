@@ -81,6 +81,9 @@ def random_case(seed):
         options["quota"] = "bounded"
     elif seed % 13 > 9:
         options["quota"] = "spread"
+        if seed % 2:
+            directions = torch.randn(dim, 24, generator=generator)
+            options["projected"] = (x.double() @ directions.double()).float()
     if seed % 6 == 1:
         options["num_groups"] = draw(1, 2 * tokens)
     if seed % 8 < 3:
@@ -96,6 +99,9 @@ def test_agrees_with_the_oracle(first):
     for seed in range(first, first + 200):
         x, budget, options = random_case(seed)
         plain = {name: value.tolist() if name == "cls_attention" else value for name, value in options.items()}
+        if "projected" in options:
+            plain["projected"] = options["projected"].double().numpy()
+            options["projected"] = options["projected"][None]
         expected, margin = reference_select(x.double().numpy(), budget, **plain)
         if "cls_attention" in options:
             options |= {"cls_attention": options["cls_attention"][None], "score": "cls_attention"}
@@ -189,6 +195,7 @@ def test_a_row_gets_the_same_tokens_alone_and_in_any_batch(variant, threads):
     rows = [tokens_like_a_tower(301, 77, seed) for seed in range(3)]
     rows += [torch.zeros(301, 77), rows[0].clone().index_fill(0, torch.tensor([3, 300]), math.nan)]
     batch = torch.stack(rows)
+    parts = ("indices", "rho", "scores", *["groups"] * (variant != "spread"))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -196,7 +203,7 @@ def test_a_row_gets_the_same_tokens_alone_and_in_any_batch(variant, threads):
         again = select(batch.flip(0).contiguous(), 40, variant, return_details=True)
         for row in range(len(rows)):
             alone = select(batch[row : row + 1].clone(), 40, variant, return_details=True)
-            for part in ("indices", "rho", "groups", "scores"):
+            for part in parts:
                 assert torch.equal(getattr(together, part)[row], getattr(alone, part)[0])
                 assert torch.equal(getattr(again, part)[-1 - row], getattr(alone, part)[0])
     finally:
@@ -237,8 +244,11 @@ def test_non_finite_tokens_leave_the_others_alone(variant):
         alone = select(x[:, good], 12, variant, return_details=True)
         out = select(spoilt, 12, variant, return_details=True)
         assert out.indices[0].tolist() == good[alone.indices[0]].tolist()
-        assert torch.equal(out.groups[0, good], alone.groups[0])
-        assert (out.groups[0, bad] == -1).all() and (out.scores[0, bad] == -math.inf).all()
+        if variant == "spread":
+            assert out.groups is None
+        else:
+            assert torch.equal(out.groups[0, good], alone.groups[0]) and (out.groups[0, bad] == -1).all()
+        assert (out.scores[0, bad] == -math.inf).all()
         torch.testing.assert_close(out.rho, alone.rho)
         assert select(spoilt, 58, variant).indices[0].tolist() == sorted([*good.tolist(), 0])
 
@@ -275,6 +285,21 @@ def test_spread_prefers_the_better_of_equal_tokens_and_covers_every_cluster_firs
     assert select_tokens(x, 5, **options).indices[0].tolist() == best
     others = [i for i in attention[0].argsort(descending=True).tolist() if i not in best]
     assert select_tokens(x, 9, **options).indices[0].tolist() == sorted(best + others[:4])
+
+
+def test_spread_measures_the_projected_tokens():
+    x, attention = tokens_like_a_tower(30, 16)[None], torch.rand(1, 30, generator=torch.Generator().manual_seed(0))
+    clusters = torch.eye(5, 8).repeat_interleave(6, 0)[None]
+    options = {"score": "cls_attention", "quota": "spread", "cls_attention": attention}
+    kept = select_tokens(x, 5, projected=clusters, **options).indices[0]
+    assert kept.tolist() == (attention.view(5, 6).argmax(1) + 6 * torch.arange(5)).tolist()
+    assert (
+        select_tokens(x, 5, projected=x, **options).indices.tolist() == select_tokens(x, 5, **options).indices.tolist()
+    )
+    others = {"score": "cls_attention", "cls_attention": attention}
+    assert torch.equal(
+        select_tokens(x, 5, projected=clusters, **others).indices, select_tokens(x, 5, **others).indices
+    )
 
 
 def test_rho_is_the_mean_of_all_pairs():
@@ -437,6 +462,7 @@ def test_compiles_into_one_graph_for_all_images(variant):
         ({"score": "attention"}, r"`score`.*cls_attention.*'attention'"),
         ({"score": "cls_attention"}, r"`cls_attention`.*got None"),
         ({"score": "cls_attention", "cls_attention": torch.zeros(2, 8)}, r"`cls_attention`.*\(2, 9\).*\(2, 8\)"),
+        ({"projected": torch.zeros(2, 8, 4)}, r"`projected`.*\(2, 9, 'dim'\).*\(2, 8, 4\)"),
         ({"center": "both"}, r"`center`.*'both'"),
         ({"quota": "equal"}, r"`quota`.*'equal'"),
         ({"grouping": "dbscan"}, r"`grouping`.*'dbscan'"),
