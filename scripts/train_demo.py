@@ -62,6 +62,7 @@ from tokenizers.models import WordLevel
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
+    AttentionInterface,
     CLIPImageProcessorPil,
     Dinov2Config,
     LlamaConfig,
@@ -222,7 +223,25 @@ def build_model(vocabulary: int) -> LlavaForConditionalGeneration:
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
     for layer in model.model.language_model.layers:
         start_by_likeness(layer.self_attn)
+    model.model.language_model.set_attn_implementation("by_rows")
     return model
+
+
+def attend_by_rows(module, query, key, value, attention_mask, scaling: float, **kwargs) -> tuple[torch.Tensor, None]:
+    """Causal attention of (B, heads, T, width) under a boolean mask, 160 queries at a time, no keys after them.
+
+    About half the time of PyTorch's CPU kernel, whose backward pass is slow for heads this narrow.
+    """
+    parts = []
+    for rows in torch.arange(query.shape[2]).split(160):
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        barred = ~attention_mask[:, :, first:last, :last]
+        scores = scaling * query[:, :, first:last] @ key[:, :, :last].mT
+        parts.append(scores.masked_fill(barred, -torch.inf).softmax(-1) @ value[:, :, :last])
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("by_rows", attend_by_rows)
 
 
 @torch.no_grad()
@@ -443,6 +462,7 @@ def train(work: Path, steps: dict[str, int], batch: int) -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * warmth(stage, step, steps[stage])
             rng = random.Random(f"{stage}/{step}/{rank}")
+            torch.manual_seed(rng.getrandbits(63))
             features, labels = align_batch(caches, rng)
             loss = align_loss(model, ids, F.dropout(features, FEATURE_DROPOUT), labels)
             if stage != "align":
@@ -464,7 +484,7 @@ def train(work: Path, steps: dict[str, int], batch: int) -> None:
             at[stage] = step + 1
             if rank == 0 and (at[stage] % 100 == 0 or at[stage] == steps[stage]):
                 save(work, model, optimizers, at)
-        if rank == 0 and stage in ("part", "full"):
+        if rank == 0 and stage in ("part", "full") and len(bar):
             print(json.dumps({"stage": stage, "val": validate(model, tokenizer, Cache(work, "val"), limit=80)}))
 
 
@@ -591,9 +611,9 @@ def main() -> None:
     parser.add_argument("task", choices=("features", "train", "validate", "export"))
     parser.add_argument("work", type=Path, help="folder for the cache and the training state")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the export (default: %(default)s)")
-    parser.add_argument("--scenes", type=int, default=5000, help="training scenes to extract")
+    parser.add_argument("--scenes", type=int, default=9000, help="training scenes to extract")
     parser.add_argument("--crowded", type=int, default=1400, help="crowded training scenes to extract")
-    parser.add_argument("--steps", type=int, nargs=4, default=(800, 700, 1500, 1300), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=4, default=(800, 700, 1500, 1600), metavar=STAGES)
     parser.add_argument("--batch", type=int, default=8, help="scenes a step and process")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
