@@ -29,6 +29,7 @@ import math
 import os
 import random
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,8 @@ class Cache:
     """The scenes of a split and their features, a read-only (scenes, 576, 384) fp16 map of the file."""
 
     def __init__(self, work: Path, name: str):
+        if not (work / f"{name}.jsonl").exists():
+            raise FileNotFoundError(f"{work} has no {name!r} scenes; run `train_demo.py features {work}` first")
         self.scenes = [recall(line) for line in (work / f"{name}.jsonl").open()]
         shape = (len(self.scenes), PATCHES, FEATURES)
         self.features = np.memmap(work / f"{name}.f16", np.float16, "r", shape=shape)
@@ -502,6 +505,8 @@ def average_gradients(parameters: list[torch.nn.Parameter], ranks: int) -> None:
 
 def build_optimizers(model) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the projector and the layers, AdamW for the embeddings, norms and biases."""
+    if not hasattr(torch.optim, "Muon"):
+        raise OSError(f"training needs PyTorch 2.9 or later, for torch.optim.Muon, and this is {torch.__version__}")
     trained = [(name, value) for name, value in model.named_parameters() if "vision_tower" not in name]
     matrices = [value for name, value in trained if value.ndim == 2 and "embed_tokens" not in name]
     others = [value for name, value in trained if value.ndim == 1 or "embed_tokens" in name]
@@ -556,6 +561,8 @@ def validate(model, tokenizer, cache: Cache, limit: int | None = None, batch: in
 
 def load(work: Path) -> tuple[PreTrainedTokenizerFast, LlavaForConditionalGeneration]:
     """The tokenizer and the model with the weights trained so far; the tower's stay random."""
+    if not (work / "state.pt").exists():
+        raise FileNotFoundError(f"{work} has no state.pt; run `train_demo.py train {work}` first")
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer))
     model.load_state_dict(torch.load(work / "state.pt")["model"], strict=False)
@@ -632,4 +639,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")

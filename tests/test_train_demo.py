@@ -1,6 +1,7 @@
 """Training of the demo's model: what its patches are told, and questions packed into one sequence."""
 
 import importlib
+import json
 import random
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,71 @@ def test_a_reading_batch_shows_one_text_and_asks_for_it(modules, scene):
         assert not shown & set(np.flatnonzero(train.touched([other])))
         answers.add(answer)
     assert answers == {"exit", "7"}
+
+
+def write_cache(train, work, scene):
+    """Two scenes of each split, with random features."""
+    generator = np.random.default_rng(0)
+    for name in ("train", "crowded", "val"):
+        (work / f"{name}.jsonl").write_text(2 * (json.dumps(train.describe(scene)) + "\n"))
+        generator.standard_normal((2, train.PATCHES, train.FEATURES)).astype(np.float16).tofile(work / f"{name}.f16")
+
+
+def test_training_goes_on_where_it_was_stopped(modules, scene, tmp_path, capsys):
+    train, _ = modules
+    steps = {"align": 2, "read": 1, "part": 2, "full": 2}
+    states = {}
+    for name, runs in {
+        "at once": [steps],
+        "stopped twice": [{**steps, "read": 0, "part": 0, "full": 0}, {**steps, "part": 1, "full": 0}, steps],
+    }.items():
+        work = tmp_path / name
+        work.mkdir()
+        write_cache(train, work, scene)
+        for run in runs:
+            train.train(work, run, batch=1)
+        states[name] = torch.load(work / "state.pt")
+    assert states["at once"]["at"] == states["stopped twice"]["at"] == steps
+    for name, weight in states["at once"]["model"].items():
+        assert torch.equal(weight, states["stopped twice"]["model"][name]), name
+    reports = [json.loads(line)["stage"] for line in capsys.readouterr().out.splitlines()]
+    assert reports == ["part", "full", "part", "part", "full"]  # none of a stage that had nothing left to do
+
+
+def test_an_exported_folder_answers(modules, scene, tmp_path):
+    train, _ = modules
+    write_cache(train, tmp_path, scene)
+    train.train(tmp_path, {"align": 1, "read": 1, "part": 0, "full": 0}, batch=1)
+    train.export(tmp_path, tmp_path / "folder")
+    index = json.loads((tmp_path / "folder" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {train.TRAINED, train.TOWER}
+    trained = load_file(tmp_path / "folder" / train.TRAINED)
+    assert all(index["weight_map"][name] == train.TRAINED for name in trained)
+    tokenizer, model = train.load(tmp_path)
+    name = "multi_modal_projector.linear_1.weight"
+    assert torch.equal(trained[name], model.state_dict()[f"model.{name}"])
+    assert set(train.validate(model, tokenizer, train.Cache(tmp_path, "val"))) >= {"presence", "count", "region"}
+
+
+@pytest.mark.parametrize("task, missing", [("train", "train.*features"), ("validate", "state.pt.*train")])
+def test_a_step_without_the_one_before(modules, task, missing, tmp_path, monkeypatch):
+    train, _ = modules
+    monkeypatch.setattr(sys, "argv", ["train_demo.py", task, str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=missing):
+        train.main()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_by_rows_is_attention(modules, seed):
+    train, _ = modules
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = torch.randn(3, 2, 3, 200 + 70 * seed, 8, generator=generator)
+    length = query.shape[2]
+    mask = torch.rand(2, 1, length, length, generator=generator) < 0.5
+    mask = (mask | torch.eye(length, dtype=torch.bool)).tril()
+    found, _ = train.attend_by_rows(None, query, key, value, mask, scaling=0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 def test_every_trained_weight_has_one_optimizer(modules):
