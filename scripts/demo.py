@@ -11,12 +11,14 @@ How it is measured: time to first token is `generate(max_new_tokens=1)` on one p
 prefill), the stock class and every budget by turns, median. Peak memory is the largest sum of tensors that PyTorch
 allocated during one such call, on top of the weights. `rho` is the redundancy of the tokens and `tau` the similarity
 from which a token suppresses another of its group (paper, section 3.3); where tau >= 1, none is suppressed. "auto"
-stands for the smallest that leaves N tokens.
+stands for the smallest that leaves N tokens, "none" for `quota="spread"`, which has no threshold; the number in
+brackets is the paper's (N/32) * rho.
 
 Examples:
     python scripts/demo.py
     python scripts/demo.py --image kitchen.jpg --prompt "is there any car in the picture?" --budgets 192 64 16
     python scripts/demo.py --model assembled
+    python scripts/demo.py --model out/llava-64     # written by convert.py
     python scripts/demo.py --model llava-hf/llava-1.5-7b-hf \\
         --image http://images.cocodataset.org/val2017/000000039769.jpg --prompt "What are the cats doing?"
     python scripts/demo.py --video clip.mp4     # Video-LLaVA on 8 frames, see clip.py
@@ -67,15 +69,20 @@ def load_assembled(folder: Path):
 
 
 def load_checkpoint(name: str):
-    """Load a stock LLaVA-1.5 checkpoint into our class, on the GPU if there is one."""
-    from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
+    """Load a LLaVA-1.5 checkpoint, stock or a variant, into our class, on the GPU if there is one."""
+    from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
 
     model_type = AutoConfig.from_pretrained(name).model_type
-    if model_type != "llava":
-        raise ValueError(f"--model must be a LLaVA-1.5 checkpoint (model_type 'llava'), got {model_type!r} in {name}.")
+    if model_type not in ("llava", "prunesid_llava"):
+        raise ValueError(
+            f"--model must be a LLaVA-1.5 checkpoint (model_type 'llava') or a variant of one ('prunesid_llava'), got "
+            f"{model_type!r} in {name}. Name another one, or leave --model out."
+        )
     device_map = "auto" if torch.cuda.is_available() else None
     model = PruneSIDLlavaForConditionalGeneration.from_pretrained(name, dtype="auto", device_map=device_map)
-    return model, AutoProcessor.from_pretrained(name)
+    processor = PruneSIDLlavaProcessor.from_pretrained(name)
+    processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
+    return model.eval(), processor
 
 
 def load(arguments: argparse.Namespace):
@@ -125,17 +132,29 @@ def ask(processor, photograph: Image.Image, prompt: str, model):
 
 @torch.no_grad()
 def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
-    """Selection on one image: rho, tau, the kept patches `(N,)` and the group of every patch `(T,)`."""
+    """Selection on one image: rho, tau and the paper's, the kept patches `(N,)` and the group of each patch `(T,)`."""
     from modeling_prunesid.selection_prunesid import select_tokens
 
-    layer = model.config.prunesid_config.layer
-    hidden_states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[layer]
-    selection = select_tokens(hidden_states[:, 1:], budget, return_details=True)
-    features = model.get_image_features(pixel_values=pixel_values, num_visual_tokens=budget)
-    kept = features["keep_indices"][0] if "keep_indices" in features else selection.indices[0]
-    rho, scale = selection.rho.item(), model.config.prunesid_config.nms_lambda
-    tau = scale if scale == "auto" else (len(kept) / 32 if scale is None else scale) * rho
-    return {"rho": rho, "tau": tau, "kept": kept.cpu(), "groups": selection.groups[0].cpu()}
+    settings = model.config.prunesid_config
+    settings.budget = budget
+    patches = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[settings.layer][:, 1:]
+    features = model.get_image_features(pixel_values=pixel_values)
+    kept = features["keep_indices"][0] if "keep_indices" in features else torch.arange(patches.shape[1])
+    is_patch = kept >= 0  # -1 is the CLS token
+    groups = {name: getattr(settings, name) for name in ("num_groups", "center", "grouping", "seed")}
+    selection = select_tokens(
+        patches, int(is_patch.sum()), extra_kept=int((~is_patch).sum()), return_details=True, **groups
+    )
+    rho, scale = selection.rho.item(), settings.nms_lambda
+    paper_tau = len(kept) / 32 * rho
+    tau = paper_tau if scale is None else scale if scale == "auto" else scale * rho
+    return {
+        "rho": rho,
+        "tau": "none" if settings.quota == "spread" else tau,
+        "paper_tau": paper_tau,
+        "kept": kept[is_patch].cpu(),
+        "groups": selection.groups[0].cpu(),
+    }
 
 
 def answer(model, processor, inputs) -> tuple[str, int]:
@@ -177,7 +196,7 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
         }
         if settings.budget is not None:
             selection = select(model, question["pixel_values"], settings.budget)
-            row |= {"rho": selection["rho"], "tau": selection["tau"]}
+            row |= {name: selection[name] for name in ("rho", "tau", "paper_tau")}
         rows.append(row)
     return rows
 
@@ -210,15 +229,23 @@ def print_answers(asked: list[dict]) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"\n{'':14}{'visual':>8}{'LLM':>8}{'':>8}{'':>8}{'first':>12}{'times':>9}{'peak':>10}")
-    print(f"{'':14}{'tokens':>8}{'tokens':>8}{'rho':>8}{'tau':>8}{'token':>12}{'as fast':>9}{'memory':>10}")
-    for row in rows:
-        rho, tau = (row.get(name, "") for name in ("rho", "tau"))
-        rho, tau = (value if isinstance(value, str) else f"{value:.3f}" for value in (rho, tau))
+    taus = [describe_tau(row) for row in rows]
+    width = max(8, *(len(tau) + 2 for tau in taus))
+    print(f"\n{'':14}{'visual':>8}{'LLM':>8}{'':>8}{'':>{width}}{'first':>12}{'times':>9}{'peak':>10}")
+    print(f"{'':14}{'tokens':>8}{'tokens':>8}{'rho':>8}{'tau':>{width}}{'token':>12}{'as fast':>9}{'memory':>10}")
+    for row, tau in zip(rows, taus):
+        rho = f"{row['rho']:.3f}" if "rho" in row else ""
         print(
-            f"{row['case']:14}{row['visual_tokens']:8}{row['prompt_tokens']:8}{rho:>8}{tau:>8}"
+            f"{row['case']:14}{row['visual_tokens']:8}{row['prompt_tokens']:8}{rho:>8}{tau:>{width}}"
             f"{row['first_token_ms']:9.0f} ms{row['speedup']:9.2f}{row['peak_mib']:6.0f} MiB"
         )
+
+
+def describe_tau(row: dict) -> str:
+    """The threshold of a row of `measure`; where it is no single number, the paper's in brackets behind its name."""
+    if "tau" not in row:
+        return ""
+    return f"{row['tau']} ({row['paper_tau']:.3f})" if isinstance(row["tau"], str) else f"{row['tau']:.3f}"
 
 
 def seen_by_tower(processor, pixel_values: torch.Tensor):
@@ -302,8 +329,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model",
-        help="a LLaVA-1.5 (with --video: Video-LLaVA) checkpoint, Hub name or folder, or 'assembled' "
-        "(default: the embedded model)",
+        help="a LLaVA-1.5 checkpoint or variant (with --video: a Video-LLaVA checkpoint), Hub name or folder, or "
+        "'assembled' (default: the embedded model)",
     )
     parser.add_argument("--image", help="path or URL (default: three scenes or photographs)")
     parser.add_argument("--video", type=Path, help="a video file, in place of images")

@@ -13,7 +13,10 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
 from tiny import BUDGET, NUM_PATCHES, build, pixels, prompt
-from transformers import Dinov2Config, Dinov2Model
+from tiny_checkpoint import picture, save_checkpoint
+from transformers import BertConfig, Dinov2Config, Dinov2Model
+
+from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -160,6 +163,53 @@ def test_stock_twin_shares_the_weights_and_agrees_with_the_model_switched_off():
     inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7, 8])]), "pixel_values": pixels(1)}
     assert twin.lm_head.weight is model.lm_head.weight
     assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("kind", ["stock", "variant", "thin variant"])
+def test_a_checkpoint_and_its_variants_answer_at_every_budget(tmp_path, capsys, kind):
+    folder = save_checkpoint(tmp_path / "base")
+    if kind != "stock":
+        model = PruneSIDLlavaForConditionalGeneration.from_pretrained(folder, prunesid_config={"budget": 8})
+        folder = tmp_path / "variant"
+        model.save_pretrained(folder, thin=kind == "thin variant")
+    model, processor = demo.load_checkpoint(str(folder))
+    question = demo.ask(processor, picture(), "word7 word8", model)
+    rows = demo.measure(model, demo.stock_twin(model), processor, question, [8, 3])
+    assert [row["visual_tokens"] for row in rows] == [NUM_PATCHES, NUM_PATCHES, 8, 3]
+    assert rows[0]["answer"] == rows[1]["answer"] != rows[3]["answer"]
+    demo.print_table(rows)
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        ["PruneSID", "8"],
+        ["PruneSID", "3"],
+    ]
+
+
+def test_another_model_is_refused(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"--model must be .*\('prunesid_llava'\), got 'bert' in .* leave --model out"
+    ):
+        demo.load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [({}, None), ({"nms_lambda": 0.5}, None), ({"nms_lambda": "auto"}, "auto"), ({"quota": "spread"}, "none")],
+)
+def test_tau_is_shown_beside_the_papers(settings, name):
+    selection = demo.select(build(**settings), pixels(1), BUDGET)
+    paper = BUDGET / 32 * selection["rho"]
+    assert selection["paper_tau"] == pytest.approx(paper)
+    scale = settings.get("nms_lambda", BUDGET / 32)
+    number = None if name else f"{scale * selection['rho']:.3f}"
+    assert demo.describe_tau(selection) == (number or f"{name} ({paper:.3f})")
+    assert demo.describe_tau({}) == ""
+
+
+def test_a_kept_cls_token_is_no_patch():
+    selection = demo.select(build(keep_cls=True), pixels(1), BUDGET)
+    assert len(selection["kept"]) == BUDGET - 1 and selection["kept"].min() >= 0
+    assert selection["paper_tau"] == pytest.approx(BUDGET / 32 * selection["rho"])
 
 
 def test_an_answer_comes_with_the_tokens_that_entered_the_language_model():
