@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import IMAGE_SIZE
+from tiny import IMAGE_SIZE, build
 from tiny_checkpoint import picture, save_checkpoint
 from transformers import BertConfig
 
@@ -26,6 +26,7 @@ from modeling_prunesid.selection_prunesid import information_budgets, redundancy
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import calibrate
 import convert
+from baselines import applied
 
 
 SCRIPTS = Path(convert.__file__).parent
@@ -69,6 +70,13 @@ class TestPresets:
             "quota": "bounded",
             "keep_cls": True,
         }
+
+    @pytest.mark.parametrize("budget", [192, 128, 64])
+    def test_ours_selects_as_the_method_of_the_tables(self, budget):
+        model = build()
+        with applied(model, "prunesid-spread", budget):
+            of_tables = model.config.prunesid_config.to_dict()
+        assert PruneSIDConfig(**convert.load_preset(f"llava_1.5_{budget}_spread")).to_dict() == of_tables
 
     def test_unknown_name_lists_the_known_ones(self):
         with pytest.raises(ValueError, match=r"one of llava_1.5_128, .*, got 'llava_1.5_65'"):
