@@ -9,6 +9,7 @@ is the chat template's around the bare question; an answer is right if it is the
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
@@ -58,12 +59,14 @@ def write_task(folder: Path, name: str, rows: list[dict]) -> None:
     (folder / f"{name}.yaml").write_text(TASK.format(name=name, parquet=parquet))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scenes", type=int, default=50, help="scenes of each variant, about ten questions each")
     parser.add_argument("--split", choices=SPLITS, default="test")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if arguments.scenes < 1:
+        raise ValueError(f"--scenes must be at least 1, got {arguments.scenes}. Ask for more.")
     for variant in VARIANTS:
         rows = rows_of(variant, arguments.split, arguments.scenes)
         write_task(arguments.folder, f"prunesid_scenes_{variant}", rows)
@@ -71,4 +74,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -286,6 +286,13 @@ class TestParts:
             assert (gaps >= 1).all() and (len(gaps) == 0 or gaps.max() - gaps.min() <= 1)
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_task_without_scenes_is_refused_and_nothing_is_written(scripts, tmp_path, count):
+    with pytest.raises(ValueError, match=f"--scenes must be at least 1, got {count}. Ask for more"):
+        scripts[0].main([str(tmp_path / "task"), "--scenes", str(count)])
+    assert not (tmp_path / "task").exists()
+
+
 # Lets the client's environment import a torchvision whose operators do not fit its build of PyTorch.
 SITECUSTOMIZE = """
 import sysconfig
