@@ -51,7 +51,8 @@ from modeling_prunesid.selection_prunesid import redundancy
 
 BUDGETS = (192, 128, 64, 32, 16)
 COMPARED = (
-    "full", "prunesid-paper", "prunesid-dyn", "prunesid-release", "prunesid-auto", "random", "uniform",
+    "full", "prunesid-paper", "prunesid-dyn", "prunesid-release", "prunesid-auto", "prunesid-spread", "random",
+    "uniform",
 )  # fmt: skip
 QUICK = ("full", "prunesid-paper", "random")
 AT_ONCE = 8  # scenes
@@ -252,7 +253,7 @@ def list_cases(methods: Iterable[str], budgets: Iterable[int], patches: int) -> 
     """Every method at every budget; "full", which all are compared with, once and first.
 
     Raises:
-        ValueError: an unknown method, or a budget that is not between 1 and the number of patches.
+        ValueError: an unknown method, none to compare, or a budget that is not between 1 and the number of patches.
     """
     for method in methods:
         if method not in METHODS:
@@ -261,6 +262,8 @@ def list_cases(methods: Iterable[str], budgets: Iterable[int], patches: int) -> 
         if not 0 < budget < patches:
             raise ValueError(f"--budgets must be between 1 and {patches - 1} tokens, got {budget}. Ask for fewer.")
     others = [method for method in dict.fromkeys(methods) if method != "full"]
+    if not others:
+        raise ValueError(f"--methods must name one besides full, got {' '.join(methods)}. Add what it is to compare.")
     return [("full", patches), *((method, budget) for method in others for budget in dict.fromkeys(budgets))]
 
 

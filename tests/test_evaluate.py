@@ -370,6 +370,8 @@ def test_wrong_names_are_refused(evaluate):
     for budget in (0, 49):
         with pytest.raises(ValueError, match=f"--budgets must be between 1 and 48 tokens, got {budget}. Ask for"):
             evaluate.list_cases(["full"], [budget], 49)
+    with pytest.raises(ValueError, match="--methods must name one besides full, got full. Add what"):
+        evaluate.list_cases(["full"], [8], 49)
 
 
 def test_wrong_counts_end_the_script(run, tmp_path):
