@@ -145,10 +145,11 @@ class Answers:
 
     def __init__(self, path: Path, basis: str):
         self.path, self.basis = path, basis
-        lines = path.read_text().splitlines() if path.exists() else []
-        complete = [line for line in lines if line.endswith("}")]  # a run that was killed may leave half a line
-        self.records = {record["key"]: record for record in map(json.loads, complete)}
-        path.write_text("".join(line + "\n" for line in complete))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):  # a run that was killed may leave half a line
+            path.write_text("".join(lines[:-1]))
+            del lines[-1]
+        self.records = {record["key"]: record for record in map(json.loads, lines)}
 
     def key(self, method: str, budget: int, chunk: Chunk) -> str:
         digest = hashlib.sha256(f"{self.basis}/{method}/{budget}".encode())
