@@ -60,9 +60,13 @@ CALIBRATION_SCENES = 64
 PRIOR_SCENES = 300
 LONGEST_ANSWER = 4  # two words, the end, and one more that would be wrong
 ROUNDS = 3
-METHOD_CODE = (
-    "modeling_prunesid/*_prunesid.py", "modeling_prunesid/modeling_prunesid_llava.py",
-    "modeling_prunesid/*_vitcop*.py", "scripts/baselines/*.py", "scripts/ablations.py",
+METHOD_CODE = (  # all that can change an answer to given inputs
+    "modeling_prunesid/modeling_prunesid_llava.py", "modeling_prunesid/modeling_vitcop_llava.py",
+    "modeling_prunesid/configuration_prunesid.py", "modeling_prunesid/configuration_vitcop.py",
+    "modeling_prunesid/*_pruning_prunesid.py", "modeling_prunesid/compression_prunesid.py",
+    "modeling_prunesid/selection_prunesid.py", "modeling_prunesid/tower_prunesid.py",
+    "modeling_prunesid/views_prunesid.py", "modeling_prunesid/vitcop_prunesid.py",
+    "scripts/baselines/*.py", "scripts/ablations.py", "scripts/evaluate.py", "scripts/tower_memo.py",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -347,6 +348,18 @@ def test_the_last_line_and_the_pages(run, evaluate, tmp_path, monkeypatch):
     )
     assert "| 8 | context | prunesid-paper | 100.0 (100.0 to 100.0) | random (0.0 (0.0 to 0.0)) |" in page
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def test_the_hash_of_answers_covers_all_code_they_depend_on(evaluate):
+    """All that the hashed files import is hashed, but publishing, and processors: inputs are hashed themselves."""
+    root = Path(evaluate.__file__).parents[1]
+    matched = {pattern: list(root.glob(pattern)) for pattern in evaluate.METHOD_CODE}
+    assert all(matched.values())
+    code = {path.stem: path.read_text() for paths in matched.values() for path in paths}
+    from_package = re.compile(r"^\s*from (?:modeling_prunesid)?\.(\w+) import", re.MULTILINE)
+    imported = {name for text in code.values() for name in from_package.findall(text)}
+    assert imported - set(code) == {"hub_prunesid", "processing_prunesid", "processing_vitcop_llava"}
+    assert {"evaluate", "tower_memo", "ablations", "visionzip"} <= set(code)
 
 
 def test_all_runs_every_method(run, evaluate, tmp_path):
