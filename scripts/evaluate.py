@@ -12,8 +12,9 @@ The tower runs once for each picture: what it computed is looked up when another
 (`tower_memo.py`), and the questions of several scenes are answered as one batch. ToMe alone shortens the tower for
 each budget anew, for half the time of a run of the tower each; MustDrop runs it once more. Answers are appended to
 `OUT/answers.jsonl` under a hash of weights, code, scenes and settings; a run that was stopped goes on from there.
-Dynamic budgets are calibrated on validation scenes to the same mean. Time and memory are those of one question about
-one picture, tower included, measured as in `demo.py`.
+Dynamic budgets (`-dyn`) are calibrated to the same mean on 200 training scenes, both variants by turns; they show
+other photographs than test scenes, whose mean may differ and is the one on the page. Time and memory are those of one
+question about one picture, tower included, measured as in `demo.py`.
 
     python scripts/evaluate.py --out out/evaluation
     python scripts/evaluate.py --out out/all --all                      # every method: the table of docs/accuracy.md
@@ -56,7 +57,7 @@ COMPARED = (
 )  # fmt: skip
 QUICK = ("full", "prunesid-paper", "random")
 AT_ONCE = 8  # scenes
-CALIBRATION_SCENES = 64
+CALIBRATION_SCENES = 200
 PRIOR_SCENES = 300
 LONGEST_ANSWER = 4  # two words, the end, and one more that would be wrong
 ROUNDS = 3
@@ -145,10 +146,13 @@ def answer(model, processor, chunk: Chunk) -> list[str]:
 
 
 class Answers:
-    """A JSON-lines file of records, one for each method, budget and chunk, found by a hash of what they depend on."""
+    """A JSON-lines file of records, one for each method, budget and chunk, found by a hash of what they depend on.
 
-    def __init__(self, path: Path, basis: str):
-        self.path, self.basis = path, basis
+    Dynamic methods also depend on the `reference`, the information score that receives the budget.
+    """
+
+    def __init__(self, path: Path, basis: str, reference: float | None):
+        self.path, self.basis, self.reference = path, basis, reference
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if lines and not lines[-1].endswith("\n"):  # a run that was killed may leave half a line
             path.write_text("".join(lines[:-1]))
@@ -156,7 +160,8 @@ class Answers:
         self.records = {record["key"]: record for record in map(json.loads, lines)}
 
     def key(self, method: str, budget: int, chunk: Chunk) -> str:
-        digest = hashlib.sha256(f"{self.basis}/{method}/{budget}".encode())
+        reference = self.reference if is_dynamic(method) else None
+        digest = hashlib.sha256(f"{self.basis}/{method}/{budget}/{reference}".encode())
         for value in chunk.inputs.values():
             digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()[:32]
@@ -165,6 +170,10 @@ class Answers:
         self.records[record["key"]] = record
         with self.path.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
+
+
+def is_dynamic(method: str) -> bool:
+    return method.endswith("-dyn")
 
 
 def basis_of(model) -> str:
@@ -220,14 +229,14 @@ def _ask(model, processor, case: tuple[str, int], chunk: Chunk, known: Answers) 
 
 @torch.inference_mode()
 def reference_information(model, processor) -> float:
-    """The mean information score 1 - rho of validation scenes, for dynamic budgets (section 3.4)."""
+    """The mean information score 1 - rho of training scenes, for dynamic budgets (section 3.4)."""
     scores: list[float] = []
-    for number in range(CALIBRATION_SCENES):
-        inputs = processor.image_processor(scene_of("val", number).image, return_tensors="pt").to(model.device)
+    for number in tqdm(range(CALIBRATION_SCENES), desc="scenes for dynamic budgets"):
+        inputs = processor.image_processor(scene_of("train", number).image, return_tensors="pt").to(model.device)
         states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
         patches = states[model.config.prunesid_config.layer][:, -num_patches(model) :]
         scores += (1 - redundancy(patches)).tolist()
-    return statistics.fmean(scores)
+    return round(statistics.fmean(scores), 6)
 
 
 def num_patches(model) -> int:
@@ -301,11 +310,15 @@ def evaluate(arguments: argparse.Namespace, model, processor) -> dict:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}. Ask for more.")
     cases = list_cases(methods, arguments.budgets, num_patches(model))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    known = Answers(arguments.out / "answers.jsonl", basis_of(model))
-    if any(method.endswith("-dyn") for method, _ in cases):
-        model.config.prunesid_config.reference_information = reference_information(model, processor)
+    basis, reference = basis_of(model), None
+    if any(is_dynamic(method) for method, _ in cases):
+        reference = reference_information(model, processor)
+        model.config.prunesid_config.reference_information = reference
+    known = Answers(arguments.out / "answers.jsonl", basis, reference)
     found = collect(model, processor, cases, arguments.scenes, arguments.split, arguments.questions, known)
     result = {"machine": machine(), "split": arguments.split, **summarise(found, fit_prior(prior_questions()))}
+    if reference is not None:
+        result["calibration"] = {"training_scenes": CALIBRATION_SCENES, "reference_information": reference}
     for row in result["rows"]:
         row["place"] = METHODS[row["method"]].place
     if not arguments.quick:

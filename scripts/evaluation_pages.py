@@ -108,6 +108,14 @@ def grid(rows: list[dict[str, str]]) -> list[str]:
 def markdown(result: dict) -> str:
     shown = [columns(row) for row in ordered(result["rows"])]
     won = winners(result["rows"])
+    calibrated = []
+    if "calibration" in result:
+        scenes, reference = result["calibration"]["training_scenes"], result["calibration"]["reference_information"]
+        calibrated = [
+            f"Dynamic methods (`-dyn`) are calibrated on {scenes} training scenes, whose mean information score is "
+            f"{reference:.4f}; `tokens` is what they then kept on the scenes of this page.",
+            "",
+        ]
     lines = [
         "# Accuracy at every budget",
         "",
@@ -120,6 +128,7 @@ def markdown(result: dict) -> str:
         "answer from the question alone. `to the best`: share of full less that of the best method whose tokens keep "
         "to the budget.",
         "",
+        *calibrated,
         f"Measured on {result['machine']}.",
         "",
         *grid([shown[0], prior_columns(result), *shown[1:]]),

@@ -327,6 +327,21 @@ def test_a_stopped_run_goes_on_to_the_same_records(run, evaluate, tmp_path, monk
     assert run(tmp_path / "stopped", *options) == line and len(answered) == len(whole) - 4
 
 
+def test_dynamic_answers_belong_to_their_calibration(run, tmp_path, evaluate, monkeypatch):
+    options = ("--quick", "--methods", "prunesid-dyn", "random", "--budgets", "8")
+    run(tmp_path, *options)
+    calibration = json.loads((tmp_path / "accuracy.json").read_text())["calibration"]
+    assert calibration["training_scenes"] == evaluate.CALIBRATION_SCENES
+    page = (tmp_path / "accuracy.md").read_text()
+    assert f"mean information score is {calibration['reference_information']:.4f};" in page
+    before = len(records(tmp_path))
+    monkeypatch.setattr(evaluate, "reference_information", lambda *_: 2 * calibration["reference_information"])
+    run(tmp_path, *options)
+    added = records(tmp_path)[before:]
+    assert [(record["method"], record["chunk"]) for record in added] == [("prunesid-dyn", 0), ("prunesid-dyn", 1)]
+    assert all(record["tokens"] < 8 for record in added)
+
+
 def test_the_last_line_and_the_pages(run, evaluate, tmp_path, monkeypatch):
     answer = evaluate.answer
     monkeypatch.setattr(evaluate, "answer", lambda *given: answer(*given) and [q.answer for q in given[2].questions])
