@@ -31,6 +31,11 @@ def fit_prior(questions: Iterable[Question]) -> Callable[[Question], str]:
     return guess
 
 
+def as_compared(answer: str) -> str:
+    """An answer in lower case without a full stop at its end: "Yes." counts as "yes"."""
+    return answer.lower().rstrip(".")
+
+
 def f1(answers: Sequence[str], truths: Sequence[str]) -> float:
     """F1 of the answer "yes", as POPE reports it; 0 where no "yes" is right."""
     hits = sum(answer == truth == "yes" for answer, truth in zip(answers, truths, strict=True))
@@ -95,9 +100,12 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
 
     `rows` has one entry for each method and budget, "full" first. `behind_best` is the share of full less the highest
     at that budget among the methods that keep to it, `is_within_budget`; so it is of each variant of the scenes.
+    Answers are compared in any case and with or without a full stop (`as_compared`).
     """
     questions, scenes = found["questions"], np.array(found["scenes"])
-    truths, kinds = [question.answer for question in questions], np.array([KINDS.index(q.kind) for q in questions])
+    truths = [as_compared(question.answer) for question in questions]
+    kinds = np.array([KINDS.index(question.kind) for question in questions])
+    given = {case: [as_compared(answer) for answer in answers] for case, answers in found["answers"].items()}
     weights = resample(len(found["variants"]))
     asked = tally(np.ones(len(questions)), scenes, kinds, len(KINDS))
     of_variant = {variant: np.array(found["variants"]) == variant for variant in VARIANTS}
@@ -114,8 +122,8 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
     def by_type(values: np.ndarray) -> dict[str, float | None]:
         return {kind: _number(value) for kind, value in zip(KINDS, values[0], strict=True)}
 
-    prior = accuracy(right([guess(question) for question in questions]))
-    hits = {case: right(answers) for case, answers in found["answers"].items()}
+    prior = accuracy(right([as_compared(guess(question)) for question in questions]))
+    hits = {case: right(answers) for case, answers in given.items()}
     full_hits = next(values for (method, _), values in hits.items() if method == "full")
     full = accuracy(full_hits)
     tokens = found["tokens"]
@@ -131,9 +139,9 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
         return interval(shares[scenes][case] - shares[scenes][best])
 
     rows = []
-    for (method, budget), answers in found["answers"].items():
+    for (method, budget), answers in given.items():
         seen = accuracy(hits[method, budget])
-        presence = [(a, q.answer) for a, q in zip(answers, questions, strict=True) if q.kind == "presence"]
+        presence = [(a, t) for a, t, q in zip(answers, truths, questions, strict=True) if q.kind == "presence"]
         rows.append(
             {
                 "method": method,

@@ -1,7 +1,8 @@
 """Accuracy of the embedded model at every token budget, for every method, on the same scenes in one run.
 
 Scenes and questions come from `scenes.py` (half `salient`, half `context`), answers from `generate`, greedily. Right
-is what equals the scene's answer word for word. Accuracy is the mean over the question types. Beside it stand
+is what equals the scene's answer word for word, in any case and with or without a full stop ("Yes." is "yes").
+Accuracy is the mean over the question types. Beside it stand
 
 - the share of full: accuracy / accuracy with all tokens;
 - the share above the prior: the same for what pictures add to the best answer from the question alone, which is learnt

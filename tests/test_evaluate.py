@@ -209,6 +209,15 @@ def test_winners_are_listed_with_those_that_equal_them(modules):
     assert list(lines[0].values()) == ["8", "all", "b", "90.0 (90.0 to 90.0)", "c (-10.0 (-15.0 to 0.0))"]
 
 
+def test_answers_are_compared_in_any_case_and_without_a_full_stop(modules, naive):
+    rng = random.Random(0)
+    found = found_at_random(modules, rng)
+    expected = naive.summarise(found, lambda _: "yes")
+    for case, answers in found["answers"].items():
+        found["answers"][case] = [rng.choice((a.upper(), a.title() + ".", a)) for a in answers]
+    assert naive.summarise(found, lambda _: "Yes.") == expected
+
+
 def test_what_full_never_gets_right_has_no_share(modules, naive):
     found = found_at_random(modules, random.Random(0))
     found["answers"]["full", 49] = ["?"] * len(found["questions"])
