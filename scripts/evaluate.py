@@ -28,6 +28,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import statistics
 import sys
 from collections import Counter
@@ -309,6 +310,8 @@ def evaluate(arguments: argparse.Namespace, model, processor) -> dict:
     for name in ("scenes", "questions"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}. Ask for more.")
+    if not re.fullmatch(r"\w[\w-]*", arguments.page):
+        raise ValueError(f"--page must be a name such as accuracy, got {arguments.page!r}. Give folders by --out.")
     cases = list_cases(methods, arguments.budgets, num_patches(model))
     arguments.out.mkdir(parents=True, exist_ok=True)
     basis, reference = basis_of(model), None
@@ -325,13 +328,14 @@ def evaluate(arguments: argparse.Namespace, model, processor) -> dict:
     if not arguments.quick:
         for case, cost in measure_cost(model, processor, cases, arguments.split).items():
             next(row for row in result["rows"] if (row["method"], row["budget"]) == case).update(cost)
-    write_pages(arguments.out, result)
+    write_pages(arguments.out, arguments.page, result)
     return result
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for answers and pages")
+    parser.add_argument("--page", default="accuracy", help="name and title of the pages (default: %(default)s)")
     parser.add_argument("--model", help="a LLaVA folder or Hub name with a processor; default: the embedded model")
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(METHODS)} (default: {' '.join(COMPARED)})")
     parser.add_argument("--budgets", nargs="+", type=int, help=f"default: {' '.join(map(str, BUDGETS))}")

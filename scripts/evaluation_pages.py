@@ -105,7 +105,8 @@ def grid(rows: list[dict[str, str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in cells]
 
 
-def markdown(result: dict) -> str:
+def markdown(result: dict, page: str) -> str:
+    """The text of the page with the name `page`, under the title that its words make."""
     shown = [columns(row) for row in ordered(result["rows"])]
     won = winners(result["rows"])
     calibrated = []
@@ -117,7 +118,7 @@ def markdown(result: dict) -> str:
             "",
         ]
     lines = [
-        "# Accuracy at every budget",
+        f"# {page.replace('_', ' ').capitalize()} at every budget",
         "",
         f"{result['questions']} questions about {result['scenes']} scenes (split `{result['split']}`), all methods on "
         "the same model, pictures, prompts and greedy decoding. Percent; 95% intervals of a paired bootstrap over "
@@ -133,7 +134,7 @@ def markdown(result: dict) -> str:
         "",
         *grid([shown[0], prior_columns(result), *shown[1:]]),
         "",
-        "![Share of full against tokens and, where it was measured, time to first token](accuracy.png)",
+        f"![Share of full against tokens and, where it was measured, time to first token]({page}.png)",
         "",
     ]
     if won:
@@ -183,8 +184,8 @@ def draw(result: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_pages(folder: Path, result: dict) -> None:
-    """`accuracy.json`, `accuracy.md` and `accuracy.png` in `folder`."""
-    (folder / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "accuracy.md").write_text(markdown(result))
-    draw(result, folder / "accuracy.png")
+def write_pages(folder: Path, page: str, result: dict) -> None:
+    """`page.json`, `page.md` and `page.png` in `folder`."""
+    (folder / f"{page}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{page}.md").write_text(markdown(result, page))
+    draw(result, folder / f"{page}.png")

@@ -414,3 +414,14 @@ def test_wrong_names_are_refused(evaluate):
 def test_wrong_counts_end_the_script(run, tmp_path):
     with pytest.raises(SystemExit, match="--questions must be at least 1, got 0"):
         run(tmp_path, "--quick", "--questions", "0")
+
+
+def test_a_page_has_the_name_and_title_asked_for(run, tmp_path):
+    options = ("--quick", "--methods", "random", "--budgets", "8")
+    run(tmp_path, *options, "--page", "accuracy_of_chance")
+    page = (tmp_path / "accuracy_of_chance.md").read_text()
+    assert page.startswith("# Accuracy of chance at every budget\n") and "](accuracy_of_chance.png)" in page
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"answers.jsonl", *(f"accuracy_of_chance.{end}" for end in ("md", "json", "png"))}
+    with pytest.raises(SystemExit, match="--page must be a name such as accuracy, got 'a/b'"):
+        run(tmp_path, *options, "--page", "a/b")
