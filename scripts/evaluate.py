@@ -17,11 +17,30 @@ Dynamic budgets (`-dyn`) are calibrated to the same mean on 200 training scenes,
 other photographs than test scenes, whose mean may differ and is the one on the page. Time and memory are those of one
 question about one picture, tower included, measured as in `demo.py`.
 
-    python scripts/evaluate.py --out out/evaluation
-    python scripts/evaluate.py --out out/all --all                      # every method: the table of docs/accuracy.md
+    python scripts/evaluate.py --out out/evaluation                     # settings of PruneSID, random, uniform
     python scripts/evaluate.py --out out/quick --quick                  # 200 questions
     python scripts/evaluate.py --out out/ablations --ablations          # the paper's ablations, on validation scenes
-    python scripts/evaluate.py --out out/some --methods full prunesid-auto visionzip divprune --budgets 64 16
+    python scripts/evaluate.py --out out/some --methods prunesid-auto visionzip divprune --budgets 64 16
+    python scripts/evaluate.py --out out/all --all                      # every method at every budget
+
+`docs/` holds what the following writes: `cp out/docs/accuracy* docs/`. The methods that cannot keep to a small budget
+in a shallow language model stand on a page of their own, at two budgets. Roughly, on one core of an AMD EPYC: an hour
+for the first page, a quarter more for the second, an hour and a half for `--all`; half of it in two processes.
+
+    inside="fastv dart sparsevlm mustdrop"
+    before="tome prumerge prumerge+ hired divprune visionzip visionzip-dyn random uniform"
+    own="prunesid-paper prunesid-release prunesid-spread prunesid-auto prunesid-dyn prunesid-llm vitcop"
+    python scripts/evaluate.py --out out/docs --methods $own $before
+    python scripts/evaluate.py --out out/docs --page accuracy_inside_llm --budgets 192 64 --methods $inside \
+        prunesid-release prunesid-spread prunesid-llm vitcop divprune tome
+
+Two processes must not write to one folder. They share the methods, and the commands above then read what both have
+answered; the times on the pages are measured by that last run alone:
+
+    export OMP_NUM_THREADS=1
+    python scripts/evaluate.py --out out/a --methods $own &
+    python scripts/evaluate.py --out out/b --methods $before & wait
+    mkdir -p out/docs && cat out/a/answers.jsonl out/b/answers.jsonl > out/docs/answers.jsonl
 """
 
 import argparse
