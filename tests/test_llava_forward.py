@@ -19,7 +19,7 @@ from tiny import (
     prompt,
     stock_twin,
 )
-from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers import CompileConfig, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 
 IGNORED = -100
@@ -610,12 +610,29 @@ class TestCompile:
         expected = ours(**inputs).logits
         torch.testing.assert_close(torch.compile(ours, backend="eager")(**inputs).logits, expected)
 
-    def test_generate_with_a_compiled_forward(self, ours):
-        inputs = one_row()
-        expected = ours.generate(**inputs, max_new_tokens=5, do_sample=False)
-        ours.forward = torch.compile(ours.forward, backend="eager")
-        got = ours.generate(**inputs, max_new_tokens=5, do_sample=False, cache_implementation="static")
-        assert torch.equal(got, expected)
+    @pytest.mark.parametrize("compiled", ["decoding step", "forward"])
+    def test_generate_compiles_nothing_for_a_second_image(self, ours, compiled):
+        images, text = pixels(2), one_row()["input_ids"]
+        greedy = {"input_ids": text, "max_new_tokens": 5, "do_sample": False}
+        first, second = (ours.generate(pixel_values=image[None], **greedy) for image in images)
+        assert not torch.equal(first, second)
+        graphs, static = [], {"cache_implementation": "static"}
+
+        def backend(graph, _):
+            graphs.append(graph)
+            return graph.forward
+
+        if compiled == "forward":
+            ours.forward = torch.compile(ours.forward, backend=backend)
+        else:
+            static["compile_config"] = CompileConfig(backend=backend, mode=None)
+            static["compile_config"]._compile_all_devices = True
+        assert torch.equal(ours.generate(pixel_values=images[:1], **greedy, **static), first)
+        count = len(graphs)
+        assert count > 0
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(ours.generate(pixel_values=images[1:], **greedy, **static), second)
+        assert len(graphs) == count
 
     @torch.no_grad()
     def test_a_decoding_step_is_one_graph(self, ours):
