@@ -333,7 +333,9 @@ def test_a_stopped_run_goes_on_to_the_same_records(run, evaluate, tmp_path, monk
     monkeypatch.setattr(evaluate, "answer", lambda *given: answered.append(1) or answer(*given))
     assert run(tmp_path / "stopped", *options) == line
     assert records(tmp_path / "stopped") == whole and len(answered) == len(whole) - 4
+    written = (tmp_path / "stopped" / "answers.jsonl").stat().st_mtime_ns
     assert run(tmp_path / "stopped", *options) == line and len(answered) == len(whole) - 4
+    assert (tmp_path / "stopped" / "answers.jsonl").stat().st_mtime_ns == written
 
 
 def test_dynamic_answers_belong_to_their_calibration(run, tmp_path, evaluate, monkeypatch):
