@@ -13,9 +13,9 @@ The tower runs once for each picture: what it computed is looked up when another
 (`tower_memo.py`), and the questions of several scenes are answered as one batch. ToMe alone shortens the tower for
 each budget anew, for half the time of a run of the tower each; MustDrop runs it once more. Answers are appended to
 `OUT/answers.jsonl` under a hash of weights, code, scenes and settings; a run that was stopped goes on from there.
-Dynamic budgets (`-dyn`) are calibrated to the same mean on 200 training scenes, both variants by turns; they show
-other photographs than test scenes, whose mean may differ and is the one on the page. Time and memory are those of one
-question about one picture, tower included, measured as in `demo.py`.
+Dynamic budgets (`-dyn`) have the fixed ones' mean: their reference is the mean information of the same pictures, as in
+the paper, and no question or answer plays a part in it. Time and memory are those of one question about one picture,
+tower included, measured as in `demo.py`.
 
     python scripts/evaluate.py --out out/evaluation                     # settings of PruneSID, random, uniform
     python scripts/evaluate.py --out out/quick --quick                  # 200 questions
@@ -78,7 +78,6 @@ COMPARED = (
 )  # fmt: skip
 QUICK = ("full", "prunesid-paper", "random")
 AT_ONCE = 8  # scenes
-CALIBRATION_SCENES = 200
 PRIOR_SCENES = 300
 LONGEST_ANSWER = 4  # two words, the end, and one more that would be wrong
 ROUNDS = 3
@@ -249,11 +248,11 @@ def _ask(model, processor, case: tuple[str, int], chunk: Chunk, known: Answers) 
 
 
 @torch.inference_mode()
-def reference_information(model, processor) -> float:
-    """The mean information score 1 - rho of training scenes, for dynamic budgets (section 3.4)."""
+def reference_information(model, processor, split: str, num_scenes: int) -> float:
+    """The mean information score 1 - rho of the evaluated scenes, at which dynamic budgets are N (section 3.4)."""
     scores: list[float] = []
-    for number in tqdm(range(CALIBRATION_SCENES), desc="scenes for dynamic budgets"):
-        inputs = processor.image_processor(scene_of("train", number).image, return_tensors="pt").to(model.device)
+    for number in tqdm(range(num_scenes), desc="scenes for dynamic budgets"):
+        inputs = processor.image_processor(scene_of(split, number).image, return_tensors="pt").to(model.device)
         states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
         patches = states[model.config.prunesid_config.layer][:, -num_patches(model) :]
         scores += (1 - redundancy(patches)).tolist()
@@ -335,13 +334,13 @@ def evaluate(arguments: argparse.Namespace, model, processor) -> dict:
     arguments.out.mkdir(parents=True, exist_ok=True)
     basis, reference = basis_of(model), None
     if any(is_dynamic(method) for method, _ in cases):
-        reference = reference_information(model, processor)
+        reference = reference_information(model, processor, arguments.split, arguments.scenes)
         model.config.prunesid_config.reference_information = reference
     known = Answers(arguments.out / "answers.jsonl", basis, reference)
     found = collect(model, processor, cases, arguments.scenes, arguments.split, arguments.questions, known)
     result = {"machine": machine(), "split": arguments.split, **summarise(found, fit_prior(prior_questions()))}
     if reference is not None:
-        result["calibration"] = {"training_scenes": CALIBRATION_SCENES, "reference_information": reference}
+        result["reference_information"] = reference
     for row in result["rows"]:
         row["place"] = METHODS[row["method"]].place
     if not arguments.quick:

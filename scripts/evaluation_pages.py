@@ -110,11 +110,10 @@ def markdown(result: dict, page: str) -> str:
     shown = [columns(row) for row in ordered(result["rows"])]
     won = winners(result["rows"])
     calibrated = []
-    if "calibration" in result:
-        scenes, reference = result["calibration"]["training_scenes"], result["calibration"]["reference_information"]
+    if "reference_information" in result:
         calibrated = [
-            f"Dynamic methods (`-dyn`) are calibrated on {scenes} training scenes, whose mean information score is "
-            f"{reference:.4f}; `tokens` is what they then kept on the scenes of this page.",
+            "Dynamic methods (`-dyn`) give N tokens to a picture with the mean information score of these scenes, "
+            f"{result['reference_information']:.4f}; `tokens` is what they kept.",
             "",
         ]
     lines = [

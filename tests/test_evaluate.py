@@ -304,7 +304,6 @@ def test_the_memo_runs_a_layer_again_for_other_pictures_or_a_watcher_alone(modul
 def run(modules, evaluate, loaded, monkeypatch, capsys):
     """Runs `main` on the tiny model; returns the last line of what it prints."""
     monkeypatch.setattr(evaluate, "PRIOR_SCENES", 4)
-    monkeypatch.setattr(evaluate, "CALIBRATION_SCENES", 2)
     monkeypatch.setattr(evaluate, "ROUNDS", 1)
     monkeypatch.setattr(evaluate, "AT_ONCE", 2)
     monkeypatch.setattr(evaluate, "load_model", lambda folder: copy.deepcopy(loaded))
@@ -341,12 +340,13 @@ def test_a_stopped_run_goes_on_to_the_same_records(run, evaluate, tmp_path, monk
 def test_dynamic_answers_belong_to_their_calibration(run, tmp_path, evaluate, monkeypatch):
     options = ("--quick", "--methods", "prunesid-dyn", "random", "--budgets", "8")
     run(tmp_path, *options)
-    calibration = json.loads((tmp_path / "accuracy.json").read_text())["calibration"]
-    assert calibration["training_scenes"] == evaluate.CALIBRATION_SCENES
-    page = (tmp_path / "accuracy.md").read_text()
-    assert f"mean information score is {calibration['reference_information']:.4f};" in page
+    result = json.loads((tmp_path / "accuracy.json").read_text())
+    reference = result["reference_information"]
+    assert f"{reference:.4f}; `tokens` is what they kept." in (tmp_path / "accuracy.md").read_text()
+    [row] = [row for row in result["rows"] if row["method"] == "prunesid-dyn"]
+    assert abs(row["tokens"] - 8) < 0.5  # each picture's count is rounded
     before = len(records(tmp_path))
-    monkeypatch.setattr(evaluate, "reference_information", lambda *_: 2 * calibration["reference_information"])
+    monkeypatch.setattr(evaluate, "reference_information", lambda *_: 2 * reference)
     run(tmp_path, *options)
     added = records(tmp_path)[before:]
     assert [(record["method"], record["chunk"]) for record in added] == [("prunesid-dyn", 0), ("prunesid-dyn", 1)]
