@@ -4,7 +4,7 @@ One task for each scene variant: a YAML file, and the pictures, questions and an
 is the chat template's around the bare question; an answer is right if it is the expected one, in any case.
 
     python scripts/lmms_task.py FOLDER --scenes 50
-    lmms-eval --model prunesid --model_args pretrained=REPO --include_path FOLDER \
+    lmms-eval --model prunesid --model_args pretrained=embedded --include_path FOLDER \
         --tasks prunesid_scenes_salient,prunesid_scenes_context
 """
 
