@@ -24,10 +24,12 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock, patch
 
 from measuring import machine, peak_bytes, seconds_by_turns, spread  # first: it quietens PyTorch's profiler
 
@@ -53,13 +55,14 @@ from modeling_prunesid import (
     PruneSIDLlavaNextForConditionalGeneration,
     ViTCoPLlavaConfig,
     ViTCoPLlavaForConditionalGeneration,
+    selection_prunesid,
 )
 from modeling_prunesid.selection_prunesid import select_tokens
 from modeling_prunesid.tower_prunesid import run_tower
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLIP_L = {
+CLIP_L: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -77,7 +80,11 @@ TEXT_TOKENS, DECODED = 50, 16
 
 
 def release_style(hidden_states: torch.Tensor, budget: int) -> list[list[int]]:
-    """Selection of `(batch, tokens, dim)` as the release computes it; quotas by cumulative rounding."""
+    """The tokens of `(batch, tokens, dim)` that the release keeps of each image, group by group, best first.
+
+    A group gets one token and the others by cumulative rounding, up to a bound that rises until all groups together
+    hold `budget`. Its CLS token and CLS scores are left out. It keeps fewer where fewer survive NMS.
+    """
     batch, tokens, _ = hidden_states.shape
     groups = max(budget // 4, 1)
     _, _, components = torch.pca_lowrank(hidden_states.float().sigmoid().transpose(1, 2), q=groups)
@@ -103,13 +110,20 @@ def release_style(hidden_states: torch.Tensor, budget: int) -> list[list[int]]:
                     kept.append(token)
                     alive &= ~(inside[token] >= taus[image])
             survivors.append(ranked[kept].tolist())
-        total, seen, given, chosen = sum(map(len, survivors)), 0, 0, []
-        for tokens_of_group in survivors:
-            seen += len(tokens_of_group)
-            until = round(budget * seen / total)
-            chosen += tokens_of_group[: until - given]
+        sizes, seen, given = [len(group) for group in survivors], 0, 0
+        wanted, bound = min(budget, sum(sizes)), 5 * math.ceil(budget / 64)
+        while sum(min(size, bound) for size in sizes) < wanted:
+            bound += 1
+        quotas = [min(size, 1) for size in sizes]
+        shared = wanted - sum(quotas)
+        for number, size in enumerate(sizes):
+            seen += size
+            until = math.floor(shared * seen / sum(sizes) + 0.5)
+            quotas[number] = min(quotas[number] + until - given, size, bound)
             given = until
-        selected.append(chosen)
+        for number in sorted(range(groups), key=lambda number: -sizes[number]):
+            quotas[number] += min(wanted - sum(quotas), min(sizes[number], bound) - quotas[number])
+        selected.append([token for group, quota in zip(survivors, quotas) for token in group[:quota]])
     return selected
 
 
@@ -131,6 +145,25 @@ def tokens_of_photographs(count: int) -> torch.Tensor:
         states = tower(pixels, output_hidden_states=True).hidden_states
         tokens.append(torch.cat([states[layer][0, 1:] for layer in (-2, -4, -6, -8)], dim=-1) @ project)
     return torch.stack([tokens[index % len(tokens)] for index in range(count)]).to(DEVICE)
+
+
+def time_stages(features: torch.Tensor, budget: int, rounds: int) -> dict[str, float]:
+    """a. The shares of our selection's time that its stages take, each run again on what it was called with."""
+    names = ("principal_components", "_similarity_in_groups", "survivors")
+    stages = {name: getattr(selection_prunesid, name) for name in names}
+    spies = {name: Mock(wraps=stage) for name, stage in stages.items()}
+    with patch.multiple(selection_prunesid, **spies):
+        select_tokens(features, budget)
+    cases: dict[str, Callable[[], object]] = {"whole": lambda: select_tokens(features, budget)}
+    cases |= {name: partial(stages[name], *spy.call_args.args) for name, spy in spies.items() if spy.called}
+    seconds = seconds_by_turns(cases, rounds)
+    taken = {name: statistics.median(times) / statistics.median(seconds["whole"]) for name, times in seconds.items()}
+    components = taken["principal_components"]
+    nms = taken.get("_similarity_in_groups", 0) + taken.get("survivors", 0)
+    shares = {"principal_components": components, "similarity_and_nms": nms, "rest": 1 - components - nms}
+    described = ", ".join(f"{name.replace('_', ' ')} {100 * share:.0f}%" for name, share in shares.items())
+    print(f"Our time of {features.shape[0]} x {features.shape[1]} -> {budget}: {described}")
+    return shares
 
 
 def compare_selection(tokens: torch.Tensor, cases: list[tuple[int, int, int]], rounds: int) -> dict[str, float]:
@@ -164,12 +197,13 @@ def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, f
     print("\nb. CLIP ViT-L/14-336, one image")
     tower = AutoModel.from_config(CLIPVisionConfig(**CLIP_L)).eval().to(DEVICE)
     pixels = torch.randn(1, 3, 336, 336, device=DEVICE)
+    needed = CLIP_L["num_hidden_layers"] - 1  # layer -2
     cases: dict[str, Callable[[], object]] = {
         "stock, every layer": lambda: tower(pixels, output_hidden_states=True),
-        "ours, to layer -2": lambda: run_tower(tower, pixels, [23]),
+        "ours, to layer -2": lambda: run_tower(tower, pixels, [needed]),
     }
     if not quick:
-        cases["ours, with the CLS row"] = lambda: run_tower(tower, pixels, [23], cls_attention_layer=23)
+        cases["ours, with the CLS row"] = lambda: run_tower(tower, pixels, [needed], cls_attention_layer=needed)
         eager = AutoModel.from_config(CLIPVisionConfig(**CLIP_L), attn_implementation="eager").eval().to(DEVICE)
         eager.load_state_dict(tower.state_dict())
         cases["output_attentions=True"] = lambda: eager(pixels, output_attentions=True, output_hidden_states=True)
@@ -234,11 +268,11 @@ def build(is_next: bool) -> dict:
 
 
 class Case(NamedTuple):
-    """A model, what is set in its `prunesid_config`, and its name in the JSON."""
+    """A model, what is set in its `prunesid_config`, and its budget's name in the JSON."""
 
     model: Any
     settings: Mapping[str, int | None]
-    key: str
+    budget: str
 
     def set_up(self):
         for name, value in self.settings.items():
@@ -249,17 +283,17 @@ class Case(NamedTuple):
 def list_cases(is_next: bool, budgets: list[int], inside: bool) -> dict[str, Case]:
     """The stock class; at every budget of a view PruneSID; and, `inside` LLaVA-1.5, at the same mean over the layers
     PruneSID with `llm_budget`, which half as many tokens again enter, and ViTCoP."""
-    models, views, family = build(is_next), 5 if is_next else 1, "next" if is_next else "llava"
+    models, views = build(is_next), 5 if is_next else 1
     ours = models["prunesid"]
-    cases = {"stock": Case(models["stock"], {}, family)}
+    cases = {"stock": Case(models["stock"], {}, "all")}
     for count in budgets:
-        key = f"{family}_{views * count}"
-        cases[f"{views} x {count}"] = Case(ours, {"budget": count, "llm_budget": None}, key)
+        total = str(views * count)
+        cases[f"{views} x {count}"] = Case(ours, {"budget": count, "llm_budget": None}, total)
         if inside:
             entering = count + count // 2
             thinned = {"budget": entering, "llm_budget": count}
-            cases[f"{entering}, mean {count}"] = Case(ours, thinned, f"{key}_llm_budget")
-            cases[f"ViTCoP {count}"] = Case(models["vitcop"], {"budget": count}, f"{key}_vitcop")
+            cases[f"{entering}, mean {count}"] = Case(ours, thinned, f"{total}_llm_budget")
+            cases[f"ViTCoP {count}"] = Case(models["vitcop"], {"budget": count}, f"{total}_vitcop")
     return cases
 
 
@@ -278,8 +312,8 @@ def question(model, is_next: bool) -> dict[str, torch.Tensor]:
 
 
 def operations(views: int, tower_layers: int, lengths: list[int]) -> float:
-    """d. Floating-point operations of so many layers of the tower on `views` images, and of a prefill of so many tokens
-    in each layer of the language model. Embeddings, projector and head are left out."""
+    """d. Floating-point operations of so many layers of the tower on `views` images, and of a prefill of so many
+    tokens in each layer of the language model. Embeddings, projector and head are left out."""
 
     def layer(length: int, width: int, inner: int, projections: int) -> float:
         return 2 * length * (4 * width**2 + projections * width * inner) + 4 * length**2 * width
@@ -292,9 +326,11 @@ def operations(views: int, tower_layers: int, lengths: list[int]) -> float:
 
 
 @torch.no_grad()
-def compare_models(is_next: bool, budgets: list[int], rounds: int, inside: bool = False) -> dict[str, float]:
-    """c. and d. The stock class and ours at every budget of a view."""
-    name, views = ("LLaVA-NeXT", 5) if is_next else ("LLaVA-1.5", 1)
+def compare_models(
+    is_next: bool, budgets: list[int], rounds: int, inside: bool = False
+) -> dict[str, dict[str, float]]:
+    """c. and d. The stock class and ours at every budget of a view; the ratios and limits by measure and budget."""
+    name, views, suffix = ("LLaVA-NeXT", 5, "_next") if is_next else ("LLaVA-1.5", 1, "")
     cases = list_cases(is_next, budgets, inside)
     stock = cases["stock"].model
     inputs = question(stock, is_next)
@@ -342,7 +378,7 @@ def compare_models(is_next: bool, budgets: list[int], rounds: int, inside: bool 
         f"{'':14}{'prompt':>8}{'first token':>34}{'ratio':>8}{'limit':>8}{'prefill':>10}{'ratio':>8}{'limit':>8}"
         f"{'decode':>14}{'ratio':>8}{'limit':>8}{'KV cache':>12}{'ratio':>8}{'limit':>8}{'peak':>12}"
     )
-    ratios = {}
+    report: dict[str, dict[str, float]] = {}
     for label, case in cases.items():
         rate = DECODED / statistics.median(decoding[label])
         limits = {what: cost / model_cost(label)[what] for what, cost in model_cost("stock").items()}
@@ -360,8 +396,11 @@ def compare_models(is_next: bool, budgets: list[int], rounds: int, inside: bool 
             f"{held[label] / 2**20:8.1f} MiB{beside['kv_cache']}{peaks[label] / 2**20:8.0f} MiB"
         )
         if label != "stock":
-            ratios |= {f"{what}_ratio_{case.key}": value for what, value in against.items()}
-    return ratios
+            for what, ratio in against.items():
+                report.setdefault(f"{what}_ratio{suffix}", {})[case.budget] = ratio
+            for what, limit in limits.items():
+                report.setdefault(f"{what}_limit{suffix}", {})[case.budget] = limit
+    return report
 
 
 def grow(tokens: torch.Tensor, rounds: int) -> None:
@@ -393,15 +432,17 @@ def main() -> None:
     cases = [(5, 576, 192), (1, 576, 64)]
     if not arguments.quick:
         cases = [(batch, 576, budget) for batch in (1, 5) for budget in (192, 128, 64, 32)] + [(8, 256, 17)]
-    ratios = compare_selection(tokens, cases, 5 if arguments.quick else 7)
-    ratios |= compare_tower(tokens, 2 if arguments.quick else 3, arguments.quick)
+    figures: dict[str, Any] = {**compare_selection(tokens, cases, 5 if arguments.quick else 7)}
+    figures["selection_stage_shares_b1_n64"] = time_stages(tokens[:1], 64, 15)
+    figures |= compare_tower(tokens, 2 if arguments.quick else 3, arguments.quick)
     if arguments.quick:
-        ratios |= compare_models(False, [64], 1)
+        figures |= compare_models(False, [64], 1)
     else:
-        ratios |= compare_models(False, [192, 128, 64, 32], 3, inside=True)
-        ratios |= compare_models(True, [128, 64, 32], 1 if DEVICE == "cpu" else 5)
+        figures |= compare_models(False, [192, 128, 64, 32], 3, inside=True)
+        figures |= compare_models(True, [128, 64, 32], 1 if DEVICE == "cpu" else 5)
         grow(tokens, 3)
-    report = {"machine": machine(), **{name: round(value, 5) for name, value in ratios.items()}}
+    rounded = json.loads(json.dumps(figures), parse_float=lambda digits: round(float(digits), 5))
+    report = {"machine": machine(), **rounded}
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")
@@ -409,4 +450,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

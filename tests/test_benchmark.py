@@ -1,9 +1,14 @@
-"""The benchmark's cases: the same mean number of tokens inside the language model for every way of dropping them."""
+"""The benchmark's cases, limits and last line, and the way of the release that it compares selection with."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from test_selection import tokens_like_a_tower
+
+from modeling_prunesid.selection_prunesid import select_tokens
 
 
 @pytest.fixture
@@ -19,15 +24,36 @@ def benchmark(monkeypatch):
 
 
 def test_all_ways_hold_the_same_share_of_the_cache(benchmark, capsys):
-    ratios = benchmark.compare_models(False, [64], rounds=1, inside=True)
+    figures = benchmark.compare_models(False, [64], rounds=1, inside=True)
     text = benchmark.TEXT_TOKENS + 1
     expected = (576 + text) / (64 + text)
-    for key in ("llava_64", "llava_64_llm_budget", "llava_64_vitcop"):
-        assert ratios[f"kv_cache_ratio_{key}"] == pytest.approx(expected, rel=0.01)
-        assert all(ratios[f"{name}_ratio_{key}"] > 0 for name in ("ttft", "prefill", "peak_memory"))
-    assert ratios["kv_cache_ratio_llava_64"] == pytest.approx(expected)
+    for budget in ("64", "64_llm_budget", "64_vitcop"):
+        assert figures["kv_cache_ratio"][budget] == pytest.approx(expected, rel=0.01)
+        assert figures["kv_cache_limit"][budget] == pytest.approx(figures["kv_cache_ratio"][budget])
+        assert all(figures[f"{name}_ratio"][budget] > 0 for name in ("ttft", "prefill", "decode", "peak_memory"))
+    assert figures["kv_cache_ratio"]["64"] == pytest.approx(expected)
+    stock = benchmark.operations(1, 2, [576 + text] * 12)
+    assert figures["ttft_limit"]["64"] == pytest.approx(stock / benchmark.operations(1, 1, [64 + text] * 12))
+    weights = 12 * (4 * 16 * 16 + 3 * 16 * 16 + 2 * 16)
+    held = [12 * 2 * tokens * 16 for tokens in (576 + text, 64 + text)]
+    assert figures["decode_limit"]["64"] == pytest.approx((weights + held[0]) / (weights + held[1]))
     shown = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[-4:]]
     assert shown == ["stock", "1 x 64", "96, mean 64", "ViTCoP 64"]
+
+
+def test_the_last_line_has_the_names_that_are_promised(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "tokens_of_photographs", lambda count: torch.rand(count, 200, 64))
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--quick"])
+    benchmark.main()
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ("selection_time_ratio", "selection_memory_ratio"):
+        assert {f"{name}_b5_n192", f"{name}_b1_n64"} <= set(report)
+    assert {"machine", "selection_share_of_tower_n64", "cls_row_share_of_tower", "tower_time_ratio"} <= set(report)
+    for measure in ("ttft", "prefill", "decode", "kv_cache"):
+        assert set(report[f"{measure}_ratio"]) == set(report[f"{measure}_limit"]) == {"64"}
+    shares = report["selection_stage_shares_b1_n64"]
+    assert set(shares) == {"principal_components", "similarity_and_nms", "rest"}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
 
 
 def test_operations_are_those_of_the_matrix_products_in_each_layer(benchmark):
@@ -42,3 +68,44 @@ def test_operations_are_those_of_the_matrix_products_in_each_layer(benchmark):
     prefill = 6 * products(100, inner_products=3) + 6 * products(200, inner_products=3)
     assert benchmark.operations(0, 0, [100] * 6 + [200] * 6) == prefill
     assert benchmark.operations(5, 23, [100] * 6 + [200] * 6) == benchmark.operations(5, 23, []) + prefill
+
+
+@pytest.fixture
+def exact_components(monkeypatch):
+    """`torch.pca_lowrank` without its chance: all singular vectors of the matrix, centred over its rows."""
+
+    def exact(matrix, q):
+        left, values, right = torch.linalg.svd(matrix - matrix.mean(-2, keepdim=True), full_matrices=False)
+        return left[..., :q], values[..., :q], right.mT[..., :q]
+
+    monkeypatch.setattr(torch, "pca_lowrank", exact)
+
+
+@pytest.mark.parametrize("budget", [16, 30, 64, 100])
+def test_the_way_of_the_release_keeps_what_our_release_options_keep(benchmark, exact_components, budget):
+    tokens = torch.stack([tokens_like_a_tower(144, 160, seed) + 0.1 * seed for seed in range(8)])
+    ours = select_tokens(tokens, budget, center="features", quota="bounded")
+    kept = benchmark.release_style(tokens, budget)
+    for image, indices in enumerate(kept):
+        assert len(indices) <= budget
+        expected = ours.indices[image].tolist()
+        assert sorted(indices) == expected if len(indices) == budget else set(indices) < set(expected)
+
+
+@pytest.mark.parametrize("budget", [16, 30, 64, 100])
+@pytest.mark.parametrize("spread", [0.1, 0.5, 2])
+def test_the_way_of_the_release_suppresses_and_shares_by_its_rules(benchmark, exact_components, budget, spread):
+    generator = torch.Generator().manual_seed(budget)
+    tokens = torch.randn(1, 1, 160, generator=generator) + spread * torch.randn(4, 144, 160, generator=generator)
+    best = torch.pca_lowrank(tokens.sigmoid().mT, q=budget // 4)[2].abs().max(-1)
+    units = torch.nn.functional.normalize(tokens, dim=-1)
+    rho = [(view @ view.T)[torch.ones(144, 144).triu(1) > 0].mean() for view in units]
+    for image, indices in enumerate(benchmark.release_style(tokens, budget)):
+        groups, scores = best.indices[image][indices], best.values[image][indices]
+        assert 0 < len(set(indices)) == len(indices) <= budget and set(indices) <= set(range(144))
+        assert set(groups.tolist()) == set(best.indices[image].tolist())
+        assert groups.tolist() == sorted(groups.tolist())
+        same_group = (groups[:, None] == groups).triu(1)
+        assert (scores[:, None] >= scores)[same_group].all()
+        similarity = units[image][indices] @ units[image][indices].T
+        assert (similarity[same_group] < budget / 32 * rho[image]).all()
