@@ -287,6 +287,24 @@ class HubModelMixin:
         return entry
 
 
+class AutoModelMixin:
+    """
+    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
+    expect, and `from_config` the base model, as serving engines expect.
+    """
+
+    _base_class: Any
+    _generating_class: Any
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return cls._generating_class.from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return cls._base_class._from_config(config, **kwargs)
+
+
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,

@@ -13,11 +13,11 @@ from transformers.utils.generic import can_return_tuple
 from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import PruneSIDLlavaConfig
-from .hub_prunesid import HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_prunesid import PruneSIDLlavaProcessor
 from .selection_prunesid import resolve_budget
 from .tower_prunesid import resolve_layer, run_tower
-from .views_prunesid import choose_tokens, requested_budgets
+from .views_prunesid import choose_tokens, project_if_compared, requested_budgets
 from .vitcop_prunesid import plan_counts, scaled_layers
 
 
@@ -125,6 +125,7 @@ class PruneSIDLlavaModel(CoPrunedModelMixin, CompressedModelMixin, HubModelMixin
             is_dynamic=settings.dynamic and num_visual_tokens is None,
             extra_kept=num_prefix - first,
             cls_attention=None if states.cls_attention is None else states.cls_attention[:, num_prefix:],
+            projected=project_if_compared(settings, self.multi_modal_projector, features[:, num_prefix:]),
         )
         prefix = torch.arange(first, num_prefix, device=features.device)
         kept = [torch.cat([prefix, patches.to(features.device) + num_prefix]) for patches in kept_patches]
@@ -234,19 +235,11 @@ class PruneSIDLlavaForConditionalGeneration(
         )
 
 
-class PruneSIDLlavaAutoModel(PruneSIDLlavaModel):
-    """
-    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
-    expect, and `from_config` the base model, as serving engines expect.
-    """
+class PruneSIDLlavaAutoModel(AutoModelMixin, PruneSIDLlavaModel):
+    """See [`AutoModelMixin`]."""
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        return PruneSIDLlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        return PruneSIDLlavaModel._from_config(config, **kwargs)
+    _base_class = PruneSIDLlavaModel
+    _generating_class = PruneSIDLlavaForConditionalGeneration
 
 
 # Stock checkpoints load by the stock conversions, which Transformers looks up by the name of the class.

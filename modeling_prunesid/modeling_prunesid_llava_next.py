@@ -22,11 +22,12 @@ from transformers.utils.generic import can_return_tuple
 from .anyres_prunesid import NEWLINE, PackedImage
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import PruneSIDLlavaNextConfig
-from .hub_prunesid import HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
 from .selection_prunesid import resolve_budget
 from .sharing_prunesid import choose_tokens_of_views, request_budgets
 from .tower_prunesid import resolve_layer, run_tower
+from .views_prunesid import project_if_compared
 
 
 class PruneSIDLlavaNextModel(CompressedModelMixin, HubModelMixin, LlavaNextModel):
@@ -126,6 +127,7 @@ class PruneSIDLlavaNextModel(CompressedModelMixin, HubModelMixin, LlavaNextModel
         _check_prefix(num_prefix, strategy, settings.keep_cls)
         compared = states.hidden_states[selection_layer][:, num_prefix:]
         attention = None if states.cls_attention is None else states.cls_attention[:, num_prefix:]
+        projected = project_if_compared(settings, self.multi_modal_projector, features[:, num_prefix:])
         keep_indices, rows, first = [], [], 0
         for image, total in zip(images, budgets.totals):
             crops = slice(first, first + len(image.crops))
@@ -142,6 +144,7 @@ class PruneSIDLlavaNextModel(CompressedModelMixin, HubModelMixin, LlavaNextModel
                     patches_per_crop,
                     extra_kept,
                     None if attention is None else [view[patches] for view, patches in zip(attention[crops], shown)],
+                    None if projected is None else [view[patches] for view, patches in zip(projected[crops], shown)],
                 )
                 kept = [patches[chosen.cpu()] for patches, chosen in zip(image.crops, selected)]
                 placeholders, tokens = image.keep(kept, num_prefix, settings.keep_cls)
@@ -233,19 +236,11 @@ class PruneSIDLlavaNextForConditionalGeneration(
         return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
-class PruneSIDLlavaNextAutoModel(PruneSIDLlavaNextModel):
-    """
-    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
-    expect, and `from_config` the base model, as serving engines expect.
-    """
+class PruneSIDLlavaNextAutoModel(AutoModelMixin, PruneSIDLlavaNextModel):
+    """See [`AutoModelMixin`]."""
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        return PruneSIDLlavaNextForConditionalGeneration.from_pretrained(*args, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        return PruneSIDLlavaNextModel._from_config(config, **kwargs)
+    _base_class = PruneSIDLlavaNextModel
+    _generating_class = PruneSIDLlavaNextForConditionalGeneration
 
 
 def _join_crops(pixel_values: torch.Tensor, num_crops: list[int]) -> torch.Tensor:

@@ -12,11 +12,11 @@ from transformers.utils.generic import can_return_tuple
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import refuse_cls
 from .configuration_prunesid_mini_gemini import PruneSIDMiniGeminiConfig
-from .hub_prunesid import HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
 from .processing_prunesid_mini_gemini import PruneSIDMiniGeminiProcessor
 from .selection_prunesid import resolve_budget
-from .views_prunesid import choose_tokens, requested_budgets
+from .views_prunesid import choose_tokens, project_if_compared, requested_budgets
 
 
 class PruneSIDMiniGeminiModel(CompressedModelMixin, HubModelMixin, MiniGeminiModel):
@@ -75,7 +75,9 @@ class PruneSIDMiniGeminiModel(CompressedModelMixin, HubModelMixin, MiniGeminiMod
 
         refuse_cls(settings, "it compares the final image tokens, among which is no CLS token")
         is_dynamic = settings.dynamic and num_visual_tokens is None
-        kept = [rows.to(tokens.device) for rows in choose_tokens(settings, tokens, budgets, is_dynamic)]
+        projected = project_if_compared(settings, self.multi_modal_projector, tokens)
+        kept = choose_tokens(settings, tokens, budgets, is_dynamic, projected=projected)
+        kept = [rows.to(tokens.device) for rows in kept]
         features = self.multi_modal_projector(torch.cat([image[rows] for image, rows in zip(tokens, kept)]))
         outputs.pooler_output = list(features.split([len(rows) for rows in kept]))
         outputs["keep_indices"] = kept
@@ -149,19 +151,11 @@ class PruneSIDMiniGeminiForConditionalGeneration(
         return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
-class PruneSIDMiniGeminiAutoModel(PruneSIDMiniGeminiModel):
-    """
-    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
-    expect, and `from_config` the base model, as serving engines expect.
-    """
+class PruneSIDMiniGeminiAutoModel(AutoModelMixin, PruneSIDMiniGeminiModel):
+    """See [`AutoModelMixin`]."""
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        return PruneSIDMiniGeminiForConditionalGeneration.from_pretrained(*args, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        return PruneSIDMiniGeminiModel._from_config(config, **kwargs)
+    _base_class = PruneSIDMiniGeminiModel
+    _generating_class = PruneSIDMiniGeminiForConditionalGeneration
 
 
 # Checkpoints of `MiniGeminiForConditionalGeneration` have the names of our modules: there is no conversion to pass on.

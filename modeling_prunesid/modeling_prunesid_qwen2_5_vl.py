@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compression_prunesid import CompressedGenerationMixin, like_upstream
 from .configuration_prunesid import PruneSIDQwen2_5_VLConfig
-from .hub_prunesid import HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
 from .processing_prunesid_qwen_vl import PruneSIDQwen2_5_VLProcessor
@@ -166,19 +166,11 @@ class PruneSIDQwen2_5_VLForConditionalGeneration(
         return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
-class PruneSIDQwen2_5_VLAutoModel(PruneSIDQwen2_5_VLModel):
-    """
-    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
-    expect, and `from_config` the base model, as serving engines expect.
-    """
+class PruneSIDQwen2_5_VLAutoModel(AutoModelMixin, PruneSIDQwen2_5_VLModel):
+    """See [`AutoModelMixin`]."""
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        return PruneSIDQwen2_5_VLForConditionalGeneration.from_pretrained(*args, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        return PruneSIDQwen2_5_VLModel._from_config(config, **kwargs)
+    _base_class = PruneSIDQwen2_5_VLModel
+    _generating_class = PruneSIDQwen2_5_VLForConditionalGeneration
 
 
 # Stock checkpoints load by the stock conversions, which Transformers looks up by the name of the class.

@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compression_prunesid import CompressedGenerationMixin, like_upstream
 from .configuration_prunesid import PruneSIDQwen2VLConfig
-from .hub_prunesid import HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
 from .processing_prunesid_qwen_vl import PruneSIDQwen2VLProcessor
@@ -166,19 +166,11 @@ class PruneSIDQwen2VLForConditionalGeneration(
         return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
-class PruneSIDQwen2VLAutoModel(PruneSIDQwen2VLModel):
-    """
-    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
-    expect, and `from_config` the base model, as serving engines expect.
-    """
+class PruneSIDQwen2VLAutoModel(AutoModelMixin, PruneSIDQwen2VLModel):
+    """See [`AutoModelMixin`]."""
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        return PruneSIDQwen2VLForConditionalGeneration.from_pretrained(*args, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        return PruneSIDQwen2VLModel._from_config(config, **kwargs)
+    _base_class = PruneSIDQwen2VLModel
+    _generating_class = PruneSIDQwen2VLForConditionalGeneration
 
 
 # Stock checkpoints load by the stock conversions, which Transformers looks up by the name of the class.

@@ -8,7 +8,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compression_prunesid import CompressedGenerationMixin, like_upstream
 from .configuration_prunesid import PruneSIDQwen3VLConfig
-from .hub_prunesid import HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
 from .processing_prunesid_qwen_vl import PruneSIDQwen3VLProcessor
@@ -162,19 +162,11 @@ class PruneSIDQwen3VLForConditionalGeneration(
         return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
-class PruneSIDQwen3VLAutoModel(PruneSIDQwen3VLModel):
-    """
-    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
-    expect, and `from_config` the base model, as serving engines expect.
-    """
+class PruneSIDQwen3VLAutoModel(AutoModelMixin, PruneSIDQwen3VLModel):
+    """See [`AutoModelMixin`]."""
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        return PruneSIDQwen3VLForConditionalGeneration.from_pretrained(*args, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        return PruneSIDQwen3VLModel._from_config(config, **kwargs)
+    _base_class = PruneSIDQwen3VLModel
+    _generating_class = PruneSIDQwen3VLForConditionalGeneration
 
 
 # Stock checkpoints have the names of our modules: upstream registers no conversion for Qwen3-VL to pass on.

@@ -24,11 +24,12 @@ from transformers.utils.generic import can_return_tuple
 
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import PruneSIDVideoLlavaConfig
-from .hub_prunesid import HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_prunesid_video_llava import PruneSIDVideoLlavaProcessor
 from .selection_prunesid import redundancy, resolve_budget
 from .sharing_prunesid import SharedBudgets, choose_tokens_of_views, request_budgets
 from .tower_prunesid import resolve_layer, run_tower
+from .views_prunesid import project_if_compared
 
 
 # Transformers 5.18 calls the pixels of images `pixel_values_images`, 5.23 `pixel_values`.
@@ -174,6 +175,7 @@ class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaMod
             )
         compared = states.hidden_states[selection_layer][:, 1:]
         attention = None if states.cls_attention is None else states.cls_attention[:, 1:]
+        projected = project_if_compared(settings, self.multi_modal_projector, features[:, 1:])
         num_tokens, first_fed = num_patches + is_fed_cls, 0 if is_fed_cls else 1
         fed = torch.arange(first_fed, num_patches + 1, device=features.device)
         cls = torch.zeros(int(is_fed_cls or settings.keep_cls), dtype=torch.long, device=features.device)
@@ -192,6 +194,7 @@ class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaMod
                     num_tokens,
                     extra_kept=len(cls),
                     cls_attention=None if attention is None else list(attention[views]),
+                    projected=None if projected is None else list(projected[views]),
                     information=frame_information(compared[views]) if budgets.rule == "information" else None,
                 )
                 kept = [torch.cat([cls, patches.to(cls.device) + 1]) for patches in selected]
@@ -320,19 +323,11 @@ class PruneSIDVideoLlavaForConditionalGeneration(
         )
 
 
-class PruneSIDVideoLlavaAutoModel(PruneSIDVideoLlavaModel):
-    """
-    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
-    expect, and `from_config` the base model, as serving engines expect.
-    """
+class PruneSIDVideoLlavaAutoModel(AutoModelMixin, PruneSIDVideoLlavaModel):
+    """See [`AutoModelMixin`]."""
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        return PruneSIDVideoLlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        return PruneSIDVideoLlavaModel._from_config(config, **kwargs)
+    _base_class = PruneSIDVideoLlavaModel
+    _generating_class = PruneSIDVideoLlavaForConditionalGeneration
 
 
 def frame_information(frames: torch.Tensor) -> list[float]:

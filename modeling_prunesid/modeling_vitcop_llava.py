@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_vitcop import ViTCoPLlavaConfig
-from .hub_prunesid import HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_vitcop_llava import ViTCoPLlavaProcessor
 from .selection_prunesid import resolve_budget
 from .tower_prunesid import resolve_layer, run_tower
@@ -248,19 +248,11 @@ class ViTCoPLlavaForConditionalGeneration(
         )
 
 
-class ViTCoPLlavaAutoModel(ViTCoPLlavaModel):
-    """
-    What `AutoModel` makes of a repo: `from_pretrained` a model that can `generate`, as users of a vision-language repo
-    expect, and `from_config` the base model, as serving engines expect.
-    """
+class ViTCoPLlavaAutoModel(AutoModelMixin, ViTCoPLlavaModel):
+    """See [`AutoModelMixin`]."""
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        return ViTCoPLlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
-
-    @classmethod
-    def _from_config(cls, config, **kwargs):
-        return ViTCoPLlavaModel._from_config(config, **kwargs)
+    _base_class = ViTCoPLlavaModel
+    _generating_class = ViTCoPLlavaForConditionalGeneration
 
 
 # Stock checkpoints load by the stock conversions, which Transformers looks up by the name of the class.
