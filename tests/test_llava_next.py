@@ -194,6 +194,18 @@ class TestPacking:
             ]
             assert torch.equal(packed(size).placeholders[kept].sort().values, torch.cat(expected).sort().values)
 
+    def test_spread_measures_distances_of_projected_tokens(self, ours, stock, monkeypatch):
+        inputs, settings = images(), ours.config.prunesid_config
+        monkeypatch.setattr(settings, "quota", "spread")
+        output = ours.get_image_features(**inputs)
+        for kept, size, crops in zip(output.keep_indices, SIZES, tower_patches(stock, inputs)):
+            expected = []
+            for crop, (shown, states) in enumerate(zip(packed(size).crops, crops)):
+                projected = stock.model.multi_modal_projector(states)[shown]
+                chosen = select_tokens(states[shown][None], BUDGET, quota="spread", projected=projected[None]).indices
+                expected.append(crop * PATCHES + shown[chosen[0]])
+            assert torch.equal(packed(size).placeholders[kept].sort().values, torch.cat(expected).sort().values)
+
     def test_newline_tokens_leave_with_the_first_dropped_patch(self, ours, stock):
         inputs = images()
         visible = [sum(map(len, packed(size).crops)) for size in SIZES]

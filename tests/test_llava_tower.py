@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny import BUDGET, IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, VISION, build, pixels, prompt
+from tiny import BUDGET, IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, VISION, build, pixels, prompt, stock_twin
 from transformers import AutoConfig, AutoModel
 
+from modeling_prunesid.selection_prunesid import select_tokens
 from modeling_prunesid.tower_prunesid import resolve_layer, run_tower
 
 
@@ -177,6 +178,15 @@ class TestLlavaOnOtherTowers:
         model = build(vision=SIGLIP, score="cls_attention")
         with pytest.raises(ValueError, match=r"prunesid_config.score='cls_attention'.*CLS"):
             model.get_image_features(pixels(1), vision_feature_select_strategy="full")
+
+    def test_spread_measures_distances_where_the_language_model_gets_the_tokens(self):
+        model = build(quota="spread")
+        stock = stock_twin(model).model
+        states = stock.vision_tower(pixels(2), output_hidden_states=True).hidden_states[-2][:, 1:]
+        projected = torch.stack([stock.multi_modal_projector(view) for view in states])
+        expected = select_tokens(states, BUDGET, quota="spread", projected=projected).indices
+        assert torch.equal(torch.stack(model.get_image_features(pixels(2)).keep_indices), expected)
+        assert not torch.equal(expected, select_tokens(states, BUDGET, quota="spread").indices)
 
     @pytest.mark.parametrize("tower", WITH_CLS)
     def test_the_release_preset(self, tower):

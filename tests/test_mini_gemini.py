@@ -263,6 +263,13 @@ class TestKeptTokens:
             features = model.model.multi_modal_projector(tokens[image][expected[image]])
             torch.testing.assert_close(output.pooler_output[image], features)
 
+    def test_spread_measures_distances_of_projected_tokens(self):
+        model, images = build(quota="spread"), pixels(2)
+        _, tokens = stock_twin(model).model.get_image_tokens(**images)
+        projected = model.model.multi_modal_projector(tokens).detach()
+        expected = select_tokens(tokens, BUDGET, quota="spread", projected=projected).indices
+        assert torch.equal(torch.stack(model.get_image_features(**images).keep_indices), expected)
+
     def test_each_image_may_have_its_own_budget(self):
         output = build().get_image_features(**pixels(3), num_visual_tokens=[4, 49, 9])
         assert [len(rows) for rows in output.keep_indices] == [4, 49, 9]

@@ -149,6 +149,16 @@ class TestSelection:
             ]
             assert torch.equal(kept, torch.cat(expected))
 
+    def test_spread_measures_distances_of_projected_tokens(self, ours, stock, monkeypatch):
+        monkeypatch.setattr(ours.config.prunesid_config, "quota", "spread")
+        for video, kept in zip(clips(), ours.model.get_video_features(pixel_values_videos=clips()).keep_indices):
+            patches = tower_patches(stock, video)
+            projected = stock.model.multi_modal_projector(patches)
+            options = {"extra_kept": 1, "quota": "spread"}
+            chosen = select_tokens(patches, BUDGET - 1, projected=projected, **options).indices
+            expected = (chosen + 1 + FED * torch.arange(FRAMES)[:, None]).flatten()
+            assert kept[kept % FED > 0].tolist() == expected.tolist()
+
     def test_the_cls_token_of_an_image_is_left_out_as_upstream_does(self, stock):
         kept = build().get_image_features(pixel_values=images()).keep_indices
         assert [len(indices) for indices in kept] == [BUDGET, BUDGET]
