@@ -19,7 +19,7 @@ tower included, measured as in `demo.py`.
 
     python scripts/evaluate.py --out out/evaluation                     # settings of PruneSID, random, uniform
     python scripts/evaluate.py --out out/quick --quick                  # 200 questions
-    python scripts/evaluate.py --out out/ablations --ablations          # the paper's ablations, on validation scenes
+    python scripts/evaluate.py --out out/ablations --page ablations --ablations      # on validation scenes
     python scripts/evaluate.py --out out/some --methods prunesid-auto visionzip divprune --budgets 64 16
     python scripts/evaluate.py --out out/all --all                      # every method at every budget
 
@@ -76,6 +76,7 @@ COMPARED = (
     "full", "prunesid-paper", "prunesid-dyn", "prunesid-release", "prunesid-auto", "prunesid-spread", "random",
     "uniform",
 )  # fmt: skip
+BESIDE_ABLATIONS = ("prunesid-release", "prunesid-spread", "hired", "divprune")  # importance, coverage, and both
 QUICK = ("full", "prunesid-paper", "random")
 AT_ONCE = 8  # scenes
 PRIOR_SCENES = 300
@@ -324,7 +325,7 @@ def evaluate(arguments: argparse.Namespace, model, processor) -> dict:
     if arguments.ablations:
         changed = ablations(model.config.vision_config.num_hidden_layers)
         METHODS.update(changed)
-        methods = methods or ("full", "prunesid-paper", *changed)
+        methods = methods or ("full", "prunesid-paper", *changed, *BESIDE_ABLATIONS)
     for name in ("scenes", "questions"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}. Ask for more.")
