@@ -25,7 +25,7 @@ KINDS = ("presence", "count", "where", "colour", "reading", "region")
 def modules():
     scripts = str(Path(__file__).parents[1] / "scripts")
     sys.path.insert(0, scripts)
-    names = ("evaluate", "answer_statistics", "tower_memo", "train_demo", "scenes", "evaluation_pages")
+    names = ("evaluate", "answer_statistics", "tower_memo", "train_demo", "scenes", "evaluation_pages", "ceiling")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(scripts)
 
@@ -427,3 +427,37 @@ def test_a_page_has_the_name_and_title_asked_for(run, tmp_path):
     assert written == {"answers.jsonl", *(f"accuracy_of_chance.{end}" for end in ("md", "json", "png"))}
     with pytest.raises(SystemExit, match="--page must be a name such as accuracy, got 'a/b'"):
         run(tmp_path, *options, "--page", "a/b")
+
+
+# The ceiling
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_the_knowing_selector_begins_with_what_is_drawn(modules, evaluate, number):
+    scene = evaluate.scene_of("test", number)
+    order = modules["ceiling"].ranked(scene)
+    assert sorted(order) == list(range(576)) and order == modules["ceiling"].ranked(scene)
+    boxes = [item.box for item in scene.texts + scene.objects]
+    boxes += [band.box for band, _ in scene.bands]
+
+    def meets(patch, box):
+        top, left = divmod(patch, 24)
+        return box[0] < 14 * left + 14 and 14 * left < box[2] and box[1] < 14 * top + 14 and 14 * top < box[3]
+
+    first = order[: 4 * len(scene.texts) + len(scene.objects) + len(scene.bands)]
+    assert all(any(meets(patch, box) for patch in first) for box in boxes)
+    drawn = [place for place, patch in enumerate(order) if any(meets(patch, box) for box in boxes)]
+    background = [place for place, patch in enumerate(order) if not any(meets(patch, box) for box in boxes)]
+    assert np.mean(drawn) < np.mean(background)
+
+
+def test_the_ceiling_of_a_tiny_model(modules, loaded, monkeypatch, capsys):
+    ceiling = modules["ceiling"]
+    monkeypatch.setattr(ceiling, "load_model", lambda folder: loaded)
+    monkeypatch.setattr(ceiling, "ranked", lambda scene: list(range(NUM_PATCHES)))
+    monkeypatch.setattr(ceiling, "BUDGETS", (8, 4))
+    ceiling.main(["--scenes", "3", "--questions", "2"])
+    shares = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(shares) == [str(NUM_PATCHES), "8", "4"] and shares[str(NUM_PATCHES)] in (1.0, None)
+    with pytest.raises(ValueError, match="--scenes must be at least 1, got 0"):
+        ceiling.main(["--scenes", "0"])

@@ -1,0 +1,95 @@
+"""What a selector that is told where everything is drawn keeps of the accuracy: a ceiling beside `evaluate.py`.
+
+It knows the scene and not the question. In every round each printed text hands over four patches in reading order,
+each object the one that it covers most, each band of a material a random one, until the budget is met; what is left of
+it goes to random patches of the photograph. Scenes, questions, prompts and decoding are those of `evaluate.py`.
+
+    python scripts/ceiling.py                                           # test scenes; some 10 minutes of one core
+"""
+
+import argparse
+import json
+import sys
+from itertools import islice
+
+import numpy as np
+import torch
+from answer_statistics import summarise
+from baselines import METHODS, Method, applied
+from baselines.encoder import encoder_method, from_views
+from evaluate import AT_ONCE, BUDGETS, answer, build_chunk, load_model, num_patches, scene_of
+from evaluation_pages import percent, ranged
+from measuring import machine
+from scenes import KINDS, SPLITS, Scene
+from tqdm import tqdm
+from train_demo import coverage
+
+
+TEXT_PATCHES = 4
+
+
+def ranked(scene: Scene) -> list[int]:
+    """All patches, in the order in which the selector that knows the scene keeps them."""
+    rng = np.random.default_rng(scene.seed)
+    covered = {id(item): coverage(item.box).reshape(-1) for item in scene.objects + scene.texts}
+    free = sum(covered.values(), np.zeros(coverage((0, 0, 0, 0)).size)) == 0
+    rounds = [(iter(np.flatnonzero(covered[id(text)] > 0.1)), TEXT_PATCHES) for text in scene.texts]
+    for item in scene.objects:
+        order = np.argsort(-covered[id(item)], kind="stable")
+        rounds.append((iter(order[covered[id(item)][order] > 0.1]), 1))
+    for band, _ in scene.bands:
+        whole = np.flatnonzero(free & (coverage(band.box).reshape(-1) > 0.9))
+        rounds.append((iter(rng.permutation(whole)), 1))
+    kept: list[int] = []
+    while given := [int(patch) for patches, count in rounds for patch in islice(patches, count)]:
+        kept += given
+    return list(dict.fromkeys([*kept, *rng.permutation(len(free)).tolist()]))
+
+
+def measure(model, processor, split: str, num_scenes: int, count: int) -> dict:
+    """What `answer_statistics.summarise` says of all tokens and of the selector at every budget."""
+    orders: list[list[int]] = []  # of the pictures that are encoded next
+    METHODS["knows the scene"] = Method(
+        "Knows the scene",
+        "encoder",
+        encoder_method(from_views(lambda view, budget: view.keep(torch.tensor(sorted(orders.pop(0)[:budget]))))),
+    )
+    cases = [("full", num_patches(model)), *(("knows the scene", budget) for budget in BUDGETS)]
+    found: dict = {"questions": [], "scenes": [], "variants": [], "answers": {case: [] for case in cases}}
+    for start in tqdm(range(0, num_scenes, AT_ONCE), desc="scenes"):
+        scenes = [scene_of(split, number) for number in range(start, min(start + AT_ONCE, num_scenes))]
+        chunk = build_chunk(processor, model.device, start // AT_ONCE, scenes, count)
+        found["scenes"] += [len(found["variants"]) + row for row in chunk.rows]
+        found["questions"] += chunk.questions
+        found["variants"] += [scene.variant for scene in scenes]
+        for method, budget in cases:
+            orders[:] = [ranked(scene) for scene in scenes]
+            with applied(model, method, budget):
+                found["answers"][method, budget] += answer(model, processor, chunk)
+    return summarise({**found, "tokens": {case: float(case[1]) for case in cases}}, lambda question: "")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--scenes", type=int, default=400)
+    parser.add_argument("--questions", type=int, default=6, help="of a scene")
+    arguments = parser.parse_args(argv)
+    for name in ("scenes", "questions"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}. Ask for more.")
+    model, processor = load_model(None)
+    result = measure(model, processor, arguments.split, arguments.scenes, arguments.questions)
+    print(f"{machine()}; {result['questions']} questions, {result['scenes']} {arguments.split} scenes")
+    print(f"{'tokens':>6}  {'share of full, %':22}" + "".join(f"{kind:>10}" for kind in KINDS))
+    for row in result["rows"]:
+        cells = "".join(f"{percent(share):>10}" for share in row["by_type"].values())
+        print(f"{row['budget']:6}  {ranged(row['share_of_full']):22}{cells}")
+    print(json.dumps({str(row["budget"]): row["share_of_full"]["value"] for row in result["rows"]}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
