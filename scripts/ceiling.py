@@ -21,6 +21,7 @@ from evaluate import AT_ONCE, BUDGETS, answer, build_chunk, load_model, num_patc
 from evaluation_pages import percent, ranged
 from measuring import machine
 from scenes import KINDS, SPLITS, Scene
+from tower_memo import remembered
 from tqdm import tqdm
 from train_demo import coverage
 
@@ -62,10 +63,11 @@ def measure(model, processor, split: str, num_scenes: int, count: int) -> dict:
         found["scenes"] += [len(found["variants"]) + row for row in chunk.rows]
         found["questions"] += chunk.questions
         found["variants"] += [scene.variant for scene in scenes]
-        for method, budget in cases:
-            orders[:] = [ranked(scene) for scene in scenes]
-            with applied(model, method, budget):
-                found["answers"][method, budget] += answer(model, processor, chunk)
+        with remembered(model.model.vision_tower):
+            for method, budget in cases:
+                orders[:] = [ranked(scene) for scene in scenes]
+                with applied(model, method, budget):
+                    found["answers"][method, budget] += answer(model, processor, chunk)
     return summarise({**found, "tokens": {case: float(case[1]) for case in cases}}, lambda question: "")
 
 
