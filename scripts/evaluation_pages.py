@@ -164,7 +164,8 @@ def draw(result: dict, path: Path) -> None:
             points.sort(key=lambda row: row["tokens"])
             x = [row[field] for row in points]
             value, low, high = ([row["share_of_full"][name] for row in points] for name in ("value", "low", "high"))
-            axes.plot(x, value, marker="o", markersize=4, color=colours(number % 20), label=method)
+            style = "-" if number < 20 else "--"
+            axes.plot(x, value, style, marker="o", markersize=4, color=colours(number % 20), label=method)
             if field == "tokens":
                 axes.fill_between(x, low, high, color=colours(number % 20), alpha=0.12, linewidth=0)
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
