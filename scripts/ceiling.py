@@ -8,21 +8,22 @@ it goes to random patches of the photograph. Scenes, questions, prompts and deco
 """
 
 import argparse
+import functools
+import itertools
 import json
 import sys
-from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from answer_statistics import summarise
-from baselines import METHODS, Method, applied
-from baselines.encoder import encoder_method, from_views
-from evaluate import AT_ONCE, BUDGETS, answer, build_chunk, load_model, num_patches, scene_of
+from baselines import METHODS, Method
+from baselines.encoder import Kept, View, encoder_method, from_views
+from evaluate import BUDGETS, Answers, collect, list_cases, load_model, num_patches, scene_of
 from evaluation_pages import percent, ranged
 from measuring import machine
 from scenes import KINDS, SPLITS, Scene
-from tower_memo import remembered
-from tqdm import tqdm
 from train_demo import coverage
 
 
@@ -42,33 +43,28 @@ def ranked(scene: Scene) -> list[int]:
         whole = np.flatnonzero(free & (coverage(band.box).reshape(-1) > 0.9))
         rounds.append((iter(rng.permutation(whole)), 1))
     kept: list[int] = []
-    while given := [int(patch) for patches, count in rounds for patch in islice(patches, count)]:
+    while given := [int(patch) for patches, count in rounds for patch in itertools.islice(patches, count)]:
         kept += given
     return list(dict.fromkeys([*kept, *rng.permutation(len(free)).tolist()]))
 
 
 def measure(model, processor, split: str, num_scenes: int, count: int) -> dict:
     """What `answer_statistics.summarise` says of all tokens and of the selector at every budget."""
-    orders: list[list[int]] = []  # of the pictures that are encoded next
-    METHODS["knows the scene"] = Method(
-        "Knows the scene",
-        "encoder",
-        encoder_method(from_views(lambda view, budget: view.keep(torch.tensor(sorted(orders.pop(0)[:budget]))))),
-    )
-    cases = [("full", num_patches(model)), *(("knows the scene", budget) for budget in BUDGETS)]
-    found: dict = {"questions": [], "scenes": [], "variants": [], "answers": {case: [] for case in cases}}
-    for start in tqdm(range(0, num_scenes, AT_ONCE), desc="scenes"):
-        scenes = [scene_of(split, number) for number in range(start, min(start + AT_ONCE, num_scenes))]
-        chunk = build_chunk(processor, model.device, start // AT_ONCE, scenes, count)
-        found["scenes"] += [len(found["variants"]) + row for row in chunk.rows]
-        found["questions"] += chunk.questions
-        found["variants"] += [scene.variant for scene in scenes]
-        with remembered(model.model.vision_tower):
-            for method, budget in cases:
-                orders[:] = [ranked(scene) for scene in scenes]
-                with applied(model, method, budget):
-                    found["answers"][method, budget] += answer(model, processor, chunk)
-    return summarise({**found, "tokens": {case: float(case[1]) for case in cases}}, lambda question: "")
+    number = {budget: itertools.count() for budget in BUDGETS}  # `collect` shows each budget the pictures in order
+
+    @functools.cache
+    def order(picture: int) -> list[int]:
+        return ranked(scene_of(split, picture))
+
+    def choose(view: View, budget: int) -> Kept:
+        return view.keep(torch.tensor(sorted(order(next(number[budget]))[:budget])))
+
+    METHODS["knows the scene"] = Method("Knows the scene", "encoder", encoder_method(from_views(choose)))
+    cases = list_cases(["knows the scene"], BUDGETS, num_patches(model))
+    with TemporaryDirectory() as folder:
+        known = Answers(Path(folder) / "answers.jsonl", "", None)
+        found = collect(model, processor, cases, num_scenes, split, count, known)
+    return summarise(found, lambda question: "")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -233,7 +233,7 @@ def build_model(vocabulary: int) -> LlavaForConditionalGeneration:
 def attend_by_rows(module, query, key, value, attention_mask, scaling: float, **kwargs) -> tuple[torch.Tensor, None]:
     """Causal attention of (B, heads, T, width) under a boolean mask, 160 queries at a time, no keys after them.
 
-    About half the time of PyTorch's CPU kernel, whose backward pass is slow for heads this narrow.
+    PyTorch's own CPU kernel has a slow backward pass for heads this narrow.
     """
     parts = []
     for rows in torch.arange(query.shape[2]).split(160):
