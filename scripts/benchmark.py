@@ -1,7 +1,7 @@
 """What selection costs, and what it saves: ratios measured side by side in one run.
 
 a. Selection alone, against the way the authors' release computes it (our own code: a randomised SVD, K copies of
-   the similarity matrix, Python loops over groups and tokens), on the same inputs: time and peak memory.
+   the similarity matrix and of a mask, NMS in rounds, Python loops over groups), on the same inputs: time and memory.
 b. The vision tower of LLaVA-1.5 (CLIP ViT-L/14-336, random weights), as the stock class runs it and as ours does,
    which stops after the last layer that is needed; the row of CLS attention, against `output_attentions=True`.
 c. LLaVA-1.5 and LLaVA-NeXT shapes end to end, stock class and ours at every budget: time to first token, prefill from
@@ -79,52 +79,76 @@ IMAGE = 32000
 TEXT_TOKENS, DECODED = 50, 16
 
 
+@torch.no_grad()
 def release_style(hidden_states: torch.Tensor, budget: int) -> list[list[int]]:
     """The tokens of `(batch, tokens, dim)` that the release keeps of each image, group by group, best first.
 
-    A group gets one token and the others by cumulative rounding, up to a bound that rises until all groups together
-    hold `budget`. Its CLS token and CLS scores are left out. It keeps fewer where fewer survive NMS.
+    As the release does, all images at once: a randomised SVD; a copy of the similarity matrix for every group, and a
+    mask as large, filled by rows and then by columns; NMS that takes the best token left of every group in each round.
+    A group gets one token and others by cumulative rounding of its survivors' share, up to a bound that rises until
+    all groups together hold `budget`, suppressed tokens behind survivors. CLS and its scores are left out.
     """
     batch, tokens, _ = hidden_states.shape
     groups = max(budget // 4, 1)
-    _, _, components = torch.pca_lowrank(hidden_states.float().sigmoid().transpose(1, 2), q=groups)
-    scores, group = components.abs().max(-1)
-    units = torch.nn.functional.normalize(hidden_states.float(), dim=-1)
-    similarity = units @ units.transpose(1, 2)
-    above = torch.ones(tokens, tokens, dtype=torch.bool, device=units.device).triu(1)
-    taus = [matrix[above].mean() * budget / 32 for matrix in similarity]
-    members = group[:, None, :] == torch.arange(groups, device=units.device)[None, :, None]
-    pairs = members.unsqueeze(-1) & members.unsqueeze(-2)
-    of_groups = similarity.unsqueeze(1).repeat(1, groups, 1, 1).masked_fill(~pairs, 0)
-    selected = []
+    components = torch.pca_lowrank(hidden_states.float().sigmoid().mT, q=groups)[2].abs()
+    members = components.argmax(-1, keepdim=True) == torch.arange(groups, device=components.device)
+    scores = components.clone()
+    scores[torch.where(~members)] = 0
+
+    units = torch.nn.functional.normalize(hidden_states, dim=-1)
+    similarity = torch.bmm(units, units.mT).float()
+    above = torch.ones_like(similarity).triu(1).bool()
+    taus = budget / 32 * (similarity * above).sum((1, 2)) / above.sum((1, 2))
+    of_groups = similarity[:, None].repeat(1, groups, 1, 1)
+    masks = torch.zeros_like(of_groups)
+    masks[members.mT] = 1
+    masks[torch.where(masks.mT == 1)] = 1
+    of_groups[masks != 1] = 0
+    survivors, ranks = _nms_by_rounds(of_groups, scores, taus)
+
+    sizes = members.sum(1)
+    lower = sizes.clamp(max=1)
+    upper = sizes.minimum(survivors).clamp(max=5 * math.ceil(budget / 64))
+    while (short := upper.sum(1) < budget).any():
+        upper[short] += 1
+        upper = upper.minimum(sizes)
+    shared, total = (budget - lower.sum(1))[:, None], survivors.sum(1)[:, None]
+    until = (2 * shared * survivors.cumsum(1) + total) // (2 * total)
+    quotas = (lower + until.diff(prepend=torch.zeros_like(shared))).minimum(upper)
+    for image, group in enumerate(survivors.argsort(descending=True, stable=True)):
+        for number in group:
+            missing = budget - quotas[image].sum()
+            if missing > 0:
+                quotas[image, number] += missing.minimum(upper[image, number] - quotas[image, number])
+    best = ranks.argsort(dim=1, descending=True)
+    kept = []
     for image in range(batch):
-        survivors = []
-        for number in range(groups):
-            ranked = members[image, number].nonzero().flatten()
-            ranked = ranked[scores[image, ranked].argsort(descending=True)]
-            inside = of_groups[image, number][ranked][:, ranked]
-            alive = torch.ones(len(ranked), dtype=torch.bool, device=units.device)
-            kept = []
-            for token in range(len(ranked)):
-                if alive[token]:
-                    kept.append(token)
-                    alive &= ~(inside[token] >= taus[image])
-            survivors.append(ranked[kept].tolist())
-        sizes, seen, given = [len(group) for group in survivors], 0, 0
-        wanted, bound = min(budget, sum(sizes)), 5 * math.ceil(budget / 64)
-        while sum(min(size, bound) for size in sizes) < wanted:
-            bound += 1
-        quotas = [min(size, 1) for size in sizes]
-        shared = wanted - sum(quotas)
-        for number, size in enumerate(sizes):
-            seen += size
-            until = math.floor(shared * seen / sum(sizes) + 0.5)
-            quotas[number] = min(quotas[number] + until - given, size, bound)
-            given = until
-        for number in sorted(range(groups), key=lambda number: -sizes[number]):
-            quotas[number] += min(wanted - sum(quotas), min(sizes[number], bound) - quotas[number])
-        selected.append([token for group, quota in zip(survivors, quotas) for token in group[:quota]])
-    return selected
+        picks = [best[image, : int(quotas[image, number]), number] for number in range(groups)]
+        kept.append(torch.cat(picks).tolist())
+    return kept
+
+
+def _nms_by_rounds(similarity: torch.Tensor, scores: torch.Tensor, taus: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The release's NMS on `(batch, groups, tokens, tokens)` and `(batch, tokens, groups)`, scores 0 outside a group:
+    survivors of each group `(batch, groups)`, and scores that put them first, in the order they were taken."""
+    batch, groups, tokens, _ = similarity.shape
+    shape, device = (batch, groups, tokens), scores.device
+    images = torch.arange(batch, device=device)[:, None, None].expand(shape)
+    numbers = torch.arange(groups, device=device)[:, None].expand(shape)
+    columns = torch.arange(tokens, device=device).expand(shape)
+    remaining, ranks = scores.clone(), scores.clone()
+    survivors = torch.zeros(batch, groups, dtype=torch.long, device=device)
+    rank = tokens + 1
+    while remaining.sum() > 0:
+        score, token = remaining.max(1)
+        rows = similarity[images, numbers, token[:, :, None].expand(shape), columns]
+        image, number = torch.where(score > 0)
+        taken = (image, token[image, number], number)
+        ranks[taken], remaining[taken] = rank, 0
+        survivors[image, number] += 1
+        remaining[(rows >= taus[:, None, None]).mT] = 0
+        rank -= 1
+    return survivors, ranks
 
 
 @torch.no_grad()
