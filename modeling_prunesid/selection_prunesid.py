@@ -29,8 +29,7 @@ CHOICES = {
 
 
 EPS = torch.finfo(torch.float32).eps
-KRYLOV_BLOCK = 20
-STRIP = 96
+KRYLOV_BLOCK = 16
 WHOLE_REGISTERS = 16
 COMPILED_ROUNDS = 15
 NEVER_SIMILAR = 1.001  # above any cosine similarity with its rounding error
@@ -257,50 +256,47 @@ def principal_components(
     # Equal tokens are to stay equal, but products round them differently at their edge, and with a single vector.
     if tokens % WHOLE_REGISTERS:
         rescaled = torch.nn.functional.pad(rescaled, (0, 0, 0, -tokens % WHOLE_REGISTERS))
-    eigenvalues, eigenvectors = top_eigenvectors(rescaled, min(max(num_components, 2), tokens), factored=True)
+    eigenvalues, eigenvectors = top_eigenvectors(rescaled, min(max(num_components, 2), tokens))
     null = eigenvalues <= tokens * EPS * eigenvalues[0].clamp(min=tokens * dim * EPS)
     return eigenvectors[:tokens, :num_components].abs().masked_fill(null[:num_components], 0)
 
 
-def top_eigenvectors(matrix: torch.Tensor, count: int, factored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def top_eigenvectors(features: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The largest eigenvalues of a symmetric positive semidefinite matrix M, and their eigenvectors.
+    The largest eigenvalues of the Gram matrix M = F F^T of the features F, and their eigenvectors.
 
-    Block Krylov: the products of M with the means of 20 stretches of its rows, orthogonalised twice, span at least
-    2.25 * count + 42 directions, and the small problem inside them is solved exactly. The eigenvectors v found there
-    are multiplied by M once more: M v / w is closer to the truth, and has equal entries for equal rows of M.
+    Block Krylov: the products of M with the means of 16 stretches of its rows, made orthogonal before and after they
+    are scaled, span at least 2.5 * count + 38 directions, and the small problem inside them is solved exactly. The
+    eigenvectors v found there are multiplied by M once more: M v / w is closer to the truth, and has equal entries for
+    equal rows of F. M itself is never formed: a product with it is two thin ones with F.
 
     The answer stands if every residual |M v - w v| is at most 2^-8 w_K and 2^-13 w_1, or sqrt(tokens) * eps * w_1,
     the rounding error of the products themselves. If not, half as many directions are added; if still not (spectra
-    without decay, exact low rank), and where the span would be a third of the whole space, all eigenvectors are
-    computed. Compiled code cannot branch on the residual and keeps the first Krylov answer.
-
-    Where M = F F^T is given by F, the Krylov answer takes thin products with F and M is never formed.
+    without decay), and where the span would be a third of the whole space, all eigenvectors are computed. Compiled
+    code cannot branch on the residual and keeps the first Krylov answer.
 
     Args:
-        matrix (`torch.FloatTensor`): M, of shape `(tokens, tokens)`, or F, of shape `(tokens, dim)`.
+        features (`torch.FloatTensor` of shape `(tokens, dim)`): F.
         count (`int`): K, at most `tokens`.
-        factored (`bool`): whether `matrix` is F.
 
     Returns:
         Eigenvalues of shape `(count,)`, falling, and eigenvectors of shape `(tokens, count)`.
     """
-    tokens = len(matrix)
-    steps = math.ceil((2.25 * count + 42) / KRYLOV_BLOCK)
+    tokens = len(features)
+    steps = math.ceil((2.5 * count + 38) / KRYLOV_BLOCK)
     if 3 * steps * KRYLOV_BLOCK < tokens:
         length = tokens // KRYLOV_BLOCK
-        block = matrix[: KRYLOV_BLOCK * length].reshape(KRYLOV_BLOCK, length, -1).mean(1)
-        block = block @ matrix.T if factored else block
-        basis = matrix.new_empty((steps + steps // 2) * KRYLOV_BLOCK, tokens)
+        block = features @ features[: KRYLOV_BLOCK * length].reshape(KRYLOV_BLOCK, length, -1).mean(1).T
+        basis = features.new_empty((steps + steps // 2) * KRYLOV_BLOCK, tokens)
         products = torch.empty_like(basis)
         for step in range(steps + steps // 2):
             known, size = basis[: step * KRYLOV_BLOCK], (step + 1) * KRYLOV_BLOCK
-            for _ in range(2):
-                block = torch.addmm(block, block @ known.T, known, alpha=-1)
-            block = torch.linalg.qr(block.T).Q.T
-            basis[len(known) : size] = block
-            block = block @ matrix @ matrix.T if factored else block @ matrix
-            products[len(known) : size] = block
+            block = torch.addmm(block, known.T, known @ block, alpha=-1)
+            block = torch.linalg.qr(block).Q
+            block = torch.addmm(block, known.T, known @ block, alpha=-1)
+            basis[len(known) : size] = block.T
+            block = features @ (block.T @ features).T
+            products[len(known) : size] = block.T
             if step + 1 not in (steps, steps + steps // 2):
                 continue
             eigenvalues, rotation = torch.linalg.eigh(basis[:size] @ products[:size].T)
@@ -311,10 +307,10 @@ def top_eigenvectors(matrix: torch.Tensor, count: int, factored: bool = False) -
             tolerance = tolerance.maximum(math.sqrt(tokens) * EPS * eigenvalues[0])
             if torch.compiler.is_compiling() or residuals.max() <= tolerance:
                 return eigenvalues[:, 0], (images / eigenvalues).T
-    gram = matrix @ matrix.T if factored else matrix
+    gram = features @ features.T
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)
     eigenvalues, eigenvectors = eigenvalues.flip(0)[:count], eigenvectors.flip(1)[:, :count]
-    return eigenvalues, (eigenvectors.T @ gram).T / eigenvalues if factored else eigenvectors
+    return eigenvalues, (eigenvectors.T @ gram).T / eigenvalues
 
 
 def kmeans_groups(features: torch.Tensor, finite: torch.Tensor, num_groups: int, seed: int) -> torch.Tensor:
@@ -357,7 +353,7 @@ def random_groups(finite: torch.Tensor, num_groups: int, seed: int) -> torch.Ten
     return torch.empty_like(position).scatter(0, _shuffle(finite, seed), position % num_groups)
 
 
-def survivors(similarity: list[torch.Tensor], tau: torch.Tensor) -> torch.Tensor:
+def survivors(similarity: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
     """
     Greedy NMS (section 3.3): a token survives unless its similarity to a better survivor of its group reaches tau.
 
@@ -366,22 +362,16 @@ def survivors(similarity: list[torch.Tensor], tau: torch.Tensor) -> torch.Tensor
     photographs tried, and an odd count never leaves two tokens in conflict.
 
     Args:
-        similarity (`list` of `torch.FloatTensor`): see `_similarity_in_groups`.
+        similarity (`torch.FloatTensor` of shape `(tokens, tokens)`): see `_similarity_in_groups`.
         tau (`torch.FloatTensor`, a scalar): the threshold.
 
     Returns:
         `torch.BoolTensor` of shape `(tokens,)`, in the order of the rows of `similarity`.
     """
-    tokens = sum(len(strip) for strip in similarity)
-    conflicts = similarity[0].new_zeros(tokens, tokens)
-    end = 0
-    for strip in similarity:
-        top, end = end, end + len(strip)
-        conflicts[top:end, end - strip.shape[1] : end] = strip >= tau
-    conflicts.tril_(-1)
+    conflicts = torch.ge(similarity, tau, out=torch.empty_like(similarity)).tril_(-1)
     alive = torch.ones_like(conflicts[0])
     compiling = torch.compiler.is_compiling()
-    for _ in range(COMPILED_ROUNDS if compiling else tokens):
+    for _ in range(COMPILED_ROUNDS if compiling else len(similarity)):
         before, alive = alive, (conflicts @ alive == 0).float()
         if not compiling and torch.equal(before, alive):
             break
@@ -571,26 +561,26 @@ def _mean_similarity(features: torch.Tensor, scales: torch.Tensor, finite: torch
     return torch.where(tokens > 1, similarity / pairs_twice.clamp(min=1), 0.0)
 
 
-def _similarity_in_groups(units: torch.Tensor, members: torch.Tensor) -> list[torch.Tensor]:
+def _similarity_in_groups(units: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
     """
-    Similarity of each token to the better ones of its group; the tokens are sorted by group and score.
+    Similarity `(tokens, tokens)` of the tokens, sorted by group; -inf between groups.
 
-    Each tensor holds the next rows, and the columns up to the last of them. On a CPU these are strips of one group
-    each. One product of all tokens, -inf between groups, is faster on other devices, and compiled code cannot look
-    where the groups begin.
+    On a CPU each group is one product. One product of all tokens is faster on other devices, and compiled code cannot
+    look where the groups begin.
     """
     if torch.compiler.is_compiling() or units.device.type != "cpu":
-        return [(units @ units.T).masked_fill(members[:, None] != members, -math.inf)]
-    strips = []
+        return (units @ units.T).masked_fill(members[:, None] != members, -math.inf)
+    similarity = units.new_full((len(units), len(units)), -math.inf)
+    end = 0
     for group in units.split(members.unique_consecutive(return_counts=True)[1].tolist()):
-        for top in range(0, len(group), STRIP):
-            strips.append(group[top : top + STRIP] @ group[: top + STRIP].T)
-    return strips
+        start, end = end, end + len(group)
+        torch.mm(group, group.T, out=similarity[start:end, start:end])
+    return similarity
 
 
-def _survivors_of_smallest_tau(similarity: list[torch.Tensor], valid: torch.Tensor, count: int) -> torch.Tensor:
+def _survivors_of_smallest_tau(similarity: torch.Tensor, valid: torch.Tensor, count: int) -> torch.Tensor:
     """Survivors at the smallest tau that leaves `count` of them, by bisection of [-1, 1]."""
-    low, high = similarity[0].new_tensor(-1.0), similarity[0].new_tensor(1.0)
+    low, high = similarity.new_tensor(-1.0), similarity.new_tensor(1.0)
     alive = valid
     for _ in range(16):
         middle = (low + high) / 2

@@ -380,11 +380,11 @@ def test_precision_settings_of_the_process_change_nothing():
     assert torch.equal(out.scores, expected.scores) and torch.equal(out.rho, expected.rho)
 
 
-def eigensolver_sizes(monkeypatch, matrix, count):
+def eigensolver_sizes(monkeypatch, features, count):
     """`top_eigenvectors`, and the sizes of the exact problems that it solved on the way."""
     sizes, eigh = [], torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda m: sizes.append(len(m)) or eigh(m))
-    found = top_eigenvectors(matrix, count)
+    found = top_eigenvectors(features, count)
     monkeypatch.undo()
     return *found, sizes
 
@@ -393,7 +393,7 @@ def eigensolver_sizes(monkeypatch, matrix, count):
 def test_the_fast_eigensolver_is_exact_where_the_spectrum_decays(monkeypatch, count):
     z = tokens_like_a_tower(576, 600).sigmoid()
     z = z - z.mean(0)
-    eigenvalues, eigenvectors, sizes = eigensolver_sizes(monkeypatch, z @ z.T, count)
+    eigenvalues, eigenvectors, sizes = eigensolver_sizes(monkeypatch, z, count)
     assert len(sizes) == 1 and sizes[0] < 576 / 3
     exact = torch.linalg.svd(z.double(), full_matrices=False)
     torch.testing.assert_close(eigenvalues.double(), exact.S[:count] ** 2, rtol=1e-4, atol=0)
@@ -402,15 +402,22 @@ def test_the_fast_eigensolver_is_exact_where_the_spectrum_decays(monkeypatch, co
     assert (eigenvectors.abs().argmax(1) == expected.argmax(1)).double().mean() > 0.998
 
 
-@pytest.mark.parametrize("name", ["white noise", "three different tokens"])
-def test_the_eigensolver_falls_back_to_the_exact_one(monkeypatch, name):
-    x = HARD_INPUTS["white noise"][0] if name == "white noise" else torch.eye(3, 16).repeat(100, 1)
-    matrix = x @ x.T
-    eigenvalues, eigenvectors, sizes = eigensolver_sizes(monkeypatch, matrix, 8)
-    assert sizes[-1] == len(matrix)
-    exact = torch.linalg.eigh(matrix)
+def test_the_eigensolver_falls_back_to_the_exact_one_without_decay(monkeypatch):
+    features = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    eigenvalues, eigenvectors, sizes = eigensolver_sizes(monkeypatch, features, 8)
+    assert sizes[-1] == len(features)
+    gram = features @ features.T
+    exact = torch.linalg.eigh(gram)
     assert torch.equal(eigenvalues, exact.eigenvalues.flip(0)[:8])
-    assert torch.equal(eigenvectors, exact.eigenvectors.flip(1)[:, :8])
+    torch.testing.assert_close(eigenvectors, gram @ exact.eigenvectors.flip(1)[:, :8] / eigenvalues)
+
+
+def test_the_eigensolver_finds_no_more_components_than_there_are(monkeypatch):
+    features = torch.tensor([3.0, 2.0, 1.0]).diag().repeat(100, 5)
+    eigenvalues, eigenvectors, _ = eigensolver_sizes(monkeypatch, features, 8)
+    torch.testing.assert_close(eigenvalues[:3], 500 * torch.tensor([9.0, 4.0, 1.0]))
+    assert eigenvalues[3:].abs().max() < 300 * torch.finfo(torch.float32).eps * eigenvalues[0]
+    torch.testing.assert_close(eigenvectors[:, :3].abs(), 0.1 * torch.eye(3).repeat(100, 1))
 
 
 class LargestTensor(TorchDispatchMode):
