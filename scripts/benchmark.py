@@ -1,7 +1,8 @@
 """What selection costs, and what it saves: ratios measured side by side in one run.
 
 a. Selection alone, against the way the authors' release computes it (our own code: a randomised SVD, K copies of
-   the similarity matrix and of a mask, NMS in rounds, Python loops over groups), on the same inputs: time and memory.
+   the similarity matrix and of a mask, NMS in rounds, Python loops over groups), on the same inputs: time and memory;
+   and the agreement of its groups with exact eigenvectors.
 b. The vision tower of LLaVA-1.5 (CLIP ViT-L/14-336, random weights), as the stock class runs it and as ours does,
    which stops after the last layer that is needed; the row of CLS attention, against `output_attentions=True`.
 c. LLaVA-1.5 and LLaVA-NeXT shapes end to end, stock class and ours at every budget: time to first token, prefill from
@@ -213,6 +214,20 @@ def compare_selection(tokens: torch.Tensor, cases: list[tuple[int, int, int]], r
         name = f"b{batch}_n{budget}"
         ratios |= {f"selection_time_ratio_{name}": faster, f"selection_memory_ratio_{name}": smaller}
     return ratios
+
+
+def compare_groups(tokens: torch.Tensor, budgets: list[int]) -> dict[str, float]:
+    """a. The share of tokens in the group that exact eigenvectors in float64 give them, by budget."""
+    rescaled = tokens.double().sigmoid()
+    rescaled -= rescaled.mean(1, keepdim=True)
+    vectors = torch.linalg.eigh(rescaled @ rescaled.mT).eigenvectors.flip(-1).abs()
+    shares = {}
+    for budget in budgets:
+        groups = select_tokens(tokens, budget, return_details=True).groups
+        shares[str(budget)] = (groups == vectors[..., : budget // 4].argmax(-1)).double().mean().item()
+    described = ", ".join(f"{100 * share:.2f}% at {budget}" for budget, share in shares.items())
+    print(f"Tokens in the group of exact float64 eigenvectors, {len(tokens)} photographs: {described}")
+    return shares
 
 
 @torch.no_grad()
@@ -458,6 +473,7 @@ def main() -> None:
         cases = [(batch, 576, budget) for batch in (1, 5) for budget in (192, 128, 64, 32)] + [(8, 256, 17)]
     figures: dict[str, Any] = {**compare_selection(tokens, cases, 5 if arguments.quick else 7)}
     figures["selection_stage_shares_b1_n64"] = time_stages(tokens[:1], 64, 15)
+    figures["group_agreement"] = compare_groups(tokens, [192, 128, 64, 32])
     figures |= compare_tower(tokens, 2 if arguments.quick else 3, arguments.quick)
     if arguments.quick:
         figures |= compare_models(False, [64], 1)

@@ -70,6 +70,15 @@ def test_operations_are_those_of_the_matrix_products_in_each_layer(benchmark):
     assert benchmark.operations(5, 23, [100] * 6 + [200] * 6) == benchmark.operations(5, 23, []) + prefill
 
 
+def test_the_agreement_of_groups_is_a_share_of_the_tokens(benchmark, monkeypatch):
+    tokens = torch.stack([tokens_like_a_tower(144, 160, seed) for seed in range(2)])
+    assert benchmark.compare_groups(tokens, [16, 32]) == {"16": 1, "32": 1}
+    turned = select_tokens(tokens, 16, return_details=True)
+    turned.groups[0, :36] = -1
+    monkeypatch.setattr(benchmark, "select_tokens", lambda *arguments, **options: turned)
+    assert benchmark.compare_groups(tokens, [16]) == {"16": 1 - 36 / 288}
+
+
 @pytest.fixture
 def exact_components(monkeypatch):
     """`torch.pca_lowrank` without its chance: all singular vectors of the matrix, centred over its rows."""
