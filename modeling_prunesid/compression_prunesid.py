@@ -65,10 +65,15 @@ class ShortPrompt:
             of a batch lost different numbers of columns.
         keep_mask (`torch.BoolTensor` of shape `(batch, full_length)`):
             The columns of the full prompt that remain.
+        moved (`torch.LongTensor` of shape `(batch, 1)`, *optional*):
+            By how much the positions that the caller gave were moved up at the end of the prompt.
+        cached_before (`int`): columns of a cache that come before the prompt.
     """
 
     source: torch.LongTensor
     keep_mask: torch.BoolTensor
+    moved: torch.LongTensor | None = None
+    cached_before: int = 0
 
     @classmethod
     def from_keep_mask(cls, keep_mask: torch.BoolTensor, padding_side: str, minimum_length: int = 0) -> "ShortPrompt":
@@ -86,6 +91,12 @@ class ShortPrompt:
             source = source.gather(1, columns.clamp(min=0))
             return cls(source.masked_fill(columns < 0, -1), keep_mask)
         return cls(source.masked_fill(columns >= lengths[:, None], -1), keep_mask)
+
+    @classmethod
+    def whole(cls, batch: int, length: int, device: torch.device) -> "ShortPrompt":
+        """All of `length` columns."""
+        source = torch.arange(length, device=device).expand(batch, -1)
+        return cls(source, torch.ones_like(source, dtype=torch.bool))
 
     @property
     def full_length(self) -> int:
@@ -109,28 +120,53 @@ class ShortPrompt:
         """
         keep_mask = self.keep_mask.to(position_ids.device)
         position_ids = position_ids.expand(keep_mask.shape[0], -1)
-        dropped = (~keep_mask).cumsum(1) - (~keep_mask).long()  # dropped columns before each column
+        return self.take(position_ids - self._dropped_before(position_ids), fill=0)
+
+    def moved_at_end(self, position_ids: torch.LongTensor) -> torch.LongTensor:
+        """By how much [`take_positions`] moves what follows each row's last position, of shape `(batch, 1)`."""
+        position_ids = position_ids.expand(self.keep_mask.shape[0], -1)
+        # Positions of padding behind a row do not rise.
+        rises = torch.nn.functional.pad(position_ids.diff(dim=1) > 0, (1, 0), value=True)
+        columns = torch.arange(self.full_length, device=position_ids.device)
+        last = columns.masked_fill(~rises, 0).amax(1, keepdim=True)
+        dropped = (~self.keep_mask.to(position_ids.device)).long()
+        return (self._dropped_before(position_ids) + dropped).gather(1, last)
+
+    def _dropped_before(self, position_ids: torch.LongTensor) -> torch.LongTensor:
+        """How many columns were dropped before each column of its sequence: `(batch, full_length)`."""
+        keep_mask = self.keep_mask.to(position_ids.device)
+        dropped = (~keep_mask).cumsum(1) - (~keep_mask).long()
         starts = torch.ones_like(keep_mask)
         starts[:, 1:] = position_ids.diff(dim=1) != 1
         columns = torch.arange(self.full_length, device=position_ids.device).expand_as(position_ids)
         first = columns.masked_fill(~starts, 0).cummax(1).values
-        return self.take(position_ids - (dropped - dropped.gather(1, first)), fill=0)
+        return dropped - dropped.gather(1, first)
 
     def then(self, rest: "ShortPrompt") -> "ShortPrompt":
         """This prompt continued by the columns of `rest`."""
         shifted = rest.source + self.full_length * (rest.source >= 0)
+        moved = [part.moved for part in (self, rest) if part.moved is not None]
         return ShortPrompt(
-            torch.cat([self.source, shifted], dim=1), torch.cat([self.keep_mask, rest.keep_mask], dim=1)
+            torch.cat([self.source, shifted], dim=1),
+            torch.cat([self.keep_mask, rest.keep_mask], dim=1),
+            sum(moved) if moved else None,
         )
 
     def repeat_rows(self, times: int) -> "ShortPrompt":
         """Each row `times` times in succession, as `generate` repeats them for beams."""
-        return ShortPrompt(self.source.repeat_interleave(times, 0), self.keep_mask.repeat_interleave(times, 0))
+        return ShortPrompt(
+            self.source.repeat_interleave(times, 0),
+            self.keep_mask.repeat_interleave(times, 0),
+            None if self.moved is None else self.moved.repeat_interleave(times, 0),
+        )
 
 
 @dataclass
 class CachedPrompt:
-    """The prompt that filled a cache: its caller's ids `(batch, full_length)`, if known, and how it was shortened."""
+    """
+    The prompt that filled a cache: its caller's ids `(batch, full_length)`, if known, and how it was shortened.
+    Columns that another call put into the cache have the id -1.
+    """
 
     input_ids: torch.LongTensor | None
     prompt: ShortPrompt
@@ -140,13 +176,43 @@ class CachedPrompt:
         if cache is not None:
             cache._prunesid_prompt = self
 
+    def behind(self, cache: Any) -> "CachedPrompt":
+        """This as the end of all that fills `cache`, which remembers the part before if that was shortened."""
+        held, batch, device = self.prompt.cached_before, len(self.prompt.source), self.prompt.source.device
+        if cache is None or not held:
+            return self
+        earlier = CachedPrompt.recall(cache, batch)
+        if earlier is None:
+            nothing = torch.zeros(batch, 0, dtype=torch.long, device=device)
+            earlier = CachedPrompt(nothing, ShortPrompt.whole(batch, 0, device))
+        followed = held - earlier.prompt.length
+        if followed < 0:  # the cache was cropped
+            return self
+        input_ids = None
+        if self.input_ids is not None and earlier.input_ids is not None:
+            unknown = self.input_ids.new_full((batch, followed), -1)
+            input_ids = torch.cat([earlier.input_ids.to(unknown.device), unknown, self.input_ids], dim=1)
+        before = earlier.prompt.then(ShortPrompt.whole(batch, followed, device))
+        return CachedPrompt(input_ids, before.then(self.prompt))
+
     @staticmethod
     def recall(cache: Any, batch: int) -> "CachedPrompt | None":
-        """What filled `cache`, for `batch` rows (beams repeat the rows of a cache); None where nothing was dropped."""
+        """
+        What filled `cache`, for `batch` rows (beams repeat the rows of a cache); None where nothing was dropped.
+
+        Raises:
+            `ValueError`: if the rows of the cache are not those of the prompt that filled it.
+        """
         cached = getattr(cache, "_prunesid_prompt", None)
-        if cached is None or cache.get_seq_length() == 0 or batch % len(cached.prompt.source):
+        if cached is None or cache.get_seq_length() == 0:
             return None
-        times = batch // len(cached.prompt.source)
+        rows = len(cached.prompt.source)
+        if batch % rows:
+            raise ValueError(
+                f"past_key_values was filled by {rows} rows and is continued by {batch}, so that it is unknown what "
+                "was dropped from which. Pass a multiple of its rows, or start from an empty cache."
+            )
+        times = batch // rows
         input_ids = cached.input_ids if cached.input_ids is None else cached.input_ids.repeat_interleave(times, 0)
         return CachedPrompt(input_ids, cached.prompt.repeat_rows(times))
 
@@ -155,7 +221,8 @@ class CachedPrompt:
         length = self.prompt.full_length
         if self.input_ids is None or input_ids is None or input_ids.shape[1] < length:
             return False
-        return torch.equal(input_ids[:, :length], self.input_ids.to(input_ids.device))
+        expected = self.input_ids.to(input_ids.device)
+        return bool(((input_ids[:, :length] == expected) | (expected < 0)).all())
 
 
 def mark_kept_placeholders(
@@ -293,8 +360,12 @@ class CompressedModelMixin:
         repeats_cached = is_generation and (not _is_flat(mask) or mask.shape[1] == columns.shape[1])
         start = 0
         if earlier is not None and not repeats_cached:
-            mask = _shorten_cached_mask(mask, earlier.prompt, cached_length, columns.shape[1])
+            callers_mask = mask
+            mask = _shorten_cached_mask(callers_mask, earlier.prompt, cached_length, columns.shape[1])
             inputs["attention_mask"] = mask
+            # Positions along a mask of the short prompt are upstream's own.
+            if inputs.get("position_ids") is not None and (mask is None or mask is not callers_mask):
+                inputs["position_ids"] = self._move_positions_behind(inputs["position_ids"], earlier.prompt)
         elif earlier is not None and earlier.starts(input_ids):
             start = earlier.prompt.full_length
         # What follows the earlier prompt in the cache is its answer, where an id of a placeholder is a word.
@@ -315,10 +386,12 @@ class CompressedModelMixin:
         elif keep_mask is not None:
             # Padding gives way to rows that lost less; a length that the caller pads to shrinks by what was dropped.
             length = int(keep_mask.sum(1).min())
-            if _is_flat(mask) and not cached_length:
-                keep_mask = keep_mask & ~_padding(mask, leading_only=is_generation)
+            if _is_flat(mask) and not (repeats_cached and cached_length):
+                current = mask[:, -keep_mask.shape[1] :]
+                keep_mask = keep_mask & ~_padding(current, leading_only=is_generation)
             prompt = ShortPrompt.from_keep_mask(keep_mask, padding_side, minimum_length=length)
         if prompt is not None:
+            prompt.cached_before = 0 if repeats_cached else cached_length
             inputs = self._shorten(inputs, prompt)
         inputs = self.place(inputs, is_generation)
         outputs = inputs.get("mm_encoder_outputs") or {}
@@ -421,7 +494,12 @@ class CompressedModelMixin:
         return inputs
 
     def _shorten_positions(self, position_ids: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
+        prompt.moved = prompt.moved_at_end(position_ids)
         return prompt.take_positions(position_ids)
+
+    def _move_positions_behind(self, position_ids: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
+        """The caller's positions of what follows `prompt` in a cache, if the caller gave the prompt's as well."""
+        return position_ids if prompt.moved is None else position_ids - prompt.moved.to(position_ids.device)
 
     def _padding_id(self) -> int:
         """An id for added padding that is no placeholder."""
@@ -437,8 +515,16 @@ class CompressedModelMixin:
             placeholders = self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
             is_new = torch.arange(placeholders.shape[1], device=placeholders.device) >= cached_length
             features = torch.cat(list(output.pooler_output))
-            if int(placeholders.sum()) != len(features) or not (placeholders & ~is_new).any():
+            if not (placeholders & ~is_new).any():
                 continue
+            if int(placeholders.sum()) != len(features):
+                if int((placeholders & is_new).sum()) == len(features):
+                    continue
+                raise ValueError(
+                    f"The {modality}s have {len(features)} kept tokens, but past_key_values and the prompt hold "
+                    f"{int(placeholders.sum())} placeholders. Pass the budget (num_visual_tokens) that filled the "
+                    f"cache, or the {modality}s of the new turn alone."
+                )
             needed = is_new.expand_as(placeholders)[placeholders].to(features.device)
             needed = needed.split([len(view) for view in output.pooler_output])
             del outputs[modality]
@@ -459,7 +545,8 @@ def _take_wanted(views: list[torch.Tensor], wanted: list[torch.BoolTensor]) -> l
 def _finish_forward(output: Any, input_ids: torch.LongTensor | None, prompt: ShortPrompt | None) -> Any:
     """Record on an output, and on its cache, what became of the prompt."""
     if prompt is not None and not isinstance(output, tuple):
-        CachedPrompt(input_ids, prompt).remember(output.get("past_key_values"))
+        cache = output.get("past_key_values")
+        CachedPrompt(input_ids, prompt).behind(cache).remember(cache)
         output["keep_mask"] = prompt.keep_mask
     return output
 
@@ -548,6 +635,11 @@ class _SeesCallersPrompt:
     def __call__(self, input_ids, scores):
         return self.function(self.prompt.restore(input_ids), scores)
 
+    @property
+    def eos_token_id(self):
+        """Upstream pads what follows the end of a row if any criterion has this attribute."""
+        return self.function.eos_token_id
+
 
 class _StreamsCallersPrompt:
     """A caller's streamer, given the caller's prompt first."""
@@ -611,10 +703,11 @@ class CompressedGenerationMixin:
             "assistant_model": assistant_model,
             "streamer": streamer,
         }
+        if prompt is not None:
+            self._count_from_callers_prompt(generation_config, kwargs, prompt)
         if prompt is None or callers_ids is None:
             return super().generate(inputs, **arguments, **kwargs)
 
-        self._count_from_callers_prompt(generation_config, kwargs, prompt)
         callers_prompt = _CallersPrompt(callers_ids, prompt.length)
         if logits_processor is not None:
             wrapped = [_SeesCallersPrompt(processor, callers_prompt) for processor in logits_processor]
@@ -637,8 +730,15 @@ class CompressedGenerationMixin:
             output.sequences = callers_prompt.restore(sequences)
             cache = output.past_key_values if output.get("past_key_values") is not None else cache
         if cache is not None:
-            CachedPrompt(callers_ids, prompt).remember(cache)
+            CachedPrompt(callers_ids, prompt).behind(cache).remember(cache)
         return output
+
+    def _merge_criteria_processor_list(self, default_list, custom_list):
+        """Upstream's rule, by the types of the caller's own processors and criteria."""
+        wrapped = {id(item.function): item for item in custom_list if isinstance(item, _SeesCallersPrompt)}
+        bare = [item.function if isinstance(item, _SeesCallersPrompt) else item for item in custom_list]
+        merged = super()._merge_criteria_processor_list(default_list, type(custom_list)(bare))
+        return type(merged)([wrapped.get(id(item), item) for item in merged])
 
     def _setting(self, name: str, generation_config, kwargs: dict[str, Any]) -> Any:
         """A generation setting, from where upstream takes it."""
@@ -662,8 +762,9 @@ class CompressedGenerationMixin:
         max_length = setting("max_length")
         if max_length is not None and setting("max_new_tokens") is None:
             if max_length <= prompt.full_length:
+                name = "inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"
                 raise ValueError(
-                    f"Input length of input_ids is {prompt.full_length}, but `max_length` is set to {max_length}. "
+                    f"Input length of {name} is {prompt.full_length}, but `max_length` is set to {max_length}. "
                     "Increase `max_length` or, better yet, set `max_new_tokens`."
                 )
             kwargs["max_length"] = max_length - dropped

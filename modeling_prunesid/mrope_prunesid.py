@@ -25,10 +25,21 @@ class MRoPEModelMixin(CompressedModelMixin):
         """As the other families, but the grids stay; and a cache brings back the deltas of its own prompt."""
         cache = inputs.get("past_key_values")
         deltas = getattr(cache, "_prunesid_rope_deltas", None)
-        if deltas is not None and inputs.get("position_ids") is None and cache.get_seq_length():
+        is_empty = cache is None or not cache.get_seq_length()
+        if deltas is not None and inputs.get("position_ids") is None and not is_empty:
             self.rope_deltas = self._short_rope_deltas = deltas
+        if deltas is not None and is_empty:  # it was reset
+            del cache._prunesid_rope_deltas
+        views = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        if is_empty and not any(inputs.get(name) is not None for name in views):
+            self._forget_deltas()
         grids: dict[str, Any] = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
         return {**super().encode_views(inputs), **grids}
+
+    def _forget_deltas(self) -> None:
+        """Text is numbered from 0, whatever the model did before; switched off, this is upstream's affair."""
+        if self._short_rope_deltas is not None and self.rope_deltas is self._short_rope_deltas:
+            self.rope_deltas = self._short_rope_deltas = None
 
     def forward_compressed(self, forward, **inputs):
         output = super().forward_compressed(forward, **inputs)
@@ -37,7 +48,7 @@ class MRoPEModelMixin(CompressedModelMixin):
         return output
 
     def remember_deltas(self, cache: Any) -> None:
-        """A cache goes on with its own deltas, whatever else the model does in between."""
+        """A cache that views filled goes on with its own deltas, whatever else the model does in between."""
         if cache is not None and self._short_rope_deltas is not None and self.rope_deltas is self._short_rope_deltas:
             cache._prunesid_rope_deltas = self.rope_deltas
 
@@ -71,7 +82,7 @@ class MRoPEModelMixin(CompressedModelMixin):
         elif has_views:
             positions, deltas = self._positions_in_full_prompt(inputs, columns, mask, is_generation)
             if seen.any():
-                offset = seen + deltas_of_cache.to(seen.device)
+                offset = seen + deltas_of_cache.to(seen.device) if continues else seen
                 positions, deltas = positions + offset * (mask > 0), deltas + offset - seen
         else:
             deltas = deltas_of_cache.repeat_interleave(batch // len(deltas_of_cache), dim=0).to(seen.device)

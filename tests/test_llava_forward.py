@@ -365,6 +365,83 @@ class TestCaches:
         torch.testing.assert_close(rest.logits[:, -1], whole)
 
     @torch.no_grad()
+    @pytest.mark.parametrize("count", [NUM_PATCHES, BUDGET], ids=["full", "short"])
+    def test_a_loop_with_positions_of_ones_own(self, ours, stock, count):
+        """Positions are counted along the caller's mask, as they are for the stock model."""
+
+        def loop(model, inputs):
+            inputs, steps, cache = dict(inputs), [], DynamicCache(config=ours.config.get_text_config())
+            for token in (3, 4, 5):
+                mask = inputs["attention_mask"]
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
+                steps.append(model(**inputs, position_ids=positions, past_key_values=cache).logits[:, -1])
+                mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
+                inputs = {"input_ids": torch.full((len(mask), 1), token), "attention_mask": mask}
+            return torch.stack(steps)
+
+        features = oracle_features(stock, pixels(3))[0]
+        expected = loop(stock, {**batch(rows_with(BUDGET)), "mm_encoder_outputs": {"image": features}})
+        got = loop(ours, {**batch(rows_with(count)), "pixel_values": pixels(3)})
+        torch.testing.assert_close(got, expected)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("first_turn", ["text", "image"])
+    @pytest.mark.parametrize("count", [NUM_PATCHES, BUDGET], ids=["full", "short"])
+    def test_turns_of_padded_rows_on_one_cache(self, ours, stock, count, first_turn):
+        """The steps behind a second turn with images, whose rows lost different numbers of columns before."""
+
+        def turns(count):
+            first = [prompt([], [5, 6, 7, 8, 9]), prompt([], [3])]
+            if first_turn == "image":
+                first = [prompt([count], [7]), prompt([], [9, 3, 4])]
+            second = [prompt([count], [8, 6]), prompt([], [4])]
+            return [batch(rows) for rows in (first, second, [[5], [6]], [[7], [3]])]
+
+        def run(model, count, views):
+            cache, mask, logits = DynamicCache(config=ours.config.get_text_config()), torch.ones(2, 0).long(), []
+            for turn, images in zip(turns(count), (*views, {}, {})):
+                mask = torch.cat([mask, turn["attention_mask"]], dim=1)
+                inputs = {"input_ids": turn["input_ids"], "attention_mask": mask, **images}
+                logits.append(model(**inputs, past_key_values=cache).logits[:, -1])
+            return torch.stack(logits), cache
+
+        images = [pixels(1, seed) for seed in range(2)]
+        encoded = [{"mm_encoder_outputs": {"image": oracle_features(stock, image)[0]}} for image in images]
+        given = [{"pixel_values": image} for image in images]
+        if first_turn == "text":
+            encoded[0] = given[0] = {}
+        got, cache = run(ours, count, given)
+        torch.testing.assert_close(got, run(stock, BUDGET, encoded)[0])
+
+    @torch.no_grad()
+    def test_a_row_taken_out_of_a_cache_is_refused(self, ours):
+        inputs = full_batch()
+        cache = ours(**inputs, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([0, 1]))
+        mask = torch.nn.functional.pad(inputs["attention_mask"][:2], (0, 1), value=1)
+        with pytest.raises(ValueError, match="filled by 3 rows and is continued by 2"):
+            ours(input_ids=torch.tensor([[4], [5]]), attention_mask=mask, past_key_values=cache)
+
+    @torch.no_grad()
+    def test_generate_goes_on_with_a_cache_that_was_filled_in_parts(self, ours):
+        parts = [torch.tensor([prompt([NUM_PATCHES], [7, 8])]), torch.tensor([prompt([NUM_PATCHES], [9, 3])])]
+        cache = DynamicCache(config=ours.config.get_text_config())
+        for part, image in zip(parts, pixels(2).split(1)):
+            ours(input_ids=part, pixel_values=image, past_key_values=cache)
+        chat = torch.cat([*parts, torch.tensor([[4, 5]])], dim=1)
+        expected = ours.generate(chat, pixel_values=pixels(2), max_new_tokens=5, do_sample=False)
+        assert torch.equal(ours.generate(chat, past_key_values=cache, max_new_tokens=5, do_sample=False), expected)
+
+    @torch.no_grad()
+    def test_another_budget_for_a_cached_image_is_refused(self, ours):
+        inputs = one_row()
+        start = ours.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        chat = torch.cat([start.sequences, torch.tensor([[4, 5]])], dim=1)
+        again = {"pixel_values": inputs["pixel_values"], "past_key_values": start.past_key_values}
+        with pytest.raises(ValueError, match="Pass the budget .num_visual_tokens. that filled the cache"):
+            ours.generate(chat, **again, num_visual_tokens=16)
+
+    @torch.no_grad()
     def test_a_static_cache(self, ours):
         inputs = one_row()
         expected = ours.generate(**inputs, max_new_tokens=5, do_sample=False)[:, -5:]

@@ -26,9 +26,12 @@ from tiny import (
     stock_twin,
 )
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -314,6 +317,18 @@ class TestLengths:
         assert output.shape[1] == length + 3
         assert torch.equal(output, ours.generate(**inputs, max_new_tokens=3, do_sample=False))
 
+    def test_lengths_of_embedded_prompts(self, ours, stock):
+        """Of these upstream returns the new tokens alone, and lets `max_length` count the prompt."""
+        inputs = one_row()
+        embeds = ours.get_input_embeddings()(inputs.pop("input_ids"))
+        length = embeds.shape[1]
+        for settings in ({"max_length": length + 5}, {"max_length": length + 5, "min_length": length + 4}):
+            for model in (ours, stock):
+                output = model.generate(
+                    inputs_embeds=embeds, pixel_values=inputs["pixel_values"], do_sample=False, **settings
+                )
+                assert output.shape == (1, 5)
+
     def test_max_length_of_a_generation_config(self, ours):
         inputs = one_row()
         length = inputs["input_ids"].shape[1]
@@ -389,6 +404,22 @@ class Recorder(StoppingCriteria, LogitsProcessor):
 
 
 class TestCallbacksSeeTheCallersPrompt:
+    @pytest.mark.parametrize("rows", [full_rows, short_rows])
+    def test_the_callers_own_take_the_place_of_upstreams(self, ours, rows):
+        inputs = {**mixed_batch(), **batch(rows())}
+        processor = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.0001)])
+        got = new_tokens(ours, inputs, repetition_penalty=9.0, logits_processor=processor, **GREEDY)
+        assert torch.equal(got, new_tokens(ours, inputs, repetition_penalty=1.0001, **GREEDY))
+
+        longest = StoppingCriteriaList([MaxLengthCriteria(inputs["input_ids"].shape[1] + 7)])
+        got = new_tokens(ours, inputs, max_new_tokens=3, do_sample=False, stopping_criteria=longest)
+        assert got.shape[1] == 7
+
+        end = int(new_tokens(ours, inputs, **GREEDY)[0, 2])
+        got = new_tokens(ours, inputs, stopping_criteria=StoppingCriteriaList([EosTokenCriteria(end)]), **GREEDY)
+        assert torch.equal(got, new_tokens(ours, inputs, eos_token_id=end, **GREEDY))
+        assert (got[0, 3:] == PAD).all()
+
     @pytest.mark.parametrize("beams", [1, 3])
     def test_stopping_criteria(self, ours, beams):
         inputs = mixed_batch()

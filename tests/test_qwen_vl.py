@@ -26,7 +26,7 @@ from tiny_qwen import (
     stock_twin,
     tokens_of,
 )
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from modeling_prunesid.selection_prunesid import select_tokens
 
@@ -569,6 +569,37 @@ def test_two_chats_with_caches_of_their_own_do_not_disturb_each_other(ours, fami
         whole, _ = extended(chats[name], answers[name], TURNS["text"], family)
         cached = ours.generate(**whole, **GREEDY, past_key_values=caches[name])
         assert torch.equal(cached, ours.generate(**whole, **GREEDY))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_an_image_behind_text_in_a_cache_after_another_chat(ours, family, with_mask):
+    image = batch(family, prompt(family, 5, ("image", (1, 8, 8)), 6))
+    text = torch.tensor([[1, 5, 6, 7, 8, 9, 10]])
+    whole = {name: torch.cat([torch.zeros_like(text), image[name]], 1) for name in ("input_ids", "mm_token_type_ids")}
+    whole["input_ids"][:, : text.shape[1]] = text
+    mask = {"attention_mask": torch.ones_like(whole["input_ids"])} if with_mask else {}
+    image = {name: value for name, value in image.items() if name != "attention_mask"}
+    expected = ours(**{**image, **whole, **mask}).logits[:, -1]
+    ours(**batch(family, prompt(family, 5, ("image", (1, 4, 12)), 6)))
+
+    cache = DynamicCache(config=ours.config.get_text_config())
+    ours(input_ids=text, past_key_values=cache, **({"attention_mask": torch.ones_like(text)} if with_mask else {}))
+    torch.testing.assert_close(ours(**image, **mask, past_key_values=cache).logits[:, -1], expected)
+
+
+@torch.no_grad()
+def test_text_is_numbered_from_the_start_whatever_came_before(ours, family):
+    def answer(cache):
+        ours(input_ids=torch.tensor([[1, 5, 6, 7]]), past_key_values=cache)
+        return ours(input_ids=torch.tensor([[8]]), past_key_values=cache).logits
+
+    caches = [StaticCache(config=ours.config.get_text_config(), max_cache_len=64), DynamicCache()]
+    expected = answer(DynamicCache())
+    ours(**batch(family, prompt(family, 5, ("image", (1, 8, 8)), 6)), past_key_values=caches[0])
+    caches[0].reset()
+    for cache in caches:
+        torch.testing.assert_close(answer(cache), expected)
 
 
 def test_inputs_embeds_of_a_full_prompt_are_shortened(ours, family):
