@@ -203,7 +203,10 @@ def calibrate(
     processor = model_class._processor_class.from_pretrained(checkpoint)
     views = measure(model, processor.image_processor, images)
     if not views:
-        raise ValueError("No view was compressed: there are no images, or the budget exceeds the tokens of them all.")
+        raise ValueError(
+            "No view was compressed: there are no images, or none has more tokens than the budget of "
+            f"{model.config.prunesid_config.budget}. Give images, or a smaller --budget."
+        )
     settings = PruneSIDConfig(**model.config.prunesid_config.to_dict())
     settings.reference_information = reference = round(find_reference(views, settings), 6)
     budgets, scores = budgets_at(reference, views, settings), np.array([1 - rho for rho, _ in views])
@@ -239,6 +242,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--column", help="of a dataset: where its images are; default: the only one")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the histogram is written beside it")
     arguments = parser.parse_args(argv)
+    if arguments.limit < 1:
+        parser.error(f"--limit must be at least 1 image, got {arguments.limit}")
     if arguments.budget is None and arguments.preset is None:
         parser.error("one of --budget and --preset is required")
     try:

@@ -2,7 +2,7 @@
 
 The output is a Hub folder that loads through every Auto class and `pipeline` with `trust_remote_code=True`: the
 configuration, the code, the processor, a model card and the weights. A thin variant has no weights; it names the
-checkpoint that they are taken from, so that it is some 150 kB whatever the size of the model. What was written is
+checkpoint that they are taken from, so that it is under 200 kB whatever the size of the model. What was written is
 loaded in a process of its own, and has to give the answer of the model in memory before it gets its name or is pushed;
 if anything fails, nothing is left behind.
 
@@ -19,6 +19,7 @@ import argparse
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,10 +51,13 @@ def load_preset(name: str | os.PathLike) -> dict[str, Any]:
         `ValueError`: if there is no such preset, or its settings are invalid.
     """
     path = Path(name) if str(name).endswith(".json") else PRESETS / f"{name}.json"
-    if not path.is_file():
+    if not path.is_file() or "vitcop" in path.stem:
         presets = [path.stem for path in PRESETS.glob("*.json") if "vitcop" not in path.stem]
         names = ", ".join(sorted(presets))
-        raise ValueError(f"--preset must be the path of a JSON file or one of {names}, got {str(name)!r}.")
+        raise ValueError(
+            f"--preset must be the path of a JSON file or one of {names}, got {str(name)!r}. Presets of ViTCoP are "
+            "for ViTCoPLlavaForConditionalGeneration.from_pretrained(..., vitcop_config=...)."
+        )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -190,7 +194,12 @@ def verify(folder: Path, expected: list[int], has_processor: bool) -> None:
 
 
 def parse_budget(text: str) -> int | float:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    """A count (`64`) or a share (`0.1`), from the command line; whether it is in range is checked with the others."""
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError as error:
+        message = f"budget must be a positive integer such as 64, or a share such as 0.1, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -226,6 +235,7 @@ def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind then either
     try:
         report = convert(
             arguments.model,

@@ -41,6 +41,7 @@ matplotlib.use("Agg")
 
 import torch
 import transformers
+from convert import parse_budget
 from matplotlib import pyplot
 from matplotlib.collections import LineCollection
 from PIL import Image
@@ -137,10 +138,15 @@ def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
 
     settings = model.config.prunesid_config
     settings.budget = budget
-    patches = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[settings.layer][:, 1:]
+    patch_size, (height, width) = model.config.vision_config.patch_size, pixel_values.shape[-2:]
+    num_patches = (height // patch_size) * (width // patch_size)
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[settings.layer]
+    patches = states[:, -num_patches:]  # behind CLS and register tokens, where the tower has any
     features = model.get_image_features(pixel_values=pixel_values)
     kept = features["keep_indices"][0] if "keep_indices" in features else torch.arange(patches.shape[1])
-    is_patch = kept >= 0  # -1 is the CLS token
+    # What the language model gets before the patches, CLS and register tokens, counts as kept too.
+    kept = kept - (features["num_placeholders"][0] - num_patches if "num_placeholders" in features else 0)
+    is_patch = kept >= 0
     groups = {name: getattr(settings, name) for name in ("num_groups", "center", "grouping", "seed")}
     selection = select_tokens(
         patches, int(is_patch.sum()), extra_kept=int((~is_patch).sum()), return_details=True, **groups
@@ -317,14 +323,6 @@ def draw(path: Path, photographs: list[dict]) -> None:
     pyplot.close(figure)
 
 
-def budget(text: str) -> int | float:
-    """A count (`64`) or a share (`0.1`), from the command line."""
-    value = float(text) if "." in text else int(text)
-    if not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
-        raise ValueError
-    return value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -337,7 +335,7 @@ def main() -> None:
     parser.add_argument("--prompt", help=f"default: {PROMPT} With the embedded model: {EMBEDDED_PROMPT}")
     parser.add_argument(
         "--budgets",
-        type=budget,
+        type=parse_budget,
         nargs="+",
         metavar="N",
         help="visual tokens kept of each image or frame: counts, or shares such as 0.1 "

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -134,6 +135,19 @@ class TestConvert:
         message = refusal(base, "--budget", budget, "--output", tmp_path / "out")
         assert "budget must be a positive integer" in message
         assert budget in message
+
+    def test_a_preset_of_vitcop_is_refused(self, base, tmp_path):
+        message = refusal(base, "--preset", "llava_1.5_vitcop_64", "--output", tmp_path / "out")
+        assert "got 'llava_1.5_vitcop_64'" in message and "ViTCoPLlavaForConditionalGeneration" in message
+
+    def test_nothing_is_left_behind_when_it_is_terminated(self, base, tmp_path):
+        command = [sys.executable, convert.__file__, *arguments(base, tmp_path / "out" / "variant")]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(tmp_path.glob(".convert-*/variant")):
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait() == 143
+        assert not list(tmp_path.iterdir())
 
     def test_unsupported_family_lists_the_supported_ones(self, tmp_path):
         BertConfig().save_pretrained(tmp_path / "bert")

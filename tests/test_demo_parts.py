@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
+from test_llava_tower import TOWERS
 from tiny import BUDGET, NUM_PATCHES, build, pixels, prompt
 from tiny_checkpoint import picture, save_checkpoint
 from transformers import BertConfig, Dinov2Config, Dinov2Model
@@ -242,7 +243,20 @@ def test_draw_writes_a_picture(tmp_path):
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "1.5", "0.0", "many"])
-def test_a_bad_budget_is_refused(text):
-    with pytest.raises(ValueError):
-        demo.budget(text)
+@pytest.mark.parametrize("tower, kept", [("siglip", BUDGET), ("registers", BUDGET - 5), ("clip", BUDGET - 1)])
+def test_every_patch_of_a_tower_is_drawn(tower, kept):
+    model = build(vision=TOWERS[tower])
+    model.config.vision_feature_select_strategy = "full"
+    selection = demo.select(model, pixels(1), BUDGET)
+    assert len(selection["groups"]) == NUM_PATCHES
+    assert len(selection["kept"]) == kept
+    assert selection["kept"].max() < NUM_PATCHES
+
+
+def test_a_budget_that_is_no_number_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--budgets", "many"])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert (
+        "budget must be a positive integer such as 64, or a share such as 0.1, got 'many'" in capsys.readouterr().err
+    )
