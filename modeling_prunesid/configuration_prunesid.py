@@ -213,7 +213,12 @@ class PruneSIDConfig(NestedSettings):
         if self.budget_scope == "image" and bounds != (None, None):
             raise ValueError(
                 "prunesid_config.min_budget and max_budget bound the budget of a view, but budget_scope='image' fixes "
-                f"the total, got min_budget={self.min_budget}, max_budget={self.max_budget}. Leave them None."
+                f"the total, got min_budget={self.min_budget}, max_budget={self.max_budget}. Set both to None."
+            )
+        if isinstance(self.budget, int) and isinstance(self.llm_budget, int) and self.llm_budget > self.budget:
+            raise ValueError(
+                f"prunesid_config.llm_budget={self.llm_budget}, the mean over the layers, exceeds "
+                f"budget={self.budget}, the tokens that enter them. Raise budget, or lower llm_budget."
             )
         if self.dynamic and self.budget_scope == "view" and self.reference_information is None:
             raise ValueError(

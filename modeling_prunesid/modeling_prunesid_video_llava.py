@@ -212,7 +212,7 @@ class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaMod
         """As for every family; a list of totals may be for both modalities, first the images, then the clips."""
         counts, given = inputs.get("num_visual_tokens"), {name for name, value in inputs.items() if value is not None}
         names = given & {"pixel_values", "pixel_values_images"}
-        is_list = isinstance(counts, list) or (isinstance(counts, torch.Tensor) and counts.dim() == 1)
+        is_list = isinstance(counts, (list, tuple)) or (isinstance(counts, torch.Tensor) and counts.dim() == 1)
         if not (is_list and names and "pixel_values_videos" in given):
             return super().encode_views(inputs)
         num_images = len(inputs[min(names)])

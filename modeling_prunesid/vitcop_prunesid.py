@@ -55,9 +55,9 @@ def plan_counts(target: int, entering: int, num_layers: int, merge_layer: int, p
     left = round(total / (prune_layer - merge_layer + last_layers * _LAST_SHARE))
     if left < 1:
         raise ValueError(
-            f"A mean of {target} visual tokens over {num_layers} layers cannot be reached: {entering} enter the "
-            f"language model, and none is dropped in front of layer {merge_layer}. Let fewer enter, or raise the "
-            "target."
+            f"A mean of {target} visual tokens over {num_layers} layers (prunesid_config.llm_budget, or "
+            f"vitcop_config.budget) cannot be reached: {entering} enter the language model, and none is dropped in "
+            f"front of layer {merge_layer}. Let fewer enter, or raise the mean."
         )
     if left > entering and last_layers:
         return entering, max(round((num_layers * target - prune_layer * entering) / last_layers), 1)

@@ -145,7 +145,9 @@ class TestCounts:
         assert plan_counts(63, 64, 32, 2, 22) == (64, 61)
 
     def test_layers_and_targets_that_do_not_work_are_refused(self):
-        with pytest.raises(ValueError, match="A mean of 3 visual tokens over 32 layers cannot be reached: 172 enter"):
+        with pytest.raises(
+            ValueError, match="A mean of 3 visual tokens over 32 layers .* cannot be reached: 172 enter"
+        ):
             plan_counts(3, 172, 32, 2, 22)
         for first, second in ((0, 3), (3, 3), (2, 5)):
             with pytest.raises(ValueError, match=f"merge_layer={first} and prune_layer={second} must satisfy"):
