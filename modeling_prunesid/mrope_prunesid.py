@@ -25,21 +25,25 @@ class MRoPEModelMixin(CompressedModelMixin):
         """As the other families, but the grids stay; and a cache brings back the deltas of its own prompt."""
         cache = inputs.get("past_key_values")
         deltas = getattr(cache, "_prunesid_rope_deltas", None)
-        is_empty = cache is None or not cache.get_seq_length()
-        if deltas is not None and inputs.get("position_ids") is None and not is_empty:
+        if inputs.get("position_ids") is None and deltas is not None and cache.get_seq_length():
             self.rope_deltas = self._short_rope_deltas = deltas
-        if deltas is not None and is_empty:  # it was reset
-            del cache._prunesid_rope_deltas
-        views = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-        if is_empty and not any(inputs.get(name) is not None for name in views):
-            self._forget_deltas()
+        elif not torch.compiler.is_compiling():
+            self._forget_deltas(inputs)
         grids: dict[str, Any] = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
         return {**super().encode_views(inputs), **grids}
 
-    def _forget_deltas(self) -> None:
-        """Text is numbered from 0, whatever the model did before; switched off, this is upstream's affair."""
-        if self._short_rope_deltas is not None and self.rope_deltas is self._short_rope_deltas:
-            self.rope_deltas = self._short_rope_deltas = None
+    def _forget_deltas(self, inputs: dict[str, Any]) -> None:
+        """Text on an empty cache is numbered from 0, whatever was before. Switched off, this is upstream's affair."""
+        views = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        if self._short_rope_deltas is None or any(inputs.get(name) is not None for name in ("position_ids", *views)):
+            return
+        cache = inputs.get("past_key_values")
+        if cache is None or not cache.get_seq_length():
+            if self.rope_deltas is self._short_rope_deltas:
+                self.rope_deltas = None
+            self._short_rope_deltas = None
+            if hasattr(cache, "_prunesid_rope_deltas"):  # the cache was reset
+                del cache._prunesid_rope_deltas
 
     def forward_compressed(self, forward, **inputs):
         output = super().forward_compressed(forward, **inputs)
