@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt
+from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_twin
 from tiny_vitcop import build_vitcop
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -43,7 +43,10 @@ def answer(model, inputs, **settings):
 @pytest.mark.parametrize("decoding", DECODING)
 def test_every_cache_answers_as_none(model, inputs, decoding):
     settings = DECODING[decoding]
-    expected = answer(model, inputs, **settings, use_cache=False)
+    stock = stock_twin(build(12, text={"num_hidden_layers": 8}))
+    answers = [answer(stock, inputs, **settings, use_cache=use_cache) for use_cache in (False, True)]
+    # The stock beams of 5.18 need a cache: without one they answer something else.
+    expected = answer(model, inputs, **settings, use_cache=not torch.equal(*answers))
     for implementation in ("dynamic", "static"):
         assert torch.equal(answer(model, inputs, **settings, cache_implementation=implementation), expected)
     if decoding != "greedy":
