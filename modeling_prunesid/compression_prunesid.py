@@ -363,9 +363,10 @@ class CompressedModelMixin:
             callers_mask = mask
             mask = _shorten_cached_mask(callers_mask, earlier.prompt, cached_length, columns.shape[1])
             inputs["attention_mask"] = mask
+            positions, moved = inputs.get("position_ids"), earlier.prompt.moved
             # Positions along a mask of the short prompt are upstream's own.
-            if inputs.get("position_ids") is not None and (mask is None or mask is not callers_mask):
-                inputs["position_ids"] = self._move_positions_behind(inputs["position_ids"], earlier.prompt)
+            if positions is not None and moved is not None and (mask is None or mask is not callers_mask):
+                inputs["position_ids"] = positions - moved.to(positions.device)
         elif earlier is not None and earlier.starts(input_ids):
             start = earlier.prompt.full_length
         # What follows the earlier prompt in the cache is its answer, where an id of a placeholder is a word.
@@ -496,10 +497,6 @@ class CompressedModelMixin:
     def _shorten_positions(self, position_ids: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
         prompt.moved = prompt.moved_at_end(position_ids)
         return prompt.take_positions(position_ids)
-
-    def _move_positions_behind(self, position_ids: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
-        """The caller's positions of what follows `prompt` in a cache, if the caller gave the prompt's as well."""
-        return position_ids if prompt.moved is None else position_ids - prompt.moved.to(position_ids.device)
 
     def _padding_id(self) -> int:
         """An id for added padding that is no placeholder."""

@@ -119,8 +119,9 @@ def release_style(hidden_states: torch.Tensor, budget: int) -> list[list[int]]:
     for image, group in enumerate(survivors.argsort(descending=True, stable=True)):
         for number in group:
             missing = budget - quotas[image].sum()
-            if missing > 0:
-                quotas[image, number] += missing.minimum(upper[image, number] - quotas[image, number])
+            if missing <= 0:
+                break
+            quotas[image, number] += missing.minimum(upper[image, number] - quotas[image, number])
     best = ranks.argsort(dim=1, descending=True)
     kept = []
     for image in range(batch):

@@ -93,6 +93,8 @@ def test_a_misspelt_name_is_refused_and_the_right_ones_are_listed():
 
 
 def test_contradicting_bounds_are_refused():
+    with pytest.raises(ValueError, match=r"llm_budget=96.*exceeds budget=64"):
+        PruneSIDConfig(budget=64, llm_budget=96)
     with pytest.raises(ValueError, match=r"min_budget=9.*max_budget=8"):
         PruneSIDConfig(min_budget=9, max_budget=8)
 

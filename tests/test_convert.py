@@ -251,6 +251,11 @@ class TestCalibrate:
         blue = (np.abs(drawn[..., :3] - np.array([0x3B, 0x6F, 0xB6]) / 255) < 0.02).all(-1)
         assert blue.mean() > 0.02
 
+    def test_a_limit_of_no_image_is_refused(self, base, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            calibrate.main([str(base), str(tmp_path), "--budget", "12", "--limit", "0", "--output", "out.json"])
+        assert "--limit must be at least 1 image, got 0" in capsys.readouterr().err
+
     def test_reads_a_saved_dataset_and_stops_at_the_limit(self, base, photographs, tmp_path, capsys):
         rows = {"id": list(range(24)), "photo": [str(path) for path in sorted(photographs.iterdir())]}
         dataset = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())

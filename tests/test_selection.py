@@ -402,6 +402,18 @@ def test_the_fast_eigensolver_is_exact_where_the_spectrum_decays(monkeypatch, co
     assert (eigenvectors.abs().argmax(1) == expected.argmax(1)).double().mean() > 0.998
 
 
+@pytest.mark.parametrize("count", [32, 48])
+def test_the_fast_eigensolver_holds_where_the_spectrum_is_steep(monkeypatch, count):
+    """Blocks made orthogonal only before they are scaled lose it again here, and the residuals fail."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(size, 400, generator=generator)).Q for size in (576, 400))
+    singular = torch.arange(1.0, 401) ** -4
+    eigenvalues, eigenvectors, sizes = eigensolver_sizes(monkeypatch, left * singular @ right, count)
+    assert len(sizes) == 1 and sizes[0] < 576 / 3
+    torch.testing.assert_close(eigenvalues[:5], singular[:5] ** 2, rtol=1e-2, atol=0)
+    torch.testing.assert_close(eigenvectors[:, :5].abs(), left[:, :5].abs(), rtol=0, atol=1e-3)
+
+
 def test_the_eigensolver_falls_back_to_the_exact_one_without_decay(monkeypatch):
     features = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
     eigenvalues, eigenvectors, sizes = eigensolver_sizes(monkeypatch, features, 8)

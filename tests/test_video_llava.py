@@ -242,6 +242,10 @@ class TestTotals:
             new_tokens(ours, full_batch(), num_visual_tokens=totals),
             new_tokens(ours, full_batch(), num_visual_tokens=torch.tensor(totals)),
         )
+        assert torch.equal(
+            new_tokens(ours, full_batch(), num_visual_tokens=totals),
+            new_tokens(ours, full_batch(), num_visual_tokens=tuple(totals)),
+        )
 
 
 class TestOff:
