@@ -6,15 +6,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    LlavaConfig,
-    LlavaNextConfig,
-    PretrainedConfig,
-    Qwen2_5_VLConfig,
-    Qwen2VLConfig,
-    Qwen3VLConfig,
-    VideoLlavaConfig,
-)
+from transformers import PretrainedConfig
 
 
 def is_integer(value: Any) -> bool:
@@ -153,8 +145,8 @@ class PruneSIDConfig(NestedSettings):
             by `dynamic` with `budget_scope="view"`.
         min_budget, max_budget (`int`, *optional*):
             Bounds of the dynamic budget of a view, in tokens; none with `budget_scope="image"`, whose totals are
-            exact. In Qwen-VL, where `min_budget` is 16 by default, a share never stands for fewer tokens than it
-            either, so that a view of up to 16 tokens is left whole (release).
+            exact. A share of a view never stands for fewer tokens than `min_budget` either. In Qwen-VL it is 16 by
+            default, so that a view of up to 16 tokens is left whole (release).
         score (`"component"` or `"cls_attention"`, defaults to `"component"`):
             What ranks the tokens of a group: |V| of equation 3, or the attention that the CLS token pays (the authors'
             release).
@@ -228,146 +220,42 @@ class PruneSIDConfig(NestedSettings):
 
 
 class NestsPruneSIDConfig:
-    """Mixin of the model configurations: `prunesid_config` may be assigned as a dict, None or a `PruneSIDConfig`."""
+    """
+    Mixin of the model configurations, which gives them the field `prunesid_config` (`dict` or `PruneSIDConfig`,
+    *optional*): how visual tokens are chosen. A dict passed to `from_pretrained` is merged into the saved one.
+    """
+
+    # The family's settings where the caller gives none.
+    _default_settings: dict[str, Any] = {}
+    # Why settings that need a CLS token are refused; None where there is one.
+    _has_no_cls: str | None = None
 
     def __init_subclass__(cls, **kwargs):
+        cls.__annotations__ = {
+            **vars(cls).get("__annotations__", {}),
+            "prunesid_config": dict | PretrainedConfig | None,
+        }
+        cls.prunesid_config = None
         super().__init_subclass__(**kwargs)
+        strict(cls)
         cls.sub_configs = {**getattr(cls, "sub_configs", {}), "prunesid_config": PruneSIDConfig}
 
-    # Whether tokens may also be dropped inside the language model.
-    _has_llm_budget = False
-
     def __setattr__(self, name, value):
         if name == "prunesid_config" and (value is None or isinstance(value, dict)):
-            value = PruneSIDConfig(**(value or {}))
+            value = PruneSIDConfig(**self._with_defaults(value or {}))
         super().__setattr__(name, value)
-        if name == "prunesid_config" and value.llm_budget is not None and not self._has_llm_budget:
-            raise ValueError(
-                f"prunesid_config.llm_budget must be None for {self.model_type}, got {value.llm_budget!r}: only "
-                "prunesid_llava drops tokens inside the language model."
-            )
+        if name == "prunesid_config" and self._has_no_cls is not None:
+            refuse_cls(value, self._has_no_cls)
+
+    def _with_defaults(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return {**self._default_settings, **settings}
 
 
-@strict
-class PruneSIDLlavaConfig(NestsPruneSIDConfig, LlavaConfig):
-    r"""
-    [`LlavaConfig`] with a nested [`PruneSIDConfig`].
-
-    Args:
-        prunesid_config (`dict` or `PruneSIDConfig`, *optional*):
-            How visual tokens are chosen. A dict passed to `from_pretrained` is merged into the saved one.
-    """
-
-    model_type = "prunesid_llava"
-    _has_llm_budget = True
-
-    prunesid_config: dict | PretrainedConfig | None = None
-
-
-@strict
-class PruneSIDLlavaNextConfig(NestsPruneSIDConfig, LlavaNextConfig):
-    r"""
-    [`LlavaNextConfig`] with a nested [`PruneSIDConfig`].
-
-    Args:
-        prunesid_config (`dict` or `PruneSIDConfig`, *optional*):
-            How visual tokens are chosen; the budget is that of each crop, or with `budget_scope="image"` of the whole
-            image. A dict passed to `from_pretrained` is merged into the saved one.
-    """
-
-    model_type = "prunesid_llava_next"
-
-    prunesid_config: dict | PretrainedConfig | None = None
-
-
-@strict
-class PruneSIDVideoLlavaConfig(NestsPruneSIDConfig, VideoLlavaConfig):
-    r"""
-    [`VideoLlavaConfig`] with a nested [`PruneSIDConfig`].
-
-    Args:
-        prunesid_config (`dict` or `PruneSIDConfig`, *optional*):
-            How visual tokens are chosen; the budget is that of each image and frame, or with `budget_scope="image"` of
-            each image and clip. A dict passed to `from_pretrained` is merged into the saved one.
-    """
-
-    model_type = "prunesid_video_llava"
-
-    prunesid_config: dict | PretrainedConfig | None = None
-
-
-class _QwenVLDefaults:
-    """Mixin: images have any number of tokens, so that the budget is a share; and the towers have no CLS token."""
-
-    def __setattr__(self, name, value):
-        if name == "prunesid_config" and (value is None or isinstance(value, dict)):
-            value = {"budget": 1 / 3, **(value or {})}
-            if value.get("budget_scope") != "image":
-                value = {"min_budget": 16, **value}
-        super().__setattr__(name, value)
-        if name == "prunesid_config":
-            refuse_cls(self.prunesid_config)
-
-
-def refuse_cls(settings: PretrainedConfig, reason: str = "its vision tower has no CLS token") -> None:
+def refuse_cls(settings: PretrainedConfig, reason: str) -> None:
     """Raise a `ValueError` for settings that need a CLS token, of a model that has none to give."""
     for name, refused, instead in (("score", "cls_attention", "component"), ("keep_cls", True, False)):
         if getattr(settings, name) == refused:
             raise ValueError(f"prunesid_config.{name} must be {instead!r} for this model, got {refused!r}: {reason}.")
 
 
-@strict
-class PruneSIDQwen2VLConfig(_QwenVLDefaults, NestsPruneSIDConfig, Qwen2VLConfig):
-    r"""
-    [`Qwen2VLConfig`] with a nested [`PruneSIDConfig`].
-
-    Args:
-        prunesid_config (`dict` or `PruneSIDConfig`, *optional*):
-            How visual tokens are chosen; the budget is that of each image and of each temporal slice of a video, or
-            with `budget_scope="image"` of each image and video. By default a third of the tokens, and at least 16.
-            `layer` has no meaning here: tokens are compared as they leave the patch merger. A dict passed to
-            `from_pretrained` is merged into the saved one.
-    """
-
-    model_type = "prunesid_qwen2_vl"
-
-    prunesid_config: dict | PretrainedConfig | None = None
-
-
-@strict
-class PruneSIDQwen2_5_VLConfig(_QwenVLDefaults, NestsPruneSIDConfig, Qwen2_5_VLConfig):
-    r"""
-    [`Qwen2_5_VLConfig`] with a nested [`PruneSIDConfig`].
-
-    Args:
-        prunesid_config (`dict` or `PruneSIDConfig`, *optional*): See [`PruneSIDQwen2VLConfig`].
-    """
-
-    model_type = "prunesid_qwen2_5_vl"
-
-    prunesid_config: dict | PretrainedConfig | None = None
-
-
-@strict
-class PruneSIDQwen3VLConfig(_QwenVLDefaults, NestsPruneSIDConfig, Qwen3VLConfig):
-    r"""
-    [`Qwen3VLConfig`] with a nested [`PruneSIDConfig`].
-
-    Args:
-        prunesid_config (`dict` or `PruneSIDConfig`, *optional*): See [`PruneSIDQwen2VLConfig`].
-    """
-
-    model_type = "prunesid_qwen3_vl"
-
-    prunesid_config: dict | PretrainedConfig | None = None
-
-
-__all__ = [
-    "PruneSIDConfig",
-    "PruneSIDLlavaConfig",
-    "PruneSIDLlavaNextConfig",
-    "PruneSIDQwen2VLConfig",
-    "PruneSIDQwen2_5_VLConfig",
-    "PruneSIDQwen3VLConfig",
-    "PruneSIDVideoLlavaConfig",
-]
+__all__ = ["PruneSIDConfig"]

@@ -1,177 +1,31 @@
 """Qwen3-VL with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
 
-import torch
-from torch import nn
-from transformers import AutoModel, GenerationMixin, Qwen3VLForConditionalGeneration, Qwen3VLModel
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures, Qwen3VLPreTrainedModel
-from transformers.utils.generic import can_return_tuple
+from transformers import GenerationMixin, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLProcessor
 
-from .compression_prunesid import CompressedGenerationMixin, like_upstream
-from .configuration_prunesid import PruneSIDQwen3VLConfig
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
-from .merged_prunesid import keep_merged_tokens
-from .mrope_prunesid import MRoPEModelMixin
-from .processing_prunesid_qwen_vl import PruneSIDQwen3VLProcessor
+from .family import PrunedGenerationMixin, register_family
+from .qwen_vl import GridConfigMixin, GridModelMixin, GridProcessorMixin
 
 
-class PruneSIDQwen3VLModel(MRoPEModelMixin, HubModelMixin, Qwen3VLModel):
-    """
-    Modifications:
-        - `get_image_features` and `get_video_features` return the kept tokens alone, with their indices;
-          of the features for the first layers (deepstack) they return the same ones.
-        - `forward` drops the placeholders of the other tokens; positions stay those of the full prompt.
-    """
+class PruneSIDQwen3VLConfig(GridConfigMixin, Qwen3VLConfig):
+    """[`Qwen3VLConfig`] with a nested [`PruneSIDConfig`]; see [`GridConfigMixin`]."""
 
-    config: PruneSIDQwen3VLConfig
+    model_type = "prunesid_qwen3_vl"
+
+
+class PruneSIDQwen3VLModel(GridModelMixin, Qwen3VLModel):
+    """[`Qwen3VLModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
+
     config_class = PruneSIDQwen3VLConfig
-    _auto_class = "AutoModel"
-    _auto_map = {"AutoModel": "PruneSIDQwen3VLModel"}
-
-    def __init__(self, config: PruneSIDQwen3VLConfig):
-        Qwen3VLPreTrainedModel.__init__(self, config)
-        self.visual = AutoModel.from_config(config.vision_config)
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.rope_deltas = None
-        self.post_init()
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        image_grid_thw: torch.LongTensor | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
-    ) -> tuple | BaseModelOutputWithDeepstackFeatures:
-        r"""
-        Encodes images and keeps N tokens of each.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(patches, channels * temporal_patch_size * patch_size ** 2)`).
-            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`): patches in time, down and across.
-            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
-                N of this call, in place of `config.prunesid_config.budget`.
-
-        Returns:
-            Upstream's output, whose `pooler_output` is a list of `(N, hidden_size)` for each image. Where tokens were
-            dropped it also has `keep_indices`, a list of `(N,)` ascending indices into upstream's T tokens, and
-            `num_placeholders`, T of each image.
-
-        Raises:
-            `ValueError`: for an invalid budget, or settings that need a CLS token.
-        """
-        output = super().get_image_features(
-            pixel_values=pixel_values, image_grid_thw=image_grid_thw, return_dict=True, **kwargs
-        )
-        return self._keep_tokens(output, image_grid_thw, num_visual_tokens)
-
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: torch.Tensor,
-        video_grid_thw: torch.LongTensor | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs,
-    ) -> tuple | BaseModelOutputWithDeepstackFeatures:
-        r"""
-        Encodes videos and keeps N tokens of each temporal slice; as `get_image_features`, where a list in
-        `num_visual_tokens` holds the total of each video.
-        """
-        # Upstream's encoder of videos is that of images, called by a name that we override.
-        output = super().get_image_features(
-            pixel_values=pixel_values_videos, image_grid_thw=video_grid_thw, return_dict=True, **kwargs
-        )
-        return self._keep_tokens(output, video_grid_thw, num_visual_tokens)
-
-    def _keep_tokens(self, output, grid_thw, num_visual_tokens):
-        merge_size = self.config.vision_config.spatial_merge_size
-        return keep_merged_tokens(self.config.prunesid_config, output, grid_thw, merge_size, num_visual_tokens)
-
-    @like_upstream(Qwen3VLModel.forward)
-    def forward(self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs):
-        r"""
-        Upstream's `forward` on the shortened prompt.
-
-        Args:
-            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_views,)`, *optional*):
-                N of this call, in place of `config.prunesid_config.budget`. A list has a count for each image, or a
-                total for each video; a call with both takes a single value.
-
-        Raises:
-            `ValueError`: if the prompt has neither T nor N placeholders for each image and video.
-        """
-        return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
-class PruneSIDQwen3VLForConditionalGeneration(
-    CompressedGenerationMixin, HubModelMixin, Qwen3VLForConditionalGeneration, GenerationMixin
-):
-    """
-    Modifications:
-        - `forward` and `generate` shorten the prompt at their entrance, labels included.
-        - the output of `forward` has `keep_mask`, which maps its logits to the columns of the full prompt.
-    """
+class PruneSIDQwen3VLForConditionalGeneration(PrunedGenerationMixin, Qwen3VLForConditionalGeneration, GenerationMixin):
+    """[`Qwen3VLForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
 
-    config: PruneSIDQwen3VLConfig
-    config_class = PruneSIDQwen3VLConfig
-    _auto_class = "AutoModelForImageTextToText"
-    _auto_map = {
-        "AutoModel": "PruneSIDQwen3VLAutoModel",
-        "AutoModelForImageTextToText": "PruneSIDQwen3VLForConditionalGeneration",
-        "AutoModelForMultimodalLM": "PruneSIDQwen3VLForConditionalGeneration",
-    }
-    _processor_class = PruneSIDQwen3VLProcessor
-
-    def __init__(self, config: PruneSIDQwen3VLConfig):
-        Qwen3VLPreTrainedModel.__init__(self, config)
-        self.model = PruneSIDQwen3VLModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-    @like_upstream(Qwen3VLForConditionalGeneration.get_image_features)
-    def get_image_features(
-        self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs
-    ):
-        """See [`PruneSIDQwen3VLModel.get_image_features`]."""
-        return self.model.get_image_features(num_visual_tokens=num_visual_tokens, **inputs)
-
-    @like_upstream(Qwen3VLForConditionalGeneration.get_video_features)
-    def get_video_features(
-        self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs
-    ):
-        """See [`PruneSIDQwen3VLModel.get_video_features`]."""
-        return self.model.get_video_features(num_visual_tokens=num_visual_tokens, **inputs)
-
-    @like_upstream(Qwen3VLForConditionalGeneration.forward)
-    def forward(self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs):
-        r"""
-        Upstream's `forward` on the shortened prompt; logits have its length.
-
-        Args:
-            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_views,)`, *optional*):
-                N of this call, in place of `config.prunesid_config.budget`. A list has a count for each image, or a
-                total for each video; a call with both takes a single value.
-
-        Returns:
-            Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain. In a batch whose rows lost different numbers of columns,
-            padding was added on the side where the batch is padded, on the right where it is not.
-
-        Raises:
-            `ValueError`: if the prompt has neither T nor N placeholders for each image and video.
-        """
-        return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
+    model_class = PruneSIDQwen3VLModel
 
 
-class PruneSIDQwen3VLAutoModel(AutoModelMixin, PruneSIDQwen3VLModel):
-    """See [`AutoModelMixin`]."""
-
-    _base_class = PruneSIDQwen3VLModel
-    _generating_class = PruneSIDQwen3VLForConditionalGeneration
+class PruneSIDQwen3VLProcessor(GridProcessorMixin, Qwen3VLProcessor):
+    """[`Qwen3VLProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
 
-# Stock checkpoints have the names of our modules: upstream registers no conversion for Qwen3-VL to pass on.
-register_class_names(
-    PruneSIDQwen3VLConfig.model_type, "PruneSIDQwen3VLForConditionalGeneration", "PruneSIDQwen3VLModel"
-)
-
-__all__ = ["PruneSIDQwen3VLAutoModel", "PruneSIDQwen3VLForConditionalGeneration", "PruneSIDQwen3VLModel"]
+PruneSIDQwen3VLAutoModel = register_family(PruneSIDQwen3VLForConditionalGeneration, PruneSIDQwen3VLProcessor)

@@ -1,12 +1,13 @@
 """
-Runs a vision tower no further than needed, and reads on the way what selection needs: the hidden states of a few
-layers and, where wanted, the attention that the CLS token pays in one layer.
+Watches a vision tower and a projector while upstream's own `get_image_features` runs: reads the hidden states of a few
+layers and, where a method asks for it, the attention that the CLS token pays in one layer; stops the tower after the
+last layer that is needed; and lets only the kept tokens through the projector.
 """
 
 import contextvars
 import itertools
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,6 @@ class _StoppableLayers(nn.ModuleList):
 class TowerStates:
     """
     Args:
-        outputs: the tower's own output. Its last hidden state is that of the last layer that ran.
         hidden_states (`dict[int, torch.Tensor]`): `(batch, tokens, dim)` by index, 0 being the embeddings.
         cls_attention (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
             The attention weights of the CLS query, summed over the heads, in float32.
@@ -45,7 +45,6 @@ class TowerStates:
             What the projections of that layer gave, the heads side by side.
     """
 
-    outputs: Any = None
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
     cls_attention: torch.Tensor | None = None
     queries: torch.Tensor | None = None
@@ -67,54 +66,112 @@ def resolve_layer(layer: int, num_layers: int, name: str) -> int:
     return layer % (num_layers + 1)
 
 
-def run_tower(
-    tower: nn.Module,
-    pixel_values: torch.Tensor,
-    layers: Iterable[int],
-    cls_attention_layer: int | None = None,
-    **kwargs,
-) -> TowerStates:
+class _CapturedStates(dict):
+    """The captured hidden states in place of a tower's own tuple of all of them: by index, negative ones as well."""
+
+    def __init__(self, states: dict[int, torch.Tensor], num_layers: int):
+        super().__init__(states)
+        self.num_layers = num_layers
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        return super().__getitem__(layer % (self.num_layers + 1))
+
+
+@contextmanager
+def watch_tower(
+    tower: nn.Module, layers: Iterable[int], cls_attention_layer: int | None = None, runs_whole: bool = False
+):
     """
+    While upstream runs a tower, reads hidden states and attention from it. The tower stops after the last layer that
+    is needed, and its output has no other hidden states than these.
+
     Args:
         tower (`nn.Module`): a vision tower of Transformers.
-        pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`).
-        layers (`Iterable[int]`): the hidden states to return, as non-negative indices.
-        cls_attention_layer (`int`, *optional*): the hidden state whose layer's CLS attention to return.
-        kwargs: passed to the tower. Whoever asks for all hidden states or attentions gets a full run.
+        layers (`Iterable[int]`): the hidden states that anyone reads, as non-negative indices.
+        cls_attention_layer (`int`, *optional*): the hidden state whose layer's CLS attention to read.
+        runs_whole (`bool`): the caller asked upstream for all hidden states or attentions.
+
+    Yields:
+        [`TowerStates`], which is filled when the tower has run.
 
     Raises:
         `ValueError`: if CLS attention is asked of a tower without a CLS token, of the embeddings, or of a layer
             without query and key projections.
     """
     layers = set(layers)
-    if torch.compiler.is_compiling() and cls_attention_layer is None:
-        outputs = tower(pixel_values, return_dict=True, **{**kwargs, "output_hidden_states": True})
-        return TowerStates(outputs, {layer: outputs.hidden_states[layer] for layer in layers})
-    return _run_watched(tower, pixel_values, layers, cls_attention_layer, **kwargs)
-
-
-@torch.compiler.disable  # compiled layers do not look for hooks again
-def _run_watched(
-    tower: nn.Module, pixel_values: torch.Tensor, layers: set[int], cls_attention_layer: int | None, **kwargs
-) -> TowerStates:
     if cls_attention_layer is not None:
         _check_has_cls(tower)
-    blocks = _find_layers(tower)
-    states = TowerStates()
-    wants_all = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-    needed = max([*layers, cls_attention_layer or 0, 1])
+    blocks, states, thread = _find_layers(tower), TowerStates(), threading.get_ident()
+    projections: list[torch.Tensor] = []
+
+    def ask_for_none(module, args, kwargs):
+        if threading.get_ident() == thread:
+            return args, {**kwargs, "output_hidden_states": False}
+
+    def receive(module, args, kwargs, output):
+        if threading.get_ident() == thread:
+            if projections:
+                states.queries, states.keys = projections
+                states.cls_attention = _cls_attention(*projections, num_heads=tower.config.num_attention_heads)
+            if not runs_whole:
+                output["hidden_states"] = _CapturedStates(states.hidden_states, tower.config.num_hidden_layers)
+
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(_capture(blocks, layer, states))
         if cls_attention_layer is not None:
             projections = stack.enter_context(_capture_projections(blocks, cls_attention_layer))
-        if not wants_all:
-            stack.enter_context(_stop_after(needed))
-        states.outputs = tower(pixel_values, return_dict=True, **kwargs)
-    if cls_attention_layer is not None:
-        states.queries, states.keys = projections
-        states.cls_attention = _cls_attention(*projections, num_heads=tower.config.num_attention_heads)
-    return states
+        if not runs_whole:
+            stack.enter_context(_stop_after(max([*layers, cls_attention_layer or 0, 1])))
+            stack.callback(tower.register_forward_pre_hook(ask_for_none, with_kwargs=True).remove)
+        stack.callback(tower.register_forward_hook(receive, with_kwargs=True).remove)
+        yield states
+
+
+@contextmanager
+def project_rows(projector: nn.Module, choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.LongTensor]]):
+    """
+    While upstream runs a projector that maps every row for itself, gives it only some of the rows. Upstream gets zeros
+    for the others, and goes on as if all were there.
+
+    Args:
+        projector (`nn.Module`): from `(views, tokens, dim)` to `(views, tokens, hidden_size)`.
+        choose (`Callable`):
+            From the projector's features to `(views, tokens + prefix, dim)` features, which may have a prefix in
+            front of them, and the rows `(kept,)` of these, counted through, that are projected.
+
+    Yields:
+        `dict`, in which `"projected"` becomes `(views, tokens + prefix, hidden_size)`.
+    """
+    thread, result = threading.get_ident(), {}
+
+    def restrict(module, args):
+        if threading.get_ident() == thread and not result:
+            result["shape"] = args[0].shape
+            features, result["rows"] = choose(args[0])
+            result["length"] = features.shape[:2]
+            return (features.flatten(0, 1)[result["rows"]],)
+
+    def spread(module, args, output):
+        if threading.get_ident() == thread and "projected" not in result and "rows" in result:
+            views, length = result["length"]
+            whole = output.new_zeros(views * length, output.shape[-1])
+            whole = whole.index_copy(0, result["rows"].to(output.device), output)
+            result["projected"] = whole.view(views, length, -1)
+            return result["projected"][:, length - result["shape"][1] :]
+
+    handles = [projector.register_forward_pre_hook(restrict), projector.register_forward_hook(spread)]
+    try:
+        yield result
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count_prefix(tower: nn.Module) -> int:
+    """How many tokens a tower has before its patches: CLS and registers."""
+    has_cls = any(name.rsplit(".", 1)[-1] in _CLS_EMBEDDINGS for name, _ in tower.named_parameters())
+    return int(has_cls) + getattr(tower.config, "num_register_tokens", 0)
 
 
 def _find_layers(tower: nn.Module) -> nn.ModuleList:

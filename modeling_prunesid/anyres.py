@@ -1,0 +1,49 @@
+"""The any-resolution crops of LLaVA-NeXT: which patch of which crop each token of an image is."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from .budgets import View
+
+
+NEWLINE = -1
+
+
+def pack_patches(
+    image_size: Sequence[int], grid_pinpoints: list[list[int]], crop_size: int, patch_size: int
+) -> torch.LongTensor:
+    """
+    The tokens of an image as upstream packs them (`spatial_unpad`): the crop that shows the whole image, then the grid
+    of the other crops row by row, without the rows or columns of padding, and a newline token after each row.
+
+    Args:
+        image_size (`tuple[int, int]`): height and width of the image, in pixels.
+        grid_pinpoints (`list[list[int]]`): resolutions of the grids to choose from.
+        crop_size (`int`), patch_size (`int`): side of a crop and of a patch, in pixels.
+
+    Returns:
+        `torch.LongTensor` of shape `(T,)`: `crop * patches_of_a_crop + patch` of each token; -1 for a newline token.
+    """
+    side = crop_size // patch_size
+    rows, columns = get_anyres_image_grid_shape(list(image_size), grid_pinpoints, crop_size)
+    whole, grid = torch.arange((1 + rows * columns) * side**2).split([side**2, rows * columns * side**2])
+    grid = grid.view(rows, columns, side, side).transpose(1, 2).reshape(1, rows * side, columns * side)
+    grid = unpad_image(grid, list(image_size))[0]
+    newlines = torch.full((len(grid), 1), NEWLINE)
+    return torch.cat([whole, torch.cat([grid, newlines], dim=1).flatten()])
+
+
+def views_of_crops(
+    image_size: Sequence[int], grid_pinpoints: list[list[int]], crop_size: int, patch_size: int
+) -> list[View]:
+    """A view for each crop of an image, of its patches that are no padding. Arguments are those of `pack_patches`."""
+    packed, patches = pack_patches(image_size, grid_pinpoints, crop_size, patch_size), (crop_size // patch_size) ** 2
+    rows, columns = get_anyres_image_grid_shape(list(image_size), grid_pinpoints, crop_size)
+    crops = packed.div(patches, rounding_mode="floor")
+    views = []
+    for crop in range(1 + rows * columns):
+        own = (crops == crop).nonzero()[:, 0]
+        views.append(View(own, packed[own] % patches, cls_at=min(crop, 1) * patches))
+    return views

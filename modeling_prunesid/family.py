@@ -1,0 +1,258 @@
+"""
+A family is a declaration: the stock classes of a model with a compressing `get_image_features`.
+
+Upstream's own `get_image_features` runs, and a family says only what upstream does not know: which of the features
+that go into the prompt form one view (image, tile, crop or frame), and where tokens are compared, in the vision tower
+as in the paper or as they enter the language model. Heads, Auto classes, signatures and conversions follow from that.
+"""
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils.generic import can_return_tuple
+
+from .budgets import View, choose_tokens, request_budgets, view_information
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
+from .encoding import TowerEncoding, as_views, with_rows
+from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
+from .selection_prunesid import resolve_budget
+
+
+# In place of `num_visual_tokens`: all of them, where upstream's encoder of videos calls that of images.
+_ALL_TOKENS = "all"
+_OVERRIDES = ("forward", "get_image_features", "get_video_features")
+
+NumVisualTokens = int | float | list[int] | torch.LongTensor | None
+
+
+class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
+    """
+    For a stock base model (vision tower, projector and language model). Modifications:
+        - `get_image_features` and `get_video_features` return the features of the kept tokens alone, with
+          `keep_indices`, a list of ascending indices into upstream's T tokens of each input (-1 for a CLS token, which
+          upstream leaves out), and `num_placeholders`, T of each.
+        - `forward` drops the placeholders of the other tokens from the prompt.
+
+    All of them take `num_visual_tokens` (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_inputs,)`,
+    *optional*), N of the call in place of `config.prunesid_config.budget`; a list has one total for each input. They
+    raise a `ValueError` for an invalid budget or layer, a tower that cannot give what the configuration asks for, and
+    a prompt that has neither T nor N placeholders for each input.
+    """
+
+    _auto_class = "AutoModel"
+    # The modalities whose features upstream's `forward` reads as one tensor, and not as a list.
+    pools_tensor: Sequence[str] = ()
+    # The vision tower of each modality, where tokens are compared in it.
+    towers: dict[str, str] = {}
+    # A module that maps each token for itself, so that only kept tokens need to go through it. Without a tower, tokens
+    # are compared as they enter it; without either, as they enter the language model.
+    projector: str | None = None
+    # How tokens are chosen before the projector.
+    encoding_class = TowerEncoding
+    # lambda is this factor times N/T where the configuration has none, in place of N/32 (tuned for 576 CLIP tokens).
+    lambda_of_a_share: float | None = None
+    # What `dynamic` shares the total of a clip by, from the features `(tokens, dim)` of each frame.
+    video_information = staticmethod(view_information)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._auto_map = {"AutoModel": cls.__name__}
+        _take_signatures(cls, PrunedModelMixin)
+
+    def views(
+        self, modality: str, inputs: dict[str, Any], sizes: list[int] | None
+    ) -> list[list[int]] | list[list[View]]:
+        """
+        The views of each input.
+
+        Args:
+            modality (`str`): `"image"` or `"video"`.
+            inputs (`dict`): what upstream's method was called with.
+            sizes (`list[int]`, *optional*):
+                T of each input; None where tokens are compared in the tower, which has not run yet.
+
+        Returns:
+            For each input the tokens of each of its views, one view behind the other, or [`View`]s. Tokens of no view
+            (newlines) leave with the first token that is dropped. By default an input is a single view, or in a tower
+            one for each frame.
+        """
+        if sizes is not None:
+            return [[size] for size in sizes]
+        pixels, patch_size = self._pixels(modality, inputs), self.config.vision_config.patch_size
+        num_patches = (pixels.shape[-2] // patch_size) * (pixels.shape[-1] // patch_size)
+        return [[num_patches] * (pixels.shape[1] if pixels.dim() == 5 else 1)] * len(pixels)
+
+    def _pixels(self, modality: str, inputs: dict[str, Any]) -> torch.Tensor:
+        names = ("pixel_values_videos",) if modality == "video" else ("pixel_values", "pixel_values_images")
+        return next(inputs[name] for name in names if inputs.get(name) is not None)
+
+    def tokens_of_an_image(self) -> int | None:
+        """T, where it is the same for every image; with it, prompts whose image was forgotten are recognised."""
+        return None
+
+    def are_whole_views(self, run_lengths: list[int]) -> bool:
+        """Whether runs of so many placeholders each stand for whole images; False where a family cannot tell."""
+        full = self.tokens_of_an_image()
+        if full is None:
+            return False
+        short = min(resolve_budget(self.config.prunesid_config.budget, full), full)
+        return any(all(length % tokens == 0 for length in run_lengths) for tokens in (full, short))
+
+    @can_return_tuple
+    def get_image_features(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
+        """Upstream's, of the kept tokens alone. See [`PrunedModelMixin`]."""
+        return self._encode("image", super().get_image_features, num_visual_tokens, inputs)
+
+    @can_return_tuple
+    def get_video_features(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
+        """Upstream's, of the kept tokens alone. See [`PrunedModelMixin`]."""
+        return self._encode("video", super().get_video_features, num_visual_tokens, inputs)
+
+    def forward(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
+        """Upstream's `forward` on the shortened prompt. See [`PrunedModelMixin`]."""
+        return self.forward_compressed(self._forward_stock, num_visual_tokens=num_visual_tokens, **inputs)
+
+    def _forward_stock(self, mm_encoder_outputs=None, **inputs):
+        outputs = dict(mm_encoder_outputs or {})
+        for modality in outputs.keys() & set(self.pools_tensor):
+            output = outputs[modality]
+            if not isinstance(output.pooler_output, torch.Tensor):
+                joined = torch.cat(list(output.pooler_output))[None]
+                outputs[modality] = type(output)(**{**output, "pooler_output": joined})
+        return super().forward(mm_encoder_outputs=outputs or None, **inputs)
+
+    def _encode(self, modality: str, encode, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
+        inputs = {**inputs, "return_dict": True}
+        is_off = num_visual_tokens is None and self.config.prunesid_config.budget is None
+        if is_off or isinstance(num_visual_tokens, str):
+            return encode(**inputs)
+        if self.projector is not None:
+            return self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)
+        nested = {"num_visual_tokens": _ALL_TOKENS} if modality == "video" and _encodes_as_images(type(self)) else {}
+        output = encode(**inputs, **nested)
+        return self.keep_tokens(modality, output, num_visual_tokens, inputs)
+
+    def keep_tokens(self, modality: str, output: Any, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
+        """Upstream's output with the kept rows alone, chosen by the features that enter the language model."""
+        settings, features = self.config.prunesid_config, list(output.pooler_output)
+        views = [as_views(own) for own in self.views(modality, inputs, [len(own) for own in features])]
+        num_tokens = [[len(view.rows) for view in own] for own in views]
+        budgets = request_budgets(settings, num_visual_tokens, num_tokens)
+        if budgets is None:
+            return output
+        information = self.video_information if modality == "video" else view_information
+        kept = []
+        for whole, own, lengths, total in zip(features, views, num_tokens, budgets.totals):
+            rows = [view.rows.to(whole.device) for view in own]
+            chosen = choose_tokens(
+                settings,
+                [whole.detach()[part] for part in rows],
+                lengths,
+                total,
+                budgets.rule,
+                lambda_of_a_share=self.lambda_of_a_share,
+                information=information,
+            )
+            kept.append(torch.cat([part[which] for part, which in zip(rows, chosen)]).sort().values)
+        return with_rows(output, features, kept)
+
+
+class PrunedGenerationMixin(CompressedGenerationMixin, HubModelMixin):
+    """
+    For a stock model with a language-modelling head. Modifications:
+        - `model` is the family's [`PrunedModelMixin`].
+        - `forward` and `generate` shorten the prompt at their entrance, labels included.
+    """
+
+    _auto_class = "AutoModelForImageTextToText"
+    # The family's base model.
+    model_class: Any = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.config_class = cls.model_class.config_class
+        _take_signatures(cls, PrunedGenerationMixin)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.__class__ = self.model_class  # the same modules; only methods are added
+
+    def get_image_features(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
+        """See [`PrunedModelMixin`]."""
+        return self.model.get_image_features(num_visual_tokens=num_visual_tokens, **inputs)
+
+    def get_video_features(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
+        """See [`PrunedModelMixin`]."""
+        return self.model.get_video_features(num_visual_tokens=num_visual_tokens, **inputs)
+
+    def forward(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
+        """
+        Upstream's `forward` on the shortened prompt. See [`PrunedModelMixin`].
+
+        Returns:
+            Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
+            the columns of the caller's prompt that remain.
+        """
+        return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
+
+
+def stock_class(cls: type) -> type:
+    """The model class that a class of ours extends."""
+    ours = (CompressedModelMixin, CompressedGenerationMixin)
+    return next(base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, ours))
+
+
+def register_family(head: Any, processor: type | None = None) -> type:
+    """
+    What follows from a family's class with a head: the class that `AutoModel` makes of its repos, their `auto_map`,
+    the processor that is saved with them, and the conversions by which stock checkpoints load, which Transformers
+    looks up by the names of classes and model types.
+
+    Returns:
+        The Auto model class. It goes into the family's file as `PruneSID<Family>AutoModel`.
+    """
+    model, module = head.model_class, inspect.getmodule(head)
+    name = model.__name__.removesuffix("Model") + "AutoModel"
+    members = {"__module__": module.__name__, "__doc__": AutoModelMixin.__doc__}
+    auto_model = type(name, (AutoModelMixin, model), {**members, "_base_class": model, "_generating_class": head})
+    head._auto_map = {
+        "AutoModel": name,
+        "AutoModelForImageTextToText": head.__name__,
+        "AutoModelForMultimodalLM": head.__name__,
+    }
+    head._processor_class = processor
+    for ours in (head, model):
+        stock = stock_class(ours)
+        names = {ours.__name__: stock.__name__, ours.config_class.model_type: stock.config_class.model_type}
+        for own, theirs in names.items():
+            mapping = get_checkpoint_conversion_mapping(theirs)
+            if mapping is not None:
+                register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
+    register_class_names(head.config_class.model_type, head.__name__, model.__name__)
+    return auto_model
+
+
+def _take_signatures(cls: type, mixin: type) -> None:
+    """Gives `cls` copies of the mixin's methods with the arguments of the stock methods that they override."""
+    stock = stock_class(cls)
+    for name in _OVERRIDES:
+        owner = next(base for base in cls.__mro__ if name in vars(base)) if hasattr(cls, name) else None
+        if owner is not mixin:
+            continue
+        if not hasattr(stock, name):  # a family without videos
+            continue
+        method = vars(mixin)[name]
+        copy = functools.wraps(method)(lambda self, _method=method, **inputs: _method(self, **inputs))
+        del copy.__wrapped__
+        setattr(cls, name, like_upstream(getattr(stock, name))(copy))
+
+
+@functools.cache
+def _encodes_as_images(cls: type) -> bool:
+    """Whether upstream's encoder of videos calls that of images, by the name that we override."""
+    return "self.get_image_features(" in inspect.getsource(stock_class(cls).get_video_features)

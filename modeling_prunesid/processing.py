@@ -1,0 +1,260 @@
+"""
+Processors that write short prompts: one placeholder for each kept token.
+
+A fixed budget is known before any image is seen, so engines that size prompts up front, static caches and exporters
+can have prompts of the final length. Each run of placeholders that the stock processor writes is shortened, and the
+text between them (tags, breaks, timestamps) stays. For a dynamic budget of each view the full prompt is written, which
+the models accept as well.
+"""
+
+import inspect
+import re
+from typing import Any, TypedDict
+
+import torch
+from transformers import PretrainedConfig
+from transformers.processing_utils import ImagesKwargs, MultiModalData, VideosKwargs
+
+from .budgets import request_budgets, share_total
+from .configuration_prunesid import PruneSIDConfig
+
+
+_OF_VIDEOS = "num_visual_tokens_of_videos"
+
+
+class VariantProcessorMixin:
+    """For a processor that is published with a model."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Upstream's `from_pretrained`. That of a thin variant is its base's processor with the variant's budget."""
+        fields, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        base = fields.get("base_model_name_or_path")
+        if base is not None:
+            pretrained_model_name_or_path = base
+            arguments = {name: fields[name] for name in cls._budget_arguments() if name in fields}
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+            kwargs = {"revision": fields["base_model_revision"] or "main", **arguments, **kwargs}
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # Upstream hands a processor's arguments to its tokenizer too, whose copy would outrank what is set later.
+        for name in cls._budget_arguments():
+            processor.tokenizer.init_kwargs.pop(name, None)
+        return processor
+
+    @classmethod
+    def arguments_for(cls, settings: PretrainedConfig) -> dict:
+        """The arguments of a processor that fits a model with these settings (`PruneSIDConfig`)."""
+        varies = settings.dynamic and settings.budget_scope == "view"
+        values = {
+            "num_visual_tokens": None if varies else settings.budget,
+            "budget_scope": getattr(settings, "budget_scope", "view"),
+            "min_budget": getattr(settings, "min_budget", None),
+        }
+        return {name: values[name] for name in cls._budget_arguments()}
+
+    @classmethod
+    def _budget_arguments(cls) -> list[str]:
+        parameters = inspect.signature(cls.__init__).parameters
+        return [name for name in ("num_visual_tokens", "budget_scope", "min_budget") if name in parameters]
+
+
+class PrunedProcessorMixin(VariantProcessorMixin):
+    r"""
+    For a stock processor. It writes a placeholder for each kept token and returns their numbers as
+    `num_visual_tokens`, a tensor of shape `(num_images + num_videos,)` that the model obeys: first the images, then
+    the videos.
+
+    Args:
+        num_visual_tokens (`int` or `float`, *optional*):
+            The `budget` of the model's `prunesid_config`. None (for a dynamic budget of each view, or off) writes the
+            full prompt of the stock processor. A call may pass another value.
+        budget_scope (`"view"` or `"image"`, defaults to `"view"`), min_budget (`int`, *optional*):
+            Those of the model's `prunesid_config`.
+
+    Raises:
+        `ValueError`: for an invalid budget.
+    """
+
+    _auto_class = "AutoProcessor"
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            return
+        stock = next(base for base in cls.__mro__[1:] if not issubclass(base, VariantProcessorMixin))
+
+        def __init__(self, *args, num_visual_tokens=None, budget_scope="view", min_budget=None, **kwargs):
+            settings = PruneSIDConfig(budget=num_visual_tokens, budget_scope=budget_scope, min_budget=min_budget)
+            self.num_visual_tokens, self.budget_scope = settings.budget, settings.budget_scope
+            self.min_budget = settings.min_budget
+            stock.__init__(self, *args, **kwargs)
+
+        signature = inspect.signature(stock.__init__)
+        ours = list(inspect.signature(__init__).parameters.values())[2:-1]
+        theirs = list(signature.parameters.values())
+        if theirs[-1].kind is not theirs[-1].VAR_KEYWORD:
+            theirs.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
+        # Upstream reads the names of a processor's parts and settings from its signature.
+        __init__.__signature__ = signature.replace(parameters=[*theirs[:-1], *ours, theirs[-1]])
+        cls.__init__ = __init__
+        cls.valid_processor_kwargs = _with_budget(stock.valid_processor_kwargs)
+
+    def view_lengths(self, modality: str, inputs: dict, index: int, runs: list[int]) -> list[int]:
+        """
+        The tokens of each view of one input.
+
+        Args:
+            modality (`str`): `"image"` or `"video"`.
+            inputs (`dict`): what the stock image or video processor returned.
+            index (`int`): which of its inputs.
+            runs (`list[int]`): the lengths of the runs of placeholders that the stock processor writes for it.
+
+        Returns:
+            `list[int]`: one behind the other, with the sum of `runs`. By default each run is a view.
+        """
+        return runs
+
+    # Whether a share of a view is taken of the largest of them, because the others may lack rows of padding.
+    _has_padded_views = False
+
+    def _placeholder(self, modality: str) -> str:
+        """The placeholder as text; some families begin an image in a prompt by another token."""
+        token_id = getattr(self, f"{modality}_token_id", None)
+        return getattr(self, f"{modality}_token") if token_id is None else self.tokenizer.convert_ids_to_tokens(token_id)
+
+    def _kept_of_views(self, views: list[int], num_visual_tokens: int | float | None) -> list[int] | None:
+        """N of each view of one input; None where nothing is dropped."""
+        settings = PruneSIDConfig(
+            budget=self.num_visual_tokens, budget_scope=self.budget_scope, min_budget=self.min_budget
+        )
+        full_view = max(views) if self._has_padded_views else None
+        budgets = request_budgets(settings, num_visual_tokens, [views], full_view)
+        return None if budgets is None else share_total(budgets.totals[0], [1.0] * len(views), views)
+
+    def _shorten(self, text: str, modality: str, inputs: dict, index: int, num_visual_tokens: int | float | None) -> str:
+        """The text that stands for one input, with its runs of placeholders shortened."""
+        token = self._placeholder(modality)
+        pattern = f"(?:{re.escape(token)})+"
+        runs = [len(run) // len(token) for run in re.findall(pattern, text)]
+        views = self.view_lengths(modality, inputs, index, runs)
+        kept = self._kept_of_views(views, num_visual_tokens) if runs else None
+        if kept is None:
+            return text
+        kept_of_runs = iter(share_over_runs(runs, views, kept))
+        return re.sub(pattern, lambda run: token * next(kept_of_runs), text)
+
+    def replace_image_token(
+        self, image_inputs: dict, image_idx: int, num_visual_tokens: int | float | None = None, **kwargs
+    ) -> str:
+        text = super().replace_image_token(image_inputs, image_idx, **kwargs)
+        return self._shorten(text, "image", image_inputs, image_idx, num_visual_tokens)
+
+    def replace_video_token(
+        self, video_inputs: dict, video_idx: int, num_visual_tokens: int | float | None = None, **kwargs
+    ) -> str:
+        text = super().replace_video_token(video_inputs, video_idx, **kwargs)
+        return self._shorten(text, "video", video_inputs, video_idx, num_visual_tokens)
+
+    def _process_images(self, images, num_visual_tokens: int | float | None = None, **kwargs):
+        inputs, texts = super()._process_images(images, **kwargs)
+        texts = [
+            self.replace_image_token(inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
+            for index in range(len(texts))
+        ]
+        if self.num_visual_tokens is not None or num_visual_tokens is not None:
+            inputs["num_visual_tokens"] = [text.count(self._placeholder("image")) for text in texts]
+        return inputs, texts
+
+    def _process_videos(self, videos, num_visual_tokens: int | float | None = None, **kwargs):
+        inputs, texts = super()._process_videos(videos, **kwargs)
+        texts = [
+            self.replace_video_token(inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
+            for index in range(len(texts))
+        ]
+        if self.num_visual_tokens is not None or num_visual_tokens is not None:
+            inputs[_OF_VIDEOS] = [text.count(self._placeholder("video")) for text in texts]
+        return inputs, texts
+
+    def __call__(self, *args, **kwargs):
+        output = super().__call__(*args, **kwargs)
+        of_images, of_videos = output.get("num_visual_tokens"), output.pop(_OF_VIDEOS, None)
+        if of_videos is not None and of_images is not None:
+            both = [torch.as_tensor(of_images), torch.as_tensor(of_videos)]
+            output["num_visual_tokens"] = (
+                torch.cat(both) if isinstance(of_videos, torch.Tensor) else [*of_images, *of_videos]
+            )
+        elif of_videos is not None:
+            output["num_visual_tokens"] = of_videos
+        return output
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, num_visual_tokens=None, **kwargs) -> MultiModalData:
+        """Upstream's counts of placeholders for images of these sizes, shortened."""
+        data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
+        if data.num_image_tokens is not None:
+            data.num_image_tokens = [
+                self._num_kept_of_size(tokens, size, num_visual_tokens)
+                for tokens, size in zip(data.num_image_tokens, image_sizes)
+            ]
+        return data
+
+    def _num_kept_of_size(self, num_tokens: int, image_size, num_visual_tokens: int | float | None) -> int:
+        kept = self._kept_of_views(self.view_lengths_of_size(num_tokens, image_size), num_visual_tokens)
+        return num_tokens if kept is None else sum(kept)
+
+    def view_lengths_of_size(self, num_tokens: int, image_size: tuple[int, int]) -> list[int]:
+        """As `view_lengths`, of an image of this height and width that the stock processor writes `num_tokens` for."""
+        return [num_tokens]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = super().model_input_names
+        return names if self.num_visual_tokens is None else [*names, "num_visual_tokens"]
+
+
+def share_over_runs(runs: list[int], views: list[int], kept: list[int]) -> list[int]:
+    """
+    What remains of each run of placeholders, when `kept` of each of the `views` do.
+
+    A run may hold several views, and tokens of none (newlines), which leave. A view may be written as several runs
+    (rows with breaks between them): then its kept tokens are shared over them by largest remainder.
+    """
+    if len(runs) == 1:
+        return [sum(kept)]
+    remaining, view = [], 0
+    run = 0
+    while run < len(runs):
+        if views[view] <= runs[run]:
+            held, total = 0, 0
+            while view < len(views) and held + views[view] <= runs[run]:
+                held, total, view = held + views[view], total + kept[view], view + 1
+            remaining.append(total)
+            run += 1
+            continue
+        rows = [runs[run]]
+        while sum(rows) < views[view]:
+            run += 1
+            rows.append(runs[run])
+        remaining += largest_remainder(rows, kept[view])
+        run, view = run + 1, view + 1
+    return remaining
+
+
+def largest_remainder(sizes: list[int], total: int) -> list[int]:
+    """Shares out `total` in proportion to `sizes`, none above its size; equal remainders go to the earlier one."""
+    whole = sum(sizes)
+    shares = [size * total // whole for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda index: -(sizes[index] * total % whole))
+    for index in by_remainder[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def _with_budget(upstream: Any) -> Any:
+    """Upstream's type of keyword arguments, with `num_visual_tokens` for images and for videos."""
+    fields = dict(upstream.__annotations__)
+    for name, default in (("images_kwargs", ImagesKwargs), ("videos_kwargs", VideosKwargs)):
+        own = fields.get(name, default)
+        fields[name] = TypedDict(own.__name__, {**own.__annotations__, "num_visual_tokens": int | float | None}, total=False)
+    extended = TypedDict(upstream.__name__, fields, total=False)
+    extended._defaults = getattr(upstream, "_defaults", {})
+    return extended
