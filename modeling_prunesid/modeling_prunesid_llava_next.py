@@ -20,13 +20,14 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .anyres_prunesid import NEWLINE, PackedImage
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
 from .configuration_prunesid import PruneSIDLlavaNextConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
 from .selection_prunesid import resolve_budget
 from .sharing_prunesid import choose_tokens_of_views, request_budgets
 from .tower_prunesid import resolve_layer, run_tower
+from .upstream_prunesid import like_upstream
 from .views_prunesid import project_if_compared
 
 

@@ -9,13 +9,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
 from .configuration_prunesid import refuse_cls
 from .configuration_prunesid_mini_gemini import PruneSIDMiniGeminiConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
 from .processing_prunesid_mini_gemini import PruneSIDMiniGeminiProcessor
 from .selection_prunesid import resolve_budget
+from .upstream_prunesid import like_upstream
 from .views_prunesid import choose_tokens, project_if_compared, requested_budgets
 
 

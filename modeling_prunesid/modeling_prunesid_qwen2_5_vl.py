@@ -12,12 +12,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin, like_upstream
+from .compression_prunesid import CompressedGenerationMixin
 from .configuration_prunesid import PruneSIDQwen2_5_VLConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
 from .processing_prunesid_qwen_vl import PruneSIDQwen2_5_VLProcessor
+from .upstream_prunesid import like_upstream
 
 
 class PruneSIDQwen2_5_VLModel(MRoPEModelMixin, HubModelMixin, Qwen2_5_VLModel):

@@ -12,12 +12,13 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin, like_upstream
+from .compression_prunesid import CompressedGenerationMixin
 from .configuration_prunesid import PruneSIDQwen2VLConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
 from .processing_prunesid_qwen_vl import PruneSIDQwen2VLProcessor
+from .upstream_prunesid import like_upstream
 
 
 class PruneSIDQwen2VLModel(MRoPEModelMixin, HubModelMixin, Qwen2VLModel):

@@ -6,7 +6,6 @@ within the budget: 17 tokens of a frame are its CLS token and 16 patches. Frame 
 patches, and these in raster order.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -22,18 +21,15 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
 from .configuration_prunesid import PruneSIDVideoLlavaConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_prunesid_video_llava import PruneSIDVideoLlavaProcessor
 from .selection_prunesid import redundancy, resolve_budget
 from .sharing_prunesid import SharedBudgets, choose_tokens_of_views, request_budgets
 from .tower_prunesid import resolve_layer, run_tower
+from .upstream_prunesid import VIDEO_LLAVA_PIXELS, like_upstream
 from .views_prunesid import project_if_compared
-
-
-# Transformers 5.18 calls the pixels of images `pixel_values_images`, 5.23 `pixel_values`.
-_IMAGE_PIXELS = list(inspect.signature(VideoLlavaModel.get_image_features).parameters)[1]
 
 
 class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaModel):
@@ -97,7 +93,7 @@ class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaMod
         budgets = self._request_budgets(pixel_values[:, None], num_visual_tokens, is_fed_cls)
         if budgets is None:
             return super().get_image_features(
-                **{_IMAGE_PIXELS: pixel_values},
+                **{VIDEO_LLAVA_PIXELS: pixel_values},
                 vision_feature_layer=layer,
                 vision_feature_select_strategy=strategy,
                 return_dict=True,
@@ -246,7 +242,7 @@ class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaMod
         """
         return self.forward_compressed(
             self._forward_joined,
-            **{_IMAGE_PIXELS: pixel_values_images if pixel_values is None else pixel_values},
+            **{VIDEO_LLAVA_PIXELS: pixel_values_images if pixel_values is None else pixel_values},
             num_visual_tokens=num_visual_tokens,
             **inputs,
         )
@@ -317,7 +313,7 @@ class PruneSIDVideoLlavaForConditionalGeneration(
         """
         return self.forward_compressed(
             super().forward,
-            **{_IMAGE_PIXELS: pixel_values_images if pixel_values is None else pixel_values},
+            **{VIDEO_LLAVA_PIXELS: pixel_values_images if pixel_values is None else pixel_values},
             num_visual_tokens=num_visual_tokens,
             **inputs,
         )

@@ -11,12 +11,13 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
 from .configuration_vitcop import ViTCoPLlavaConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_vitcop_llava import ViTCoPLlavaProcessor
 from .selection_prunesid import resolve_budget
 from .tower_prunesid import resolve_layer, run_tower
+from .upstream_prunesid import like_upstream
 from .views_prunesid import requested_budgets
 from .vitcop_prunesid import (
     cluster_tokens,

@@ -60,6 +60,7 @@ from modeling_prunesid import (
 )
 from modeling_prunesid.selection_prunesid import select_tokens
 from modeling_prunesid.tower_prunesid import run_tower
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -385,11 +386,11 @@ def compare_models(
         return case.set_up().get_image_features(**pixels, return_dict=True)
 
     def prefill(case: Case, features):
-        return case.set_up().model(**prompt, mm_encoder_outputs={"image": features}, use_cache=True).past_key_values
+        return cache_of(case.set_up().model(**prompt, mm_encoder_outputs={"image": features}, use_cache=True))
 
     def decode(case: Case, cache):
         for _ in range(DECODED):
-            case.model.model(input_ids=word, past_key_values=cache)
+            case.model.model(input_ids=word, **{CACHE_NAME: cache})
 
     first = seconds_by_turns({label: partial(answer, case) for label, case in cases.items()}, rounds)
     with remembered(stock.model.vision_tower):

@@ -28,6 +28,7 @@ from modeling_prunesid import (
 )
 from modeling_prunesid.modeling_mini_gemini import MiniGeminiPatchInfoMining
 from modeling_prunesid.selection_prunesid import information_budgets, redundancy, select_tokens
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -320,7 +321,7 @@ class TestPrompts:
             input_ids=torch.tensor([prompt([NUM_PATCHES], [7])]), **images, **GREEDY, return_dict_in_generate=True
         )
         chat = torch.cat([first.sequences, torch.tensor([[8, 9]])], dim=1)
-        again = model.generate(input_ids=chat, **images, **GREEDY, past_key_values=first.past_key_values)
+        again = model.generate(input_ids=chat, **images, **GREEDY, **{CACHE_NAME: cache_of(first)})
         assert torch.equal(again, model.generate(input_ids=chat, **images, **GREEDY))
 
     def test_labels_are_shortened_with_the_prompt(self):
