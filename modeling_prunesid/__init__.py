@@ -6,11 +6,24 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from .configuration_mini_gemini import MiniGeminiConfig
 from .configuration_prunesid import PruneSIDConfig
-from .configuration_vitcop import ViTCoPConfig, ViTCoPLlavaConfig
+from .modeling_layer_pruned_llava import (
+    LayerPrunedConfig,
+    LayerPrunedLlavaAutoModel,
+    LayerPrunedLlavaConfig,
+    LayerPrunedLlavaForConditionalGeneration,
+    LayerPrunedLlavaModel,
+    LayerPrunedLlavaProcessor,
+)
 from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
-from .modeling_vitcop_llava import ViTCoPLlavaAutoModel, ViTCoPLlavaForConditionalGeneration, ViTCoPLlavaModel
+from .modeling_vitcop_llava import (
+    ViTCoPConfig,
+    ViTCoPLlavaAutoModel,
+    ViTCoPLlavaConfig,
+    ViTCoPLlavaForConditionalGeneration,
+    ViTCoPLlavaModel,
+    ViTCoPLlavaProcessor,
+)
 from .processing_mini_gemini import MiniGeminiProcessor
-from .processing_vitcop_llava import ViTCoPLlavaProcessor
 
 
 # The declared families: the end of their file's name, and the name in that of their classes.
@@ -26,6 +39,11 @@ FAMILIES = {
 _KINDS = ("Config", "Model", "ForConditionalGeneration", "Processor")
 
 __all__ = [
+    "LayerPrunedConfig",
+    "LayerPrunedLlavaConfig",
+    "LayerPrunedLlavaForConditionalGeneration",
+    "LayerPrunedLlavaModel",
+    "LayerPrunedLlavaProcessor",
     "MiniGeminiConfig",
     "MiniGeminiForConditionalGeneration",
     "MiniGeminiModel",
@@ -49,8 +67,15 @@ def _register(config, auto_model, head, processor) -> None:
 
 AutoConfig.register(PruneSIDConfig.model_type, PruneSIDConfig)
 AutoConfig.register(ViTCoPConfig.model_type, ViTCoPConfig)
+AutoConfig.register(LayerPrunedConfig.model_type, LayerPrunedConfig)
 _register(MiniGeminiConfig, MiniGeminiModel, MiniGeminiForConditionalGeneration, MiniGeminiProcessor)
 _register(ViTCoPLlavaConfig, ViTCoPLlavaAutoModel, ViTCoPLlavaForConditionalGeneration, ViTCoPLlavaProcessor)
+_register(
+    LayerPrunedLlavaConfig,
+    LayerPrunedLlavaAutoModel,
+    LayerPrunedLlavaForConditionalGeneration,
+    LayerPrunedLlavaProcessor,
+)
 for _stem, _name in FAMILIES.items():
     _module = importlib.import_module(f".modeling_prunesid_{_stem}", __name__)
     _classes = {kind: getattr(_module, f"PruneSID{_name}{kind}") for kind in (*_KINDS, "AutoModel")}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .llm_pruning_prunesid import CachedColumns, LayerInput, Reducer, hooked_output, prune_layers, stack_rows
+from .upstream_prunesid import cache_of
 from .vitcop_prunesid import keep_smallest
 
 
@@ -85,14 +86,14 @@ class CoPrunedModelMixin:
         groups = [
             part for output in self._dropped_tokens(inputs).values() for part in output.get("visual_groups") or []
         ]
-        if is_generation and (groups or CachedColumns.are_known_of(inputs.get("past_key_values"))):
+        if is_generation and (groups or CachedColumns.are_known_of(cache_of(inputs))):
             inputs = {**inputs, "disable_compile": True}  # a setting of `generate`
         if not groups:
             return inputs
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         placeholders = self.find_placeholders("image", input_ids, inputs_embeds)
         groups = torch.cat(groups).to(placeholders.device)
-        mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
+        mask, cache = inputs.get("attention_mask"), cache_of(inputs)
         past = 0 if cache is None else int(cache.get_seq_length())
         before = past  # the columns of the cache that are not repeated in front of the prompt
         if is_generation:
@@ -104,20 +105,24 @@ class CoPrunedModelMixin:
         laid[placeholders] = groups
         return {**inputs, "visual_groups": torch.nn.functional.pad(laid, (0, 0, before, 0), value=-1)}
 
+    def forward(self, *, num_visual_tokens=None, visual_groups: torch.LongTensor | None = None, **inputs):
+        """As for every family; `visual_groups` `(batch, columns, 4)` are made by `generate` and the head's `forward`."""
+        return super().forward(num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs)
+
     def forward_compressed(self, forward: Callable, **inputs):
         """As for every family, with `forward_pruned` on the shortened arguments."""
         return super().forward_compressed(partial(self.forward_pruned, forward), **inputs)
 
     def forward_pruned(self, forward: Callable, **inputs):
         """Upstream's `forward`, with tokens dropped between the layers of the language model."""
-        if inputs.get("visual_groups") is None and not CachedColumns.are_known_of(inputs.get("past_key_values")):
+        if inputs.get("visual_groups") is None and not CachedColumns.are_known_of(cache_of(inputs)):
             inputs.pop("visual_groups", None)
             return forward(**inputs)
         return self._run_pruned(forward, **inputs)
 
     @torch.compiler.disable  # the hooks between the layers come and go, and lengths follow the images
     def _run_pruned(self, forward: Callable, **inputs):
-        groups, cache = inputs.pop("visual_groups", None), inputs.get("past_key_values")
+        groups, cache = inputs.pop("visual_groups", None), cache_of(inputs)
         columns = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         groups = None if groups is None else _align(groups, cache, columns.shape[1])
         reducers = {}
@@ -133,13 +138,17 @@ class CoPrunedModelMixin:
         if isinstance(output, tuple):
             pruning.remember(cache)
         else:
-            pruning.remember(output.past_key_values)
+            pruning.remember(cache_of(output))
             output["layer_visual_tokens"] = pruning.visual_tokens(groups[..., _IMAGE] >= 0)
         return output
 
 
 class CoPrunedGenerationMixin:
     """For a model with a language-modelling head whose `self.model` is a [`CoPrunedModelMixin`]."""
+
+    def forward(self, *, num_visual_tokens=None, visual_groups: torch.LongTensor | None = None, **inputs):
+        """As for every family; `visual_groups` `(batch, columns, 4)` are made by `generate`."""
+        return super().forward(num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs)
 
     def forward_compressed(self, forward: Callable, **inputs):
         """As for every family, with `forward_pruned` on the shortened arguments."""

@@ -7,7 +7,6 @@ on everything upstream (caches, positions, decoding) works on the short prompt a
 `generate` returns begins with the caller's own prompt again.
 """
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -16,42 +15,12 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from .upstream_prunesid import CACHE_NAME, cache_of, rename_cache
+
 
 # The pixels that each modality is encoded from, by the names that Transformers uses.
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 _IGNORED_LABEL = -100
-
-
-def like_upstream(upstream: Callable) -> Callable[[Callable], Callable]:
-    """
-    A decorator for a method `(self, *, ours=None, **inputs)` that overrides `upstream`. Callers see upstream's
-    arguments, as the installed Transformers has them, with ours behind them, and pass them by place or by name; the
-    method gets those that were passed, by name.
-
-    Raises:
-        `TypeError`: from the decorated method, for more arguments by place than upstream takes, or one given twice.
-    """
-    signature = inspect.signature(upstream)
-    theirs = list(signature.parameters.values())
-    by_place = [parameter.name for parameter in theirs if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][1:]
-
-    def decorate(method: Callable) -> Callable:
-        @functools.wraps(method)
-        def named(self, *args, **kwargs):
-            if len(args) > len(by_place):
-                raise TypeError(f"{method.__qualname__} takes {len(by_place)} arguments by place, got {len(args)}.")
-            return method(self, **dict(zip(by_place, args)), **kwargs)
-
-        ours = [
-            parameter
-            for name, parameter in inspect.signature(method).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and name not in signature.parameters
-        ]
-        # `inspect` finds it behind `named`, whose own attributes Accelerate copies to a function without `self`.
-        method.__signature__ = signature.replace(parameters=[*theirs[:-1], *ours, theirs[-1]])
-        return named
-
-    return decorate
 
 
 @dataclass
@@ -209,7 +178,7 @@ class CachedPrompt:
         rows = len(cached.prompt.source)
         if batch % rows:
             raise ValueError(
-                f"past_key_values was filled by {rows} rows and is continued by {batch}, so that it is unknown what "
+                f"{CACHE_NAME} was filled by {rows} rows and is continued by {batch}, so that it is unknown what "
                 "was dropped from which. Pass a multiple of its rows, or start from an empty cache."
             )
         times = batch // rows
@@ -346,7 +315,7 @@ class CompressedModelMixin:
         inputs = self.encode_views(inputs)
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         columns = input_ids if input_ids is not None else inputs_embeds
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        cache, mask = cache_of(inputs), inputs.get("attention_mask")
         has_views = bool(self._dropped_tokens(inputs))
         # A compiled step has its mask in the form that attention takes, which fits the cache.
         has_memory = hasattr(cache, "_prunesid_prompt") or hasattr(cache, "_prunesid_rope_deltas")
@@ -518,7 +487,7 @@ class CompressedModelMixin:
                 if int((placeholders & is_new).sum()) == len(features):
                     continue
                 raise ValueError(
-                    f"The {modality}s have {len(features)} kept tokens, but past_key_values and the prompt hold "
+                    f"The {modality}s have {len(features)} kept tokens, but {CACHE_NAME} and the prompt hold "
                     f"{int(placeholders.sum())} placeholders. Pass the budget (num_visual_tokens) that filled the "
                     f"cache, or the {modality}s of the new turn alone."
                 )
@@ -542,7 +511,7 @@ def _take_wanted(views: list[torch.Tensor], wanted: list[torch.BoolTensor]) -> l
 def _finish_forward(output: Any, input_ids: torch.LongTensor | None, prompt: ShortPrompt | None) -> Any:
     """Record on an output, and on its cache, what became of the prompt."""
     if prompt is not None and not isinstance(output, tuple):
-        cache = output.get("past_key_values")
+        cache = cache_of(output)
         CachedPrompt(input_ids, prompt).behind(cache).remember(cache)
         output["keep_mask"] = prompt.keep_mask
     return output
@@ -687,7 +656,8 @@ class CompressedGenerationMixin:
         """
         if inputs is not None and kwargs.get("input_ids") is None and not inputs.is_floating_point():
             kwargs["input_ids"], inputs = inputs, None
-        callers_ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        kwargs = rename_cache(kwargs)
+        callers_ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
         if callers_ids is not None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._mask_padding(callers_ids, generation_config, kwargs)
         kwargs, prompt = self.model.compress(kwargs, is_generation=True)
@@ -725,7 +695,7 @@ class CompressedGenerationMixin:
         else:
             sequences = output.sequences
             output.sequences = callers_prompt.restore(sequences)
-            cache = output.past_key_values if output.get("past_key_values") is not None else cache
+            cache = cache_of(output) if cache_of(output) is not None else cache
         if cache is not None:
             CachedPrompt(callers_ids, prompt).behind(cache).remember(cache)
         return output

@@ -52,7 +52,6 @@ _RULES = {
         lambda value: value is None or value == "auto" or (is_number(value) and value > 0),
         "a positive number, 'auto' or None (N/32)",
     ),
-    "llm_budget": (is_budget, "a positive integer, a float in (0, 1] or None"),
     "budget_scope": _one_of("view", "image"),
     "dynamic": (lambda value: isinstance(value, bool), "True or False"),
     "reference_information": (
@@ -126,10 +125,6 @@ class PruneSIDConfig(NestedSettings):
             What an int or a share counts: the tokens of each encoded view, or the total of a whole image or clip (the
             crops of LLaVA-NeXT, the frames of Video-LLaVA), which is shared over its views: equally, or with `dynamic`
             in proportion to their information scores. A total is exact, so that prompts can be sized up front.
-        llm_budget (`int` or `float`, *optional*):
-            LLaVA-1.5 only (ours): the mean number of visual tokens of an image over the layers of the language model,
-            as a count or a share of its tokens. The N that enter are thinned out in front of two of its layers, by the
-            norms of their keys as in ViTCoP. None drops nothing there.
         num_groups (`int`, *optional*):
             K, the number of PSCA groups. Default: N/4 (section 4.3, table 6).
         layer (`int`, defaults to -2):
@@ -178,7 +173,6 @@ class PruneSIDConfig(NestedSettings):
 
     budget: int | float | None = 64
     budget_scope: str = "view"
-    llm_budget: int | float | None = None
     num_groups: int | None = None
     layer: int = -2
     nms_lambda: int | float | str | None = None
@@ -196,6 +190,15 @@ class PruneSIDConfig(NestedSettings):
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
 
+    def __post_init__(self, llm_budget=None, **kwargs):
+        # A field of 0.1.0, saved as null with every model.
+        if llm_budget is not None and "llm_budget" not in self._rules:
+            raise ValueError(
+                f"prunesid_config.llm_budget must be None for this model, got {llm_budget!r}: tokens are dropped "
+                "inside the language model by LayerPrunedLlavaForConditionalGeneration. Load the model with it."
+            )
+        super().__post_init__(**kwargs)
+
     def check(self) -> None:
         if self.min_budget is not None and self.max_budget is not None and self.min_budget > self.max_budget:
             raise ValueError(
@@ -206,11 +209,6 @@ class PruneSIDConfig(NestedSettings):
             raise ValueError(
                 "prunesid_config.min_budget and max_budget bound the budget of a view, but budget_scope='image' fixes "
                 f"the total, got min_budget={self.min_budget}, max_budget={self.max_budget}. Set both to None."
-            )
-        if isinstance(self.budget, int) and isinstance(self.llm_budget, int) and self.llm_budget > self.budget:
-            raise ValueError(
-                f"prunesid_config.llm_budget={self.llm_budget}, the mean over the layers, exceeds "
-                f"budget={self.budget}, the tokens that enter them. Raise budget, or lower llm_budget."
             )
         if self.dynamic and self.budget_scope == "view" and self.reference_information is None:
             raise ValueError(
@@ -227,10 +225,13 @@ class NestsPruneSIDConfig:
 
     # The family's settings where the caller gives none.
     _default_settings: dict[str, Any] = {}
+    _settings_class = PruneSIDConfig
     # Why settings that need a CLS token are refused; None where there is one.
     _has_no_cls: str | None = None
 
     def __init_subclass__(cls, **kwargs):
+        if not issubclass(cls, PretrainedConfig):  # a mixin of several families
+            return super().__init_subclass__(**kwargs)
         cls.__annotations__ = {
             **vars(cls).get("__annotations__", {}),
             "prunesid_config": dict | PretrainedConfig | None,
@@ -238,14 +239,19 @@ class NestsPruneSIDConfig:
         cls.prunesid_config = None
         super().__init_subclass__(**kwargs)
         strict(cls)
-        cls.sub_configs = {**getattr(cls, "sub_configs", {}), "prunesid_config": PruneSIDConfig}
+        cls.sub_configs = {**getattr(cls, "sub_configs", {}), "prunesid_config": cls._settings_class}
 
     def __setattr__(self, name, value):
         if name == "prunesid_config" and (value is None or isinstance(value, dict)):
-            value = PruneSIDConfig(**self._with_defaults(value or {}))
+            value = self._settings_class(**self._with_defaults(value or {}))
         super().__setattr__(name, value)
-        if name == "prunesid_config" and self._has_no_cls is not None:
-            refuse_cls(value, self._has_no_cls)
+        if name == "prunesid_config":
+            self.check_settings()
+
+    def check_settings(self) -> None:
+        """Raise a `ValueError` for settings that this family cannot follow. Runs before each use as well."""
+        if self._has_no_cls is not None:
+            refuse_cls(self.prunesid_config, self._has_no_cls)
 
     def _with_defaults(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {**self._default_settings, **settings}

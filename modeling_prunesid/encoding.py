@@ -56,6 +56,8 @@ class TowerEncoding:
 
     def __init__(self, model: Any, modality: str, num_visual_tokens: Any, inputs: dict[str, Any]):
         self.inputs, self.settings = inputs, model.config.prunesid_config
+        if self.keeps_fed:  # a PruneSIDConfig
+            model.config.check_settings()
         self.projector = getattr(model, model.projector)
         self.lambda_of_a_share = model.lambda_of_a_share
         self.information = model.video_information if modality == "video" else view_information
@@ -64,10 +66,11 @@ class TowerEncoding:
         if self.tower is not None:
             self._find_layers(model, modality)
         self.has_own_cls = self.keeps_cls and self.num_fed < self.num_prefix
-        self.num_extra = self.num_fed + self.has_own_cls
+        self.num_fixed = self.num_fed if self.keeps_fed else 0
+        self.num_extra = self.num_fixed + self.has_own_cls
 
         self.views = [self._lay_out(own) for own in model.views(modality, inputs, None)]
-        self.num_tokens = [[len(view.rows) + self.num_fed for view in own] for own in self.views]
+        self.num_tokens = [[len(view.rows) + self.num_fixed for view in own] for own in self.views]
         self.full_view = max(itertools.chain(*self.num_tokens), default=0)
         self.budgets: Budgets | None = request_budgets(
             self.settings, num_visual_tokens, self.num_tokens, self.full_view, self.num_extra
@@ -103,7 +106,12 @@ class TowerEncoding:
         self.num_prefix = self.num_fed = count_prefix(self.tower)
         strategy = self.inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
         if strategy == "default" and modality == "image":
-            self.num_fed = max(self.num_prefix - 1, 0)
+            self.num_fed = self.num_prefix - 1
+        if self.num_fed < 0:
+            raise ValueError(
+                f"vision_feature_select_strategy='default' drops the first token, which is a patch in a "
+                f"{self.tower.config.model_type} tower: it has no CLS token. Set it to 'full'."
+            )
         if self.keeps_cls and not self.num_prefix:
             raise ValueError("prunesid_config.keep_cls=True needs a vision tower with a CLS token. Set it to False.")
 
@@ -111,6 +119,9 @@ class TowerEncoding:
     def keeps_cls(self) -> bool:
         """Whether the CLS token of a view is one of its N."""
         return self.settings.keep_cls
+
+    # Tokens before the patches that upstream feeds to the language model (CLS of a frame, registers) stay within N.
+    keeps_fed = True
 
     @property
     def needs_cls_attention(self) -> bool:
@@ -177,18 +188,18 @@ class TowerEncoding:
         if self.compares_projected:
             with torch.no_grad():
                 # One view at a time, because matrix products round differently in other batch sizes.
-                projected = torch.cat([self.projector(view) for view in features[:, self.num_extra :].split(1)])
+                projected = torch.cat([self.projector(view) for view in features[:, -compared.shape[1] :].split(1)])
         self._choose(compared, attention, projected)
 
         length, rows, first = features.shape[1], [], 0
-        extra = torch.arange(self.num_extra, device=features.device)
+        extra, before_patches = torch.arange(self.num_extra, device=features.device), self.num_fed + self.has_own_cls
         for own, kept in zip(self.views, self.kept):
-            before = extra if kept is not None else extra[self.num_extra - self.num_fed :]
+            before = extra if kept is not None else extra[self.num_extra - self.num_fixed :]
             for index, view in enumerate(own):
                 patches = view.patches if kept is None else kept[index]
                 if len(view.rows):
                     start = (first + index) * length
-                    rows += [before + start, patches.to(features.device) + start + self.num_extra]
+                    rows += [before + start, patches.to(features.device) + start + before_patches]
             first += len(own)
         return features, torch.cat(rows)
 
@@ -248,10 +259,10 @@ class TowerEncoding:
             if not len(view.rows):
                 continue
             start = int(view.rows[0])
-            rows.append(torch.arange(start - self.num_fed, start))
+            rows.append(torch.arange(start - self.num_fixed, start))
             rows.append(view.rows[torch.searchsorted(view.patches, kept[index].cpu())])
             if projected_cls is not None:
-                cls_rows.append((start if view.cls_at is None else view.cls_at, first + index))
+                cls_rows.append((start - self.num_fixed if view.cls_at is None else view.cls_at, first + index))
         rows = torch.cat(rows).to(image.device)
         if not cls_rows:
             rows = rows.sort().values

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.utils.generic import can_return_tuple
 
 from .budgets import View, choose_tokens, request_budgets, view_information
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
+from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
 from .encoding import TowerEncoding, as_views, with_rows
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .selection_prunesid import resolve_budget
+from .upstream_prunesid import like_upstream
 
 
 # In place of `num_visual_tokens`: all of them, where upstream's encoder of videos calls that of images.
-_ALL_TOKENS = "all"
+_ALL_TOKENS = object()
 _OVERRIDES = ("forward", "get_image_features", "get_video_features")
 
 NumVisualTokens = int | float | list[int] | torch.LongTensor | None
@@ -62,7 +62,11 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls._auto_map = {"AutoModel": cls.__name__}
-        _take_signatures(cls, PrunedModelMixin)
+        _take_signatures(cls)
+
+    def is_off(self, num_visual_tokens: NumVisualTokens) -> bool:
+        """Whether nothing is to be dropped, whatever the input."""
+        return num_visual_tokens is None and self.config.prunesid_config.budget is None
 
     def views(
         self, modality: str, inputs: dict[str, Any], sizes: list[int] | None
@@ -103,12 +107,10 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         short = min(resolve_budget(self.config.prunesid_config.budget, full), full)
         return any(all(length % tokens == 0 for length in run_lengths) for tokens in (full, short))
 
-    @can_return_tuple
     def get_image_features(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
         """Upstream's, of the kept tokens alone. See [`PrunedModelMixin`]."""
         return self._encode("image", super().get_image_features, num_visual_tokens, inputs)
 
-    @can_return_tuple
     def get_video_features(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
         """Upstream's, of the kept tokens alone. See [`PrunedModelMixin`]."""
         return self._encode("video", super().get_video_features, num_visual_tokens, inputs)
@@ -126,16 +128,40 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
                 outputs[modality] = type(output)(**{**output, "pooler_output": joined})
         return super().forward(mm_encoder_outputs=outputs or None, **inputs)
 
+    def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A list of totals is for the images and then for the videos."""
+        totals, given = inputs.get("num_visual_tokens"), {name for name in inputs if inputs[name] is not None}
+        images = given & {"pixel_values", "pixel_values_images"}
+        is_list = isinstance(totals, (list, tuple)) or (isinstance(totals, torch.Tensor) and totals.dim() == 1)
+        if not (is_list and images and "pixel_values_videos" in given):
+            return super().encode_views(inputs)
+        num_images = self.num_images(inputs)
+        of_images = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
+        of_videos = {name: value for name, value in inputs.items() if name not in images}
+        encoded = super().encode_views({**of_images, "num_visual_tokens": totals[:num_images]})
+        of_videos |= {"num_visual_tokens": totals[num_images:], "mm_encoder_outputs": encoded["mm_encoder_outputs"]}
+        return super().encode_views(of_videos)
+
+    def num_images(self, inputs: dict[str, Any]) -> int:
+        """How many images there are among the arguments of `forward`."""
+        names = ("image_grid_thw", "image_sizes", "pixel_values", "pixel_values_images")
+        return len(next(inputs[name] for name in names if inputs.get(name) is not None))
+
     def _encode(self, modality: str, encode, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
+        return_dict = inputs.get("return_dict")
         inputs = {**inputs, "return_dict": True}
-        is_off = num_visual_tokens is None and self.config.prunesid_config.budget is None
-        if is_off or isinstance(num_visual_tokens, str):
+        if num_visual_tokens is _ALL_TOKENS:
             return encode(**inputs)
-        if self.projector is not None:
-            return self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)
-        nested = {"num_visual_tokens": _ALL_TOKENS} if modality == "video" and _encodes_as_images(type(self)) else {}
-        output = encode(**inputs, **nested)
-        return self.keep_tokens(modality, output, num_visual_tokens, inputs)
+        if self.is_off(num_visual_tokens):
+            output = encode(**inputs)
+        elif self.projector is not None:
+            output = self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)
+        else:
+            self.config.check_settings()
+            is_nested = modality == "video" and _encodes_as_images(type(self))
+            output = encode(**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {}))
+            output = self.keep_tokens(modality, output, num_visual_tokens, inputs)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def keep_tokens(self, modality: str, output: Any, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
         """Upstream's output with the kept rows alone, chosen by the features that enter the language model."""
@@ -175,8 +201,9 @@ class PrunedGenerationMixin(CompressedGenerationMixin, HubModelMixin):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.config_class = cls.model_class.config_class
-        _take_signatures(cls, PrunedGenerationMixin)
+        if cls.model_class is not None:
+            cls.config_class = cls.model_class.config_class
+        _take_signatures(cls)
 
     def __init__(self, config):
         super().__init__(config)
@@ -201,10 +228,11 @@ class PrunedGenerationMixin(CompressedGenerationMixin, HubModelMixin):
         return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
-def stock_class(cls: type) -> type:
-    """The model class that a class of ours extends."""
+def stock_class(cls: type) -> type | None:
+    """The model class that a class of ours extends; None for a mixin."""
     ours = (CompressedModelMixin, CompressedGenerationMixin)
-    return next(base for base in cls.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, ours))
+    models = (base for base in cls.__mro__ if issubclass(base, PreTrainedModel))
+    return next((base for base in models if not issubclass(base, ours)), None)
 
 
 def register_family(head: Any, processor: type | None = None) -> type:
@@ -237,18 +265,15 @@ def register_family(head: Any, processor: type | None = None) -> type:
     return auto_model
 
 
-def _take_signatures(cls: type, mixin: type) -> None:
-    """Gives `cls` copies of the mixin's methods with the arguments of the stock methods that they override."""
+def _take_signatures(cls: type) -> None:
+    """Gives `cls` copies of our mixins' methods with the arguments of the stock methods that they override."""
     stock = stock_class(cls)
     for name in _OVERRIDES:
-        owner = next(base for base in cls.__mro__ if name in vars(base)) if hasattr(cls, name) else None
-        if owner is not mixin:
+        owner = next(base for base in cls.__mro__ if name in vars(base)) if hasattr(stock, name) else cls
+        if owner is cls or issubclass(owner, PreTrainedModel):
             continue
-        if not hasattr(stock, name):  # a family without videos
-            continue
-        method = vars(mixin)[name]
+        method = vars(owner)[name]
         copy = functools.wraps(method)(lambda self, _method=method, **inputs: _method(self, **inputs))
-        del copy.__wrapped__
         setattr(cls, name, like_upstream(getattr(stock, name))(copy))
 
 

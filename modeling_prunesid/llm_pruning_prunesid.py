@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .upstream_prunesid import CACHE_NAME, cache_of
+
 
 @dataclass
 class LayerInput:
@@ -92,7 +94,7 @@ class CachedColumns:
         rows = len(next(iter(cached.columns.values())))
         if batch % rows:
             raise ValueError(
-                f"past_key_values was filled by {rows} rows and is continued by {batch}; pass a multiple of its rows."
+                f"{CACHE_NAME} was filled by {rows} rows and is continued by {batch}; pass a multiple of its rows."
             )
         columns = {layer: kept.repeat_interleave(batch // rows, 0) for layer, kept in cached.columns.items()}
         return CachedColumns(cached.length, columns)
@@ -104,7 +106,7 @@ class CachedColumns:
             return self
         if any((kept[:, -removed:] < length).any() for kept in self.columns.values()):
             raise ValueError(
-                f"past_key_values was cropped to {length} columns, into the part of the prompt whose tokens were "
+                f"{CACHE_NAME} was cropped to {length} columns, into the part of the prompt whose tokens were "
                 "dropped inside the language model. Start from an empty cache."
             )
         return CachedColumns(length, {layer: kept[:, :-removed] for layer, kept in self.columns.items()})
@@ -204,7 +206,7 @@ class LayerPruning:
         return states
 
     def _fit_arguments(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        kwargs, queries, cache = dict(kwargs), self._queries(layer), kwargs.get("past_key_values")
+        kwargs, queries, cache = dict(kwargs), self._queries(layer), cache_of(kwargs)
         if queries is not None:
             if kwargs.get("position_embeddings") is not None:
                 kwargs["position_embeddings"] = tuple(

@@ -11,7 +11,6 @@ import math
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -24,6 +23,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mini_gemini import MiniGeminiConfig
+from .upstream_prunesid import like_upstream
 
 
 class MiniGeminiPatchInfoMining(nn.Module):
@@ -182,19 +182,16 @@ class MiniGeminiModel(LlavaModel):
         outputs.pooler_output = list(self.multi_modal_projector(tokens))
         return outputs
 
+    @like_upstream(LlavaModel.forward)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        *,
         pixel_values: torch.Tensor | None = None,
         high_res_pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **inputs,
     ) -> tuple | LlavaModelOutputWithPast:
         """LLaVA's `forward`, on images in two resolutions."""
         if pixel_values is not None and mm_encoder_outputs is None:
@@ -206,16 +203,7 @@ class MiniGeminiModel(LlavaModel):
                 return_dict=True,
             )
             pixel_values, mm_encoder_outputs = None, {"image": features}
-        return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
-        )
+        return super().forward(pixel_values=pixel_values, mm_encoder_outputs=mm_encoder_outputs, **inputs)
 
 
 class MiniGeminiForConditionalGeneration(LlavaForConditionalGeneration, GenerationMixin):
@@ -250,38 +238,12 @@ class MiniGeminiForConditionalGeneration(LlavaForConditionalGeneration, Generati
             **kwargs,
         )
 
+    @like_upstream(LlavaForConditionalGeneration.forward)
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        high_res_pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, *, high_res_pixel_values: torch.Tensor | None = None, **inputs
     ) -> tuple | LlavaCausalLMOutputWithPast:
         """LLaVA's `forward`, on images in two resolutions."""
-        return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            high_res_pixel_values=high_res_pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
-        )
+        return super().forward(high_res_pixel_values=high_res_pixel_values, **inputs)
 
 
 def _resize(maps: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:

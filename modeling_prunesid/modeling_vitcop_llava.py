@@ -1,23 +1,22 @@
 """LLaVA-1.5 with ViTCoP: salient tokens leave the tower, and are merged and dropped inside the language model."""
 
 import torch
-from torch import nn
-from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector, LlavaPreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from huggingface_hub.dataclasses import strict
+from transformers import (
+    GenerationMixin,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaProcessor,
+    PretrainedConfig,
+)
 
 from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
-from .configuration_vitcop import ViTCoPLlavaConfig
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
-from .processing_vitcop_llava import ViTCoPLlavaProcessor
+from .configuration_prunesid import NestedSettings, is_integer, is_number, optional_count, optional_name
+from .encoding import TowerEncoding
+from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .processing import VariantProcessorMixin
 from .selection_prunesid import resolve_budget
-from .tower_prunesid import resolve_layer, run_tower
-from .views_prunesid import requested_budgets
 from .vitcop_prunesid import (
     cluster_tokens,
     count_of_share,
@@ -29,118 +28,143 @@ from .vitcop_prunesid import (
 )
 
 
-class ViTCoPLlavaModel(CoPrunedModelMixin, CompressedModelMixin, HubModelMixin, LlavaModel):
+def _optional_share():
+    return lambda value: value is None or (is_number(value) and 0 < value <= 1), "a number in (0, 1] or None"
+
+
+class ViTCoPConfig(NestedSettings):
+    r"""
+    How many visual tokens ViTCoP leaves (arXiv 2601.17818). The defaults are the paper's settings for LLaVA-1.5 at a
+    mean of 64 tokens, and follow the budget and the depth of the language model.
+
+    Args:
+        budget (`int`, `float` or `None`, defaults to 64):
+            The mean number of visual tokens of an image over the layers of the language model; a float in (0, 1] is
+            the share of all its tokens; None, or at least all tokens, switches compression off.
+        keep_share (`float`, *optional*):
+            V, the share of the tokens that stage I keeps and that enter the language model. Default: 0.2 + 0.9 P for a
+            budget of the share P, the line through the published 0.3, 0.4 and 0.5 at P = 1/9, 2/9 and 1/3. For smaller
+            budgets and language models of few layers, as many as let stage II keep 77 of 172, as at P = 1/9.
+        center_share (`float`, *optional*):
+            p, cluster centres as a share of the tokens that stage I keeps. Default: 0.09 + 0.27 P (published: 0.12,
+            0.15, 0.18).
+        layer (`int`, defaults to -2):
+            Index into the vision tower's hidden states of the layer whose CLS attention and keys stage I uses.
+        merge_layer (`int`, *optional*):
+            S, the layer of the language model that stage II runs in front of. Default: 2 of 32, at the same depth of
+            others: `round(L / 16)`, at least 1.
+        prune_layer (`int`, *optional*):
+            D, the layer that stage III runs in front of; L switches it off. Default: 22 of 32, `round(11 L / 16)`.
+        base_model_name_or_path, base_model_revision (`str`, *optional*):
+            The checkpoint that a thin variant, which has no weights of its own, takes them from.
+
+    Raises:
+        `ValueError`: for an unknown name or an invalid value, at construction and at every later assignment.
+    """
+
+    model_type = "vitcop"
+    base_config_key = "vitcop_config"
+    _rules = {
+        "keep_share": _optional_share(),
+        "center_share": _optional_share(),
+        "layer": (is_integer, "an integer index into the tower's hidden states, for example -2"),
+        "merge_layer": optional_count(),
+        "prune_layer": optional_count(),
+        "base_model_name_or_path": optional_name(),
+        "base_model_revision": optional_name(),
+    }
+
+    # What a PruneSIDConfig may say besides.
+    budget_scope, dynamic, min_budget = "view", False, None
+
+    budget: int | float | None = 64
+    keep_share: int | float | None = None
+    center_share: int | float | None = None
+    layer: int = -2
+    merge_layer: int | None = None
+    prune_layer: int | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+
+
+@strict
+class ViTCoPLlavaConfig(LlavaConfig):
+    """
+    [`LlavaConfig`] with a nested [`ViTCoPConfig`] as `vitcop_config`, which also answers to the name
+    `prunesid_config`. A dict passed to `from_pretrained` is merged into the saved one.
+    """
+
+    model_type = "vitcop_llava"
+    attribute_map = {**LlavaConfig.attribute_map, "prunesid_config": "vitcop_config"}
+    sub_configs = {**LlavaConfig.sub_configs, "vitcop_config": ViTCoPConfig}
+
+    vitcop_config: dict | PretrainedConfig | None = None
+
+    def __setattr__(self, name, value):
+        if name == "vitcop_config" and (value is None or isinstance(value, dict)):
+            value = ViTCoPConfig(**(value or {}))
+        super().__setattr__(name, value)
+
+
+class _SalientEncoding(TowerEncoding):
+    """Stage I: keeps the tokens that the CLS token attends to most, and clusters them by their keys."""
+
+    keeps_cls = keeps_fed = compares_projected = False
+    needs_cls_attention = True
+
+    def __init__(self, model, modality, num_visual_tokens, inputs):
+        super().__init__(model, modality, num_visual_tokens, inputs)
+        self.model, self.groups = model, []
+        patch_size, (height, width) = model.config.vision_config.patch_size, inputs["pixel_values"].shape[-2:]
+        rows, columns = height // patch_size, width // patch_size
+        self.grid = torch.cartesian_prod(torch.arange(rows) / rows, torch.arange(columns) / columns)
+
+    def _choose(self, compared, attention=None, projected=None):
+        num_layers, layers = len(self.model.language_model.layers), self.model.pruning_layers()
+        grid = self.grid.to(compared.device)
+        for image, total in enumerate(self.budgets.totals):
+            count, num_centers = self.model.plan_tower(total, len(grid))
+            patches = select_salient(attention[image], count)
+            keys = self.states.keys[image, self.num_prefix :][patches]
+            clusters = cluster_tokens(keys, grid[patches], num_centers)
+            self.kept.append([patches])
+            self.groups.append(describe_tokens(image, clusters, plan_counts(total, count, num_layers, *layers)))
+
+    def _finish(self, output, projected_cls):
+        output = super()._finish(output, projected_cls)
+        output["visual_groups"] = self.groups
+        return output
+
+
+class ViTCoPLlavaModel(CoPrunedModelMixin, PrunedModelMixin, LlavaModel):
     """
     Modifications:
-        - `get_image_features` returns the features of the salient tokens alone, with their indices and clusters.
-        - `forward` drops the placeholders of the other tokens from the prompt.
-        - `forward` merges and drops tokens between the layers of the language model.
+        - `get_image_features` returns the features of the salient tokens alone, with their indices and clusters
+          (`visual_groups`). Its `num_visual_tokens`, in place of `config.vitcop_config.budget`, is the mean over the
+          layers of the language model.
+        - `forward` drops the placeholders of the other tokens from the prompt, and merges and drops tokens between the
+          layers of the language model.
     """
 
-    config: ViTCoPLlavaConfig
     config_class = ViTCoPLlavaConfig
-    _auto_class = "AutoModel"
-    _auto_map = {"AutoModel": "ViTCoPLlavaModel"}
+    towers = {"image": "vision_tower"}
+    projector = "multi_modal_projector"
+    encoding_class = _SalientEncoding
     _first_rule = staticmethod(merge_clusters)
-
-    def __init__(self, config: ViTCoPLlavaConfig):
-        LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.post_init()
 
     def are_whole_views(self, run_lengths: list[int]) -> bool:
         vision = self.config.vision_config
         num_patches = (vision.image_size // vision.patch_size) ** 2
         full = num_patches + (self.config.vision_feature_select_strategy == "full")
         budget = self.config.vitcop_config.budget
-        short = full if budget is None else self._plan_tower(resolve_budget(budget, num_patches), num_patches)[0]
+        short = full if budget is None else self.plan_tower(resolve_budget(budget, num_patches), num_patches)[0]
         return any(all(length % tokens == 0 for length in run_lengths) for tokens in (full, short))
 
     def pruning_layers(self) -> tuple[int, int]:
         settings = self.config.vitcop_config
         return scaled_layers(len(self.language_model.layers), settings.merge_layer, settings.prune_layer)
 
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: torch.Tensor | None = None,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        Encodes images, keeps the salient tokens of each and projects these (stage I).
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, channels, height, width)`).
-            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
-                The mean of this call over the layers of the language model, in place of
-                `config.vitcop_config.budget`.
-
-        Returns:
-            Upstream's output, whose `pooler_output` is a list of `(n, hidden_size)` for each image. Where tokens were
-            dropped it also has `keep_indices`, a list of `(n,)` ascending indices into upstream's T tokens,
-            `num_placeholders`, T of each image, and `visual_groups`, what the language model needs of each token.
-
-        Raises:
-            `ValueError`: for an invalid budget or layer, or a tower that cannot give what the configuration asks for.
-        """
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        settings, tower = self.config.vitcop_config, self.vision_tower
-        patch_size, (height, width) = tower.config.patch_size, pixel_values.shape[-2:]
-        rows, columns = height // patch_size, width // patch_size
-        num_patches, num_images = rows * columns, len(pixel_values)
-        budgets = requested_budgets(settings, num_visual_tokens, num_images, num_patches)
-        if budgets is None:
-            return super().get_image_features(
-                pixel_values=pixel_values,
-                vision_feature_layer=layer,
-                vision_feature_select_strategy=strategy,
-                image_sizes=image_sizes,
-                return_dict=True,
-                **kwargs,
-            )
-        if image_sizes is not None:
-            raise ValueError(
-                f"image_sizes={image_sizes!r} are for towers without a fixed grid (Pixtral), which ViTCoP does not "
-                "compress. Set vitcop_config.budget=None for them."
-            )
-
-        num_layers = tower.config.num_hidden_layers
-        layers = [layer] if isinstance(layer, int) else layer
-        layers = [resolve_layer(index, num_layers, "vision_feature_layer") for index in layers]
-        salient_layer = resolve_layer(settings.layer, num_layers, "vitcop_config.layer")
-        states = run_tower(tower, pixel_values, layers, cls_attention_layer=salient_layer, **kwargs)
-        features = torch.cat([states.hidden_states[index] for index in layers], dim=-1)
-        # CLS and register tokens come before the patches.
-        num_prefix = features.shape[1] - num_patches
-        grid = torch.cartesian_prod(torch.arange(rows) / rows, torch.arange(columns) / columns).to(features.device)
-
-        kept, groups = [], []
-        for image, budget in enumerate(budgets):
-            count, num_centers = self._plan_tower(budget, num_patches)
-            patches = select_salient(states.cls_attention[image, num_prefix:], count)
-            keys = states.keys[image, num_prefix:][patches]
-            clusters = cluster_tokens(keys, grid[patches], num_centers)
-            counts = plan_counts(budget, count, len(self.language_model.layers), *self.pruning_layers())
-            kept.append(patches + num_prefix)
-            groups.append(describe_tokens(image, clusters, counts))
-        image_features = self.multi_modal_projector(torch.cat([view[rows] for view, rows in zip(features, kept)]))
-
-        dropped_by_upstream = 1 if strategy == "default" and num_prefix else 0
-        outputs = states.outputs
-        outputs.pooler_output = list(image_features.split([len(rows) for rows in kept]))
-        outputs["keep_indices"] = [rows - dropped_by_upstream for rows in kept]
-        outputs["num_placeholders"] = [features.shape[1] - dropped_by_upstream] * num_images
-        outputs["visual_groups"] = groups
-        return outputs
-
-    def _plan_tower(self, budget: int, num_patches: int) -> tuple[int, int]:
+    def plan_tower(self, budget: int, num_patches: int) -> tuple[int, int]:
         """How many tokens of an image stage I keeps, and how many cluster centres it takes."""
         if budget >= num_patches:
             return num_patches, num_patches
@@ -157,107 +181,30 @@ class ViTCoPLlavaModel(CoPrunedModelMixin, CompressedModelMixin, HubModelMixin, 
             )
         return count, count_of_share(center_share, count)
 
-    @like_upstream(LlavaModel.forward)
-    def forward(
-        self,
-        *,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        visual_groups: torch.LongTensor | None = None,
-        **inputs,
-    ):
-        r"""
-        Upstream's `forward` on the shortened prompt.
-
-        Args:
-            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
-                The mean of this call over the layers of the language model, in place of
-                `config.vitcop_config.budget`.
-            visual_groups (`torch.LongTensor` of shape `(batch, columns, 4)`, *optional*):
-                Made by `generate` and the head's `forward` for tokens that are dropped inside the language model.
-
-        Raises:
-            `ValueError`: if the prompt has neither T nor n placeholders for each image.
-        """
-        return self.forward_compressed(
-            super().forward, num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs
-        )
-
 
 class ViTCoPLlavaForConditionalGeneration(
-    CoPrunedGenerationMixin, CompressedGenerationMixin, HubModelMixin, LlavaForConditionalGeneration, GenerationMixin
+    CoPrunedGenerationMixin, PrunedGenerationMixin, LlavaForConditionalGeneration, GenerationMixin
 ):
     """
-    Modifications:
-        - `forward` and `generate` shorten the prompt at their entrance, labels included.
-        - the output of `forward` has `keep_mask`, which maps its logits to the columns of the full prompt.
+    [`LlavaForConditionalGeneration`] on shortened prompts. The output of `forward` has `layer_visual_tokens`, of shape
+    `(batch, layers)`: how many visual tokens each layer saw. A column dropped inside the language model has the logits
+    of the last column before it that is left.
     """
 
-    config: ViTCoPLlavaConfig
-    config_class = ViTCoPLlavaConfig
-    _auto_class = "AutoModelForImageTextToText"
-    _auto_map = {
-        "AutoModel": "ViTCoPLlavaAutoModel",
-        "AutoModelForImageTextToText": "ViTCoPLlavaForConditionalGeneration",
-        "AutoModelForMultimodalLM": "ViTCoPLlavaForConditionalGeneration",
-    }
-    _processor_class = ViTCoPLlavaProcessor
-
-    def __init__(self, config: ViTCoPLlavaConfig):
-        LlavaPreTrainedModel.__init__(self, config)
-        self.model = ViTCoPLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-    @like_upstream(LlavaForConditionalGeneration.get_image_features)
-    def get_image_features(
-        self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs
-    ):
-        """See [`ViTCoPLlavaModel.get_image_features`]."""
-        return self.model.get_image_features(num_visual_tokens=num_visual_tokens, **inputs)
-
-    @like_upstream(LlavaForConditionalGeneration.forward)
-    def forward(
-        self,
-        *,
-        num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None,
-        visual_groups: torch.LongTensor | None = None,
-        **inputs,
-    ):
-        r"""
-        Upstream's `forward` on the shortened prompt; logits have its length.
-
-        Args:
-            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
-                The mean of this call over the layers of the language model, in place of
-                `config.vitcop_config.budget`.
-            visual_groups (`torch.LongTensor` of shape `(batch, columns, 4)`, *optional*):
-                Made by `generate` for tokens that are dropped inside the language model.
-
-        Returns:
-            Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain. In a batch whose rows lost different numbers of columns,
-            padding was added on the side where the batch is padded, on the right where it is not. It also has
-            `layer_visual_tokens`, of shape `(batch, layers)`: how many visual tokens each layer saw. A column dropped
-            inside the language model has the logits of the last column before it that is left.
-
-        Raises:
-            `ValueError`: if the prompt has neither T nor n placeholders for each image.
-        """
-        return self.forward_compressed(
-            super().forward, num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs
-        )
+    model_class = ViTCoPLlavaModel
 
 
-class ViTCoPLlavaAutoModel(AutoModelMixin, ViTCoPLlavaModel):
-    """See [`AutoModelMixin`]."""
+class ViTCoPLlavaProcessor(VariantProcessorMixin, LlavaProcessor):
+    """
+    [`LlavaProcessor`] under the name that a ViTCoP repo publishes. It writes the full prompt: most tokens are dropped
+    inside the language model, where no prompt can leave them out.
+    """
 
-    _base_class = ViTCoPLlavaModel
-    _generating_class = ViTCoPLlavaForConditionalGeneration
+    _auto_class = "AutoProcessor"
+
+    @classmethod
+    def arguments_for(cls, settings: PretrainedConfig) -> dict:
+        return {}
 
 
-# Stock checkpoints load by the stock conversions, which Transformers looks up by the name of the class.
-for _ours, _stock in (("ViTCoPLlavaForConditionalGeneration", "llava"), ("ViTCoPLlavaModel", "LlavaModel")):
-    register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_stock), overwrite=True)
-register_class_names(ViTCoPLlavaConfig.model_type, "ViTCoPLlavaForConditionalGeneration", "ViTCoPLlavaModel")
-
-__all__ = ["ViTCoPLlavaAutoModel", "ViTCoPLlavaForConditionalGeneration", "ViTCoPLlavaModel"]
+ViTCoPLlavaAutoModel = register_family(ViTCoPLlavaForConditionalGeneration, ViTCoPLlavaProcessor)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .compression_prunesid import CompressedModelMixin, ShortPrompt
+from .upstream_prunesid import CACHE_NAME, cache_of
 
 
 class MRoPEModelMixin(CompressedModelMixin):
@@ -23,7 +24,7 @@ class MRoPEModelMixin(CompressedModelMixin):
 
     def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As the other families, but the grids stay; and a cache brings back the deltas of its own prompt."""
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         deltas = getattr(cache, "_prunesid_rope_deltas", None)
         if inputs.get("position_ids") is None and deltas is not None and cache.get_seq_length():
             self.rope_deltas = self._short_rope_deltas = deltas
@@ -37,7 +38,7 @@ class MRoPEModelMixin(CompressedModelMixin):
         views = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
         if self._short_rope_deltas is None or any(inputs.get(name) is not None for name in ("position_ids", *views)):
             return
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         if cache is None or not cache.get_seq_length():
             if self.rope_deltas is self._short_rope_deltas:
                 self.rope_deltas = None
@@ -48,7 +49,7 @@ class MRoPEModelMixin(CompressedModelMixin):
     def forward_compressed(self, forward, **inputs):
         output = super().forward_compressed(forward, **inputs)
         if not isinstance(output, tuple) and not torch.compiler.is_compiling():
-            self.remember_deltas(output.get("past_key_values"))
+            self.remember_deltas(cache_of(output))
         return output
 
     def remember_deltas(self, cache: Any) -> None:
@@ -58,7 +59,7 @@ class MRoPEModelMixin(CompressedModelMixin):
 
     def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
         """Adds `position_ids` of the short prompt to the arguments of `forward`, and sets `rope_deltas`."""
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         cached_length = cache.get_seq_length() if cache is not None else 0
         continues = cached_length and getattr(cache, "_prunesid_rope_deltas", None) is not None
         has_views = self._dropped_tokens(inputs) or (continues and inputs.get("mm_encoder_outputs"))
@@ -130,7 +131,7 @@ class MRoPEModelMixin(CompressedModelMixin):
         if "input_ids" in full and not (is_generation and types is None):
             names = inspect.signature(self.compute_3d_position_ids).parameters
             arguments = {name: full.get(name, inputs.get(name)) for name in names}
-            positions = self.compute_3d_position_ids(**{**arguments, "inputs_embeds": None, "past_key_values": None})
+            positions = self.compute_3d_position_ids(**{**arguments, "inputs_embeds": None, CACHE_NAME: None})
         if positions is None:
             positions = (full_mask.cumsum(1) - 1).masked_fill(full_mask == 0, 0).expand(3, -1, -1)
             next_positions = full_mask.sum(1, keepdim=True)

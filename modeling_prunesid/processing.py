@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import torch
 from transformers import PretrainedConfig
-from transformers.processing_utils import ImagesKwargs, MultiModalData, VideosKwargs
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
 
 from .budgets import request_budgets, share_total
 from .configuration_prunesid import PruneSIDConfig
@@ -79,9 +79,10 @@ class PrunedProcessorMixin(VariantProcessorMixin):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
+        processors = (base for base in cls.__mro__[1:] if issubclass(base, ProcessorMixin))
+        stock = next((base for base in processors if not issubclass(base, VariantProcessorMixin)), None)
+        if stock is None:  # a mixin of several families
             return
-        stock = next(base for base in cls.__mro__[1:] if not issubclass(base, VariantProcessorMixin))
 
         def __init__(self, *args, num_visual_tokens=None, budget_scope="view", min_budget=None, **kwargs):
             settings = PruneSIDConfig(budget=num_visual_tokens, budget_scope=budget_scope, min_budget=min_budget)
@@ -98,6 +99,11 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         __init__.__signature__ = signature.replace(parameters=[*theirs[:-1], *ours, theirs[-1]])
         cls.__init__ = __init__
         cls.valid_processor_kwargs = _with_budget(stock.valid_processor_kwargs)
+
+    @classmethod
+    def validate_init_kwargs(cls, processor_config, valid_kwargs):
+        """Upstream's, for the arguments that `__init__` takes; upstream reads them from code that only passes them on."""
+        return super().validate_init_kwargs(processor_config, [*inspect.signature(cls.__init__).parameters][1:-1])
 
     def view_lengths(self, modality: str, inputs: dict, index: int, runs: list[int]) -> list[int]:
         """

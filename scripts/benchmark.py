@@ -59,7 +59,8 @@ from modeling_prunesid import (
     selection_prunesid,
 )
 from modeling_prunesid.selection_prunesid import select_tokens
-from modeling_prunesid.tower_prunesid import run_tower
+from modeling_prunesid.tower import run_tower
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -251,7 +252,7 @@ def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, f
     for name, run in cases.items():
         print(f"{name:28}{spread(seconds[name]):>34}{peak_bytes(run) / 2**20:10.0f} MiB")
 
-    from modeling_prunesid.tower_prunesid import _cls_attention
+    from modeling_prunesid.tower import _cls_attention
 
     queries, keys = torch.randn(2, 1, 577, 1024, device=DEVICE)
     pieces: dict[str, Callable[[], object]] = {
@@ -385,11 +386,11 @@ def compare_models(
         return case.set_up().get_image_features(**pixels, return_dict=True)
 
     def prefill(case: Case, features):
-        return case.set_up().model(**prompt, mm_encoder_outputs={"image": features}, use_cache=True).past_key_values
+        return cache_of(case.set_up().model(**prompt, mm_encoder_outputs={"image": features}, use_cache=True))
 
     def decode(case: Case, cache):
         for _ in range(DECODED):
-            case.model.model(input_ids=word, past_key_values=cache)
+            case.model.model(input_ids=word, **{CACHE_NAME: cache})
 
     first = seconds_by_turns({label: partial(answer, case) for label, case in cases.items()}, rounds)
     with remembered(stock.model.vision_tower):

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration
 from modeling_prunesid.selection_prunesid import information_budgets, redundancy
-from modeling_prunesid.tower_prunesid import run_tower
+from modeling_prunesid.tower import run_tower
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

@@ -8,6 +8,8 @@ from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_twin
 from tiny_vitcop import build_vitcop
 from transformers import CompileConfig, DynamicCache, StaticCache
 
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
+
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 ROWS = [prompt([NUM_PATCHES], [7, 8]), prompt([NUM_PATCHES] * 2, [9, 10, 11, 12]), prompt([], [13, 14, 15])]
@@ -58,7 +60,7 @@ def test_the_callers_own_cache_holds_what_is_left(model, one, cache_class):
     room = {"max_cache_len": 90} if cache_class is StaticCache else {}
     cache = cache_class(config=model.config.text_config, **room)
     with torch.no_grad():
-        counts = model(**one, past_key_values=cache).layer_visual_tokens[0]
+        counts = model(**one, **{CACHE_NAME: cache}).layer_visual_tokens[0]
     assert counts[-1] < counts[0]
     words = len(ROWS[0]) - NUM_PATCHES
     assert [int(cache.get_seq_length(layer)) for layer in range(len(counts))] == (counts + words).tolist()
@@ -68,11 +70,11 @@ def test_an_emptied_cache_is_as_a_new_one(model, one):
     text = {"input_ids": torch.arange(10, 60)[None]}
     caches = [StaticCache(config=model.config.text_config, max_cache_len=90) for _ in range(2)]
     with torch.no_grad():
-        model(**one, past_key_values=caches[0])
+        model(**one, **{CACHE_NAME: caches[0]})
         caches[0].reset()
         for cache in caches:
-            model(**text, past_key_values=cache)
-        first, second = (model(torch.tensor([[7]]), past_key_values=cache).logits for cache in caches)
+            model(**text, **{CACHE_NAME: cache})
+        first, second = (model(torch.tensor([[7]]), **{CACHE_NAME: cache}).logits for cache in caches)
     assert torch.equal(first, second)
 
 
@@ -90,7 +92,7 @@ def test_a_second_image_in_every_row_of_a_conversation(model, repeated):
     found = answer(
         model,
         {"input_ids": chat, "attention_mask": mask, "pixel_values": given},
-        past_key_values=start.past_key_values,
+        **{CACHE_NAME: cache_of(start)},
     )
     whole = {"input_ids": chat, "attention_mask": mask, "pixel_values": by_row}
     assert torch.equal(found, answer(model, whole, use_cache=False))
@@ -100,8 +102,8 @@ def test_an_output_that_is_a_tuple_leaves_the_cache_as_usable(model, one):
     caches = [DynamicCache(), DynamicCache()]
     with torch.no_grad():
         for cache, return_dict in zip(caches, (True, False)):
-            model.model(**one, past_key_values=cache, return_dict=return_dict)
-        first, second = (model(torch.tensor([[7]]), past_key_values=cache).logits for cache in caches)
+            model.model(**one, **{CACHE_NAME: cache}, return_dict=return_dict)
+        first, second = (model(torch.tensor([[7]]), **{CACHE_NAME: cache}).logits for cache in caches)
     assert torch.equal(first, second)
 
 
@@ -113,8 +115,8 @@ def test_a_compile_config_leaves_the_answer_and_nothing_is_compiled(model, one):
     assert torch.equal(first.sequences, answer(model, one))
     chat = torch.cat([first.sequences, torch.tensor([[20, 21]])], dim=1)
     cache = StaticCache(config=model.config.text_config, max_cache_len=200)
-    answer(model, one, past_key_values=cache)
-    follow_up = answer(model, {"input_ids": chat}, past_key_values=cache, compile_config=config)
+    answer(model, one, **{CACHE_NAME: cache})
+    follow_up = answer(model, {"input_ids": chat}, **{CACHE_NAME: cache}, compile_config=config)
     assert torch.equal(follow_up, answer(model, {**one, "input_ids": chat}))
     assert not hasattr(model, "_compiled_call")
 

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from modeling_prunesid.compression_prunesid import ShortPrompt, like_upstream, mark_kept_placeholders
+from modeling_prunesid.compression_prunesid import ShortPrompt, mark_kept_placeholders
+from modeling_prunesid.upstream_prunesid import like_upstream
 
 
 FILL = -7

@@ -13,6 +13,7 @@ from tiny import (
     NUM_PATCHES,
     batch,
     build,
+    image_features_of,
     oracle_features,
     oracle_generate,
     pixels,
@@ -20,6 +21,8 @@ from tiny import (
     stock_twin,
 )
 from transformers import CompileConfig, DynamicCache, StaticCache, Trainer, TrainingArguments
+
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 
 IGNORED = -100
@@ -150,7 +153,7 @@ class TestLogits:
         inputs = full_batch()
         output = ours(**inputs)
         features = ours.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
-        assert torch.equal(output.image_hidden_states, torch.cat(features))
+        assert torch.equal(image_features_of(output), torch.cat(features))
 
 
 class TestFeatures:
@@ -243,7 +246,7 @@ class TestOff:
         def refuse(*args, **kwargs):
             raise AssertionError("called")
 
-        monkeypatch.setattr("modeling_prunesid.views_prunesid.select_tokens", refuse)
+        monkeypatch.setattr("modeling_prunesid.budgets.select_tokens", refuse)
         monkeypatch.setattr("modeling_prunesid.modeling_prunesid_llava.run_tower", refuse)
         monkeypatch.setattr("modeling_prunesid.compression_prunesid.ShortPrompt.from_keep_mask", refuse)
         build(budget=None).generate(**full_batch(), max_new_tokens=2)
@@ -307,13 +310,13 @@ class TestLabels:
 
 class TestCaches:
     def greedy_by_hand(self, model, inputs, output, steps=6):
-        mask, cache, tokens = inputs["attention_mask"], output.past_key_values, []
+        mask, cache, tokens = inputs["attention_mask"], cache_of(output), []
         logits = output.logits[:, -1]
         for _ in range(steps):
             token = logits.argmax(-1, keepdim=True)
             tokens.append(token)
             mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
-            logits = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits[:, -1]
+            logits = model(input_ids=token, attention_mask=mask, **{CACHE_NAME: cache}).logits[:, -1]
         return torch.cat(tokens, dim=1)
 
     @torch.no_grad()
@@ -331,10 +334,10 @@ class TestCaches:
     def test_a_loop_without_masks(self, ours):
         inputs = one_row()
         output = ours(**inputs, use_cache=True)
-        cache, logits, tokens = output.past_key_values, output.logits[:, -1], []
+        cache, logits, tokens = cache_of(output), output.logits[:, -1], []
         for _ in range(6):
             tokens.append(logits.argmax(-1, keepdim=True))
-            logits = ours(input_ids=tokens[-1], past_key_values=cache).logits[:, -1]
+            logits = ours(input_ids=tokens[-1], **{CACHE_NAME: cache}).logits[:, -1]
         expected = ours.generate(**inputs, max_new_tokens=6, do_sample=False)[:, -6:]
         assert torch.equal(torch.cat(tokens, dim=1), expected)
 
@@ -344,9 +347,9 @@ class TestCaches:
         ids = inputs["input_ids"]
         whole = ours(**inputs).logits[:, -1]
         cache = DynamicCache(config=ours.config)
-        ours(input_ids=ids[:, :2], past_key_values=cache)
-        ours(input_ids=ids[:, 2:-1], pixel_values=inputs["pixel_values"], past_key_values=cache)
-        torch.testing.assert_close(ours(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1], whole)
+        ours(input_ids=ids[:, :2], **{CACHE_NAME: cache})
+        ours(input_ids=ids[:, 2:-1], pixel_values=inputs["pixel_values"], **{CACHE_NAME: cache})
+        torch.testing.assert_close(ours(input_ids=ids[:, -1:], **{CACHE_NAME: cache}).logits[:, -1], whole)
 
     @torch.no_grad()
     def test_a_second_image_behind_a_cached_one(self, ours):
@@ -354,13 +357,13 @@ class TestCaches:
         ids = torch.tensor([prompt([NUM_PATCHES] * 2, [7, 8])])
         whole = ours(input_ids=ids, pixel_values=images).logits[:, -1]
         cache = DynamicCache(config=ours.config)
-        ours(input_ids=ids[:, : NUM_PATCHES + 2], pixel_values=images[:1], past_key_values=cache)
+        ours(input_ids=ids[:, : NUM_PATCHES + 2], pixel_values=images[:1], **{CACHE_NAME: cache})
         mask = torch.ones_like(ids)
         rest = ours(
             input_ids=ids[:, NUM_PATCHES + 2 :],
             pixel_values=images[1:],
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
         )
         torch.testing.assert_close(rest.logits[:, -1], whole)
 
@@ -374,7 +377,7 @@ class TestCaches:
             for token in (3, 4, 5):
                 mask = inputs["attention_mask"]
                 positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
-                steps.append(model(**inputs, position_ids=positions, past_key_values=cache).logits[:, -1])
+                steps.append(model(**inputs, position_ids=positions, **{CACHE_NAME: cache}).logits[:, -1])
                 mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
                 inputs = {"input_ids": torch.full((len(mask), 1), token), "attention_mask": mask}
             return torch.stack(steps)
@@ -402,7 +405,7 @@ class TestCaches:
             for turn, images in zip(turns(count), (*views, {}, {})):
                 mask = torch.cat([mask, turn["attention_mask"]], dim=1)
                 inputs = {"input_ids": turn["input_ids"], "attention_mask": mask, **images}
-                logits.append(model(**inputs, past_key_values=cache).logits[:, -1])
+                logits.append(model(**inputs, **{CACHE_NAME: cache}).logits[:, -1])
             return torch.stack(logits), cache
 
         images = [pixels(1, seed) for seed in range(2)]
@@ -416,28 +419,28 @@ class TestCaches:
     @torch.no_grad()
     def test_a_row_taken_out_of_a_cache_is_refused(self, ours):
         inputs = full_batch()
-        cache = ours(**inputs, use_cache=True).past_key_values
+        cache = cache_of(ours(**inputs, use_cache=True))
         cache.batch_select_indices(torch.tensor([0, 1]))
         mask = torch.nn.functional.pad(inputs["attention_mask"][:2], (0, 1), value=1)
         with pytest.raises(ValueError, match="filled by 3 rows and is continued by 2"):
-            ours(input_ids=torch.tensor([[4], [5]]), attention_mask=mask, past_key_values=cache)
+            ours(input_ids=torch.tensor([[4], [5]]), attention_mask=mask, **{CACHE_NAME: cache})
 
     @torch.no_grad()
     def test_generate_goes_on_with_a_cache_that_was_filled_in_parts(self, ours):
         parts = [torch.tensor([prompt([NUM_PATCHES], [7, 8])]), torch.tensor([prompt([NUM_PATCHES], [9, 3])])]
         cache = DynamicCache(config=ours.config.get_text_config())
         for part, image in zip(parts, pixels(2).split(1)):
-            ours(input_ids=part, pixel_values=image, past_key_values=cache)
+            ours(input_ids=part, pixel_values=image, **{CACHE_NAME: cache})
         chat = torch.cat([*parts, torch.tensor([[4, 5]])], dim=1)
         expected = ours.generate(chat, pixel_values=pixels(2), max_new_tokens=5, do_sample=False)
-        assert torch.equal(ours.generate(chat, past_key_values=cache, max_new_tokens=5, do_sample=False), expected)
+        assert torch.equal(ours.generate(chat, **{CACHE_NAME: cache}, max_new_tokens=5, do_sample=False), expected)
 
     @torch.no_grad()
     def test_another_budget_for_a_cached_image_is_refused(self, ours):
         inputs = one_row()
         start = ours.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
         chat = torch.cat([start.sequences, torch.tensor([[4, 5]])], dim=1)
-        again = {"pixel_values": inputs["pixel_values"], "past_key_values": start.past_key_values}
+        again = {"pixel_values": inputs["pixel_values"], CACHE_NAME: cache_of(start)}
         with pytest.raises(ValueError, match="Pass the budget .num_visual_tokens. that filled the cache"):
             ours.generate(chat, **again, num_visual_tokens=16)
 
@@ -446,10 +449,10 @@ class TestCaches:
         inputs = one_row()
         expected = ours.generate(**inputs, max_new_tokens=5, do_sample=False)[:, -5:]
         cache = StaticCache(config=ours.config.get_text_config(), max_cache_len=64)
-        output = ours(**inputs, past_key_values=cache)
+        output = ours(**inputs, **{CACHE_NAME: cache})
         tokens = [output.logits[:, -1].argmax(-1, keepdim=True)]
         for _ in range(4):
-            logits = ours(input_ids=tokens[-1], past_key_values=cache).logits[:, -1]
+            logits = ours(input_ids=tokens[-1], **{CACHE_NAME: cache}).logits[:, -1]
             tokens.append(logits.argmax(-1, keepdim=True))
         assert torch.equal(torch.cat(tokens, dim=1), expected)
 
@@ -715,9 +718,9 @@ class TestCompile:
     def test_a_decoding_step_is_one_graph(self, ours):
         inputs = one_row()
         cache = StaticCache(config=ours.config.get_text_config(), max_cache_len=32)
-        token = ours(**inputs, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        token = ours(**inputs, **{CACHE_NAME: cache}).logits[:, -1].argmax(-1, keepdim=True)
         twin = copy.deepcopy(cache)
         step = torch.compile(ours, backend="eager", fullgraph=True)
         position = torch.tensor([[cache.get_seq_length()]])
-        got = step(input_ids=token, past_key_values=cache, position_ids=position).logits
-        torch.testing.assert_close(got, ours(input_ids=token, past_key_values=twin, position_ids=position).logits)
+        got = step(input_ids=token, **{CACHE_NAME: cache}, position_ids=position).logits
+        torch.testing.assert_close(got, ours(input_ids=token, **{CACHE_NAME: twin}, position_ids=position).logits)

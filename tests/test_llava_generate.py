@@ -39,6 +39,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
+
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 TEXTS = [[7, 8, 9], [9, 4], [3, 4, 5, 6], [11], [21, 22, 23, 24, 25, 26]]
@@ -511,7 +513,7 @@ class TestChat:
         ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], dim=1)
         expected = new_tokens(ours, {"input_ids": ids, "pixel_values": inputs["pixel_values"]}, **GREEDY)
         second = {"input_ids": ids, **({"pixel_values": inputs["pixel_values"]} if images_again else {})}
-        assert torch.equal(new_tokens(ours, second, past_key_values=first.past_key_values, **GREEDY), expected)
+        assert torch.equal(new_tokens(ours, second, **{CACHE_NAME: cache_of(first)}, **GREEDY), expected)
 
     @pytest.mark.parametrize("images", ["all", "new"])
     def test_a_question_about_another_image(self, ours, images):
@@ -521,7 +523,7 @@ class TestChat:
         every = torch.cat([inputs["pixel_values"], new])
         expected = new_tokens(ours, {"input_ids": ids, "pixel_values": every}, **GREEDY)
         second = {"input_ids": ids, "pixel_values": every if images == "all" else new}
-        assert torch.equal(new_tokens(ours, second, past_key_values=first.past_key_values, **GREEDY), expected)
+        assert torch.equal(new_tokens(ours, second, **{CACHE_NAME: cache_of(first)}, **GREEDY), expected)
 
     @pytest.mark.parametrize("images", ["all", "new"])
     def test_short_prompts(self, ours, images):
@@ -533,7 +535,7 @@ class TestChat:
         ids = torch.cat([first.sequences, torch.tensor([prompt([BUDGET], [11, 12])])], dim=1)
         expected = new_tokens(ours, {"input_ids": ids, "pixel_values": both}, **GREEDY)
         second = {"input_ids": ids, "pixel_values": both if images == "all" else both[1:]}
-        assert torch.equal(new_tokens(ours, second, past_key_values=first.past_key_values, **GREEDY), expected)
+        assert torch.equal(new_tokens(ours, second, **{CACHE_NAME: cache_of(first)}, **GREEDY), expected)
 
     def test_an_answer_may_contain_the_id_of_a_placeholder(self, ours, stock):
         def say_image(ids, scores):
@@ -543,9 +545,9 @@ class TestChat:
         assert (first.sequences[0, -4:] == IMAGE).all()
         ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], dim=1)
         short = torch.cat([torch.tensor([prompt([BUDGET], [])]), ids[:, NUM_PATCHES + 2 :]], dim=1)
-        cache = copy.deepcopy(first.past_key_values)
-        expected = stock.generate(input_ids=short, past_key_values=cache, **GREEDY)[:, short.shape[1] :]
-        got = new_tokens(ours, {"input_ids": ids}, past_key_values=first.past_key_values, **GREEDY)
+        cache = copy.deepcopy(cache_of(first))
+        expected = stock.generate(input_ids=short, **{CACHE_NAME: cache}, **GREEDY)[:, short.shape[1] :]
+        got = new_tokens(ours, {"input_ids": ids}, **{CACHE_NAME: cache_of(first)}, **GREEDY)
         assert torch.equal(got, expected)
 
     def test_images_after_a_beginning_of_text(self, ours):
@@ -553,19 +555,19 @@ class TestChat:
         ids = torch.cat([first.sequences, torch.tensor([prompt([NUM_PATCHES], [11, 12])])], dim=1)
         second = {"input_ids": ids, "pixel_values": pixels(1)}
         expected = new_tokens(ours, second, **GREEDY)
-        assert torch.equal(new_tokens(ours, second, past_key_values=first.past_key_values, **GREEDY), expected)
+        assert torch.equal(new_tokens(ours, second, **{CACHE_NAME: cache_of(first)}, **GREEDY), expected)
 
     def test_three_turns(self, ours):
         inputs, output = self.first_turn(ours, num_images=1)
-        images, cache, ids = inputs["pixel_values"], output.past_key_values, output.sequences
+        images, cache, ids = inputs["pixel_values"], cache_of(output), output.sequences
         for turn, num_new in enumerate((1, 0, 2)):
             ids = torch.cat([ids, torch.tensor([prompt([NUM_PATCHES] * num_new, [11 + turn])])], dim=1)
             images = torch.cat([images, pixels(num_new, seed=turn + 1)])
             chat = {"input_ids": ids, "pixel_values": images}
             expected = new_tokens(ours, chat, **GREEDY)
-            output = ours.generate(**chat, past_key_values=cache, return_dict_in_generate=True, **GREEDY)
+            output = ours.generate(**chat, **{CACHE_NAME: cache}, return_dict_in_generate=True, **GREEDY)
             assert torch.equal(output.sequences[:, ids.shape[1] :], expected)
-            ids, cache = output.sequences, output.past_key_values
+            ids, cache = output.sequences, cache_of(output)
 
     def test_a_batch_of_chats(self, ours):
         rows, images = full_rows(), pixels(sum(IMAGES_OF_ROW))
@@ -576,7 +578,7 @@ class TestChat:
         mask = torch.cat([inputs["attention_mask"], torch.ones(5, 11, dtype=torch.long)], dim=1)
         chat = {"input_ids": ids, "attention_mask": mask, "pixel_values": images}
         expected = new_tokens(ours, chat, **GREEDY)
-        assert torch.equal(new_tokens(ours, chat, past_key_values=first.past_key_values, **GREEDY), expected)
+        assert torch.equal(new_tokens(ours, chat, **{CACHE_NAME: cache_of(first)}, **GREEDY), expected)
 
     def test_a_copied_cache_serves_several_branches(self, ours):
         inputs, first = self.first_turn(ours)
@@ -584,19 +586,19 @@ class TestChat:
             ids = torch.cat([first.sequences, torch.tensor([text])], dim=1)
             chat = {"input_ids": ids, "pixel_values": inputs["pixel_values"]}
             expected = new_tokens(ours, chat, **GREEDY)
-            cache = copy.deepcopy(first.past_key_values)
-            assert torch.equal(new_tokens(ours, chat, past_key_values=cache, **GREEDY), expected)
+            cache = copy.deepcopy(cache_of(first))
+            assert torch.equal(new_tokens(ours, chat, **{CACHE_NAME: cache}, **GREEDY), expected)
 
     def test_a_cache_filled_by_forward(self, ours):
         """The recipe of Transformers' documentation: prefill a shared beginning once, then answer many questions."""
         beginning = one_row()
         with torch.no_grad():
-            cache = ours(**beginning, use_cache=True).past_key_values
+            cache = cache_of(ours(**beginning, use_cache=True))
         for text in ([11, 12], [13]):
             ids = torch.cat([beginning["input_ids"], torch.tensor([text])], dim=1)
             chat = {"input_ids": ids, "pixel_values": beginning["pixel_values"]}
             expected = new_tokens(ours, chat, **GREEDY)
-            got = new_tokens(ours, chat, past_key_values=copy.deepcopy(cache), **GREEDY)
+            got = new_tokens(ours, chat, **{CACHE_NAME: copy.deepcopy(cache)}, **GREEDY)
             assert torch.equal(got, expected)
 
     @pytest.mark.parametrize("length", [4, 11, 15])
@@ -608,16 +610,16 @@ class TestChat:
             ids = torch.cat([first.sequences, torch.tensor([[11, 12]])], dim=1)
         chat = {"input_ids": ids, "pixel_values": inputs["pixel_values"]}
         expected = new_tokens(ours, chat, **GREEDY)
-        cache = first.past_key_values
+        cache = cache_of(first)
         cache.crop(length - cache.get_seq_length())
-        assert torch.equal(new_tokens(ours, chat, past_key_values=cache, **GREEDY), expected)
+        assert torch.equal(new_tokens(ours, chat, **{CACHE_NAME: cache}, **GREEDY), expected)
 
     def test_a_static_cache_that_is_emptied_and_used_again(self, ours):
         cache = StaticCache(config=ours.config.get_text_config(), max_cache_len=64)
         for num_images in (2, 1):
             inputs = one_row(num_images)
             expected = new_tokens(ours, inputs, **GREEDY)
-            got = new_tokens(ours, inputs, past_key_values=cache, disable_compile=True, **GREEDY)
+            got = new_tokens(ours, inputs, **{CACHE_NAME: cache}, disable_compile=True, **GREEDY)
             assert torch.equal(got, expected)
             cache.reset()
 
@@ -627,7 +629,7 @@ class TestChat:
         ids = torch.cat([first.sequences, torch.tensor([prompt([NUM_PATCHES], [11, 12])])], dim=1)
         chat = {"input_ids": ids, "pixel_values": torch.cat([inputs["pixel_values"], pixels(1, seed=9) * 3])}
         expected = new_tokens(model, chat, **GREEDY)
-        assert torch.equal(new_tokens(model, chat, past_key_values=first.past_key_values, **GREEDY), expected)
+        assert torch.equal(new_tokens(model, chat, **{CACHE_NAME: cache_of(first)}, **GREEDY), expected)
 
 
 class TestEmbeddings:
@@ -716,7 +718,7 @@ class TestErrors:
 
     def test_a_budget_that_cls_alone_fills(self):
         model = build(budget=1, keep_cls=True)
-        with pytest.raises(ValueError, match=r"prunesid_config.budget must exceed the 1 tokens.*got 1"):
+        with pytest.raises(ValueError, match=r"num_visual_tokens=1 gives 1 tokens.*keep at least 2"):
             model.generate(**one_row(), **GREEDY)
 
     def test_fields_that_contradict_each_other_only_together(self, ours):

@@ -35,9 +35,10 @@ from modeling_prunesid import (
     PruneSIDLlavaNextModel,
     PruneSIDLlavaNextProcessor,
 )
-from modeling_prunesid.anyres_prunesid import NEWLINE, PackedImage
+from modeling_prunesid.anyres import NEWLINE, PackedImage
 from modeling_prunesid.selection_prunesid import redundancy, select_tokens
-from modeling_prunesid.sharing_prunesid import share_total
+from modeling_prunesid.budgets import share_total
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 
 CROP, PATCH, SIDE = VISION["image_size"], VISION["patch_size"], VISION["image_size"] // VISION["patch_size"]
@@ -401,8 +402,8 @@ class TestGenerate:
         ):
             expected = new_tokens(ours, {"input_ids": ids, **pixels})
             for given in variants:
-                cache = copy.deepcopy(output.past_key_values)
-                assert torch.equal(new_tokens(ours, {"input_ids": ids, **given}, past_key_values=cache), expected)
+                cache = copy.deepcopy(cache_of(output))
+                assert torch.equal(new_tokens(ours, {"input_ids": ids, **given}, **{CACHE_NAME: cache}), expected)
 
 
 class TestForward:

@@ -9,7 +9,7 @@ from tiny import BUDGET, IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, VISION, build, pix
 from transformers import AutoConfig, AutoModel
 
 from modeling_prunesid.selection_prunesid import select_tokens
-from modeling_prunesid.tower_prunesid import resolve_layer, run_tower
+from modeling_prunesid.tower import resolve_layer, run_tower
 
 
 SHAPE = {
@@ -93,11 +93,12 @@ def test_the_cls_attention_in_half_precision_is_float32():
 
 @torch.no_grad()
 def test_all_hidden_states_on_request():
-    tower = build_tower("clip")
-    runs = count_runs(tower)
-    states = run_tower(tower, pixels(1), [2], output_hidden_states=True)
-    assert len(states.outputs.hidden_states) == 5 and runs == [1, 1, 1, 1]
-    assert torch.equal(states.outputs.hidden_states[2], states.hidden_states[2])
+    model = build()
+    runs = count_runs(model.model.vision_tower)
+    output = model.get_image_features(pixels(1), output_hidden_states=True)
+    assert len(output.hidden_states) == 5 and runs == [1, 1, 1, 1]
+    plain = model.get_image_features(pixels(1))
+    assert plain.get("hidden_states") is None and torch.equal(plain.pooler_output[0], output.pooler_output[0])
 
 
 def test_the_embeddings_have_no_attention():

@@ -6,6 +6,7 @@ from tiny import TEXT
 from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
 from modeling_prunesid.llm_pruning_prunesid import prune_layers, stack_rows
+from modeling_prunesid.upstream_prunesid import CACHE_NAME
 
 
 NUM_LAYERS, LENGTH = 4, 12
@@ -67,7 +68,7 @@ def run(decoder, ids, mask, dropped, cache, steps=()):
     with torch.no_grad():
         with prune_layers(decoder, ids, cache, reducers) as pruning:
             output = decoder(
-                ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+                ids, attention_mask=mask, position_ids=positions, **{CACHE_NAME: cache}, use_cache=cache is not None
             )
         pruning.remember(cache)
         outputs.append(output.last_hidden_state)
@@ -76,7 +77,7 @@ def run(decoder, ids, mask, dropped, cache, steps=()):
                 mask = torch.nn.functional.pad(mask, (0, step.shape[1]), value=1)
                 positions = (mask.cumsum(1) - 1)[:, -step.shape[1] :]
             with prune_layers(decoder, step, cache, {}):
-                output = decoder(step, attention_mask=mask, position_ids=positions, past_key_values=cache)
+                output = decoder(step, attention_mask=mask, position_ids=positions, **{CACHE_NAME: cache})
             outputs.append(output.last_hidden_state)
     return torch.cat(outputs, dim=1), pruning
 
@@ -162,7 +163,7 @@ def test_beams_of_a_prompt_share_its_columns():
     cache.reorder_cache(torch.tensor([1, 0, 3, 2]))
     step = ids[:, LENGTH:].repeat_interleave(2, 0)
     with torch.no_grad(), prune_layers(decoder, step, cache, {}):
-        got = decoder(step, past_key_values=cache).last_hidden_state
+        got = decoder(step, **{CACHE_NAME: cache}).last_hidden_state
     for row in range(4):
         expected, _ = naive(decoder, ids[row // 2], {1: (dropped[1][row // 2], LENGTH - 1)})
         torch.testing.assert_close(got[row, 0], expected[-1], atol=1e-4, rtol=1e-4)
@@ -175,11 +176,11 @@ def test_a_second_prompt_on_the_cache_is_pruned_as_well():
         for start, dropped in ((0, {1: [{3, 4}]}), (LENGTH + 1, {2: [{5, 6}]})):
             prompt = ids[:, start : start + LENGTH]
             with prune_layers(decoder, prompt, cache, {k: dropper(v) for k, v in dropped.items()}) as pruning:
-                decoder(prompt, past_key_values=cache)
+                decoder(prompt, **{CACHE_NAME: cache})
             pruning.remember(cache)
             step = ids[:, start + LENGTH : start + LENGTH + 1]
             with prune_layers(decoder, step, cache, {}):
-                got = decoder(step, past_key_values=cache).last_hidden_state
+                got = decoder(step, **{CACHE_NAME: cache}).last_hidden_state
     assert [cache.get_seq_length(layer) for layer in range(NUM_LAYERS)] == [26, 24, 22, 22]
     expected, _ = naive(decoder, ids[0], {1: ({3, 4}, LENGTH - 1), 2: ({18, 19}, 2 * LENGTH)})
     torch.testing.assert_close(got[0, 0], expected[-1], atol=1e-4, rtol=1e-4)
@@ -197,7 +198,7 @@ def test_a_cropped_answer_may_be_continued_and_a_cropped_prompt_may_not(removed)
             pass
         return
     with torch.no_grad(), prune_layers(decoder, step, cache, {}):
-        got = decoder(step, past_key_values=cache).last_hidden_state
+        got = decoder(step, **{CACHE_NAME: cache}).last_hidden_state
     # The column that was cropped had taken the mean of what was dropped; what is left is the prompt without it.
     left = torch.cat([ids[0, : LENGTH - 1], step[0]])
     expected, _ = naive(decoder, left, {1: ({3, 4, LENGTH - 3}, None)})

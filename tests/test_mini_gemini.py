@@ -28,6 +28,7 @@ from modeling_prunesid import (
 )
 from modeling_prunesid.modeling_mini_gemini import MiniGeminiPatchInfoMining
 from modeling_prunesid.selection_prunesid import information_budgets, redundancy, select_tokens
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -320,7 +321,7 @@ class TestPrompts:
             input_ids=torch.tensor([prompt([NUM_PATCHES], [7])]), **images, **GREEDY, return_dict_in_generate=True
         )
         chat = torch.cat([first.sequences, torch.tensor([[8, 9]])], dim=1)
-        again = model.generate(input_ids=chat, **images, **GREEDY, past_key_values=first.past_key_values)
+        again = model.generate(input_ids=chat, **images, **GREEDY, **{CACHE_NAME: cache_of(first)})
         assert torch.equal(again, model.generate(input_ids=chat, **images, **GREEDY))
 
     def test_labels_are_shortened_with_the_prompt(self):
@@ -528,13 +529,13 @@ class TestFolders:
         assert config["model_type"] == "prunesid_mini_gemini"
         assert config["architectures"] == ["PruneSIDMiniGeminiForConditionalGeneration"]
         assert config["auto_map"] == {
-            "AutoConfig": "configuration_prunesid_mini_gemini.PruneSIDMiniGeminiConfig",
+            "AutoConfig": "modeling_prunesid_mini_gemini.PruneSIDMiniGeminiConfig",
             "AutoModel": "modeling_prunesid_mini_gemini.PruneSIDMiniGeminiAutoModel",
             "AutoModelForImageTextToText": (
                 "modeling_prunesid_mini_gemini.PruneSIDMiniGeminiForConditionalGeneration"
             ),
             "AutoModelForMultimodalLM": "modeling_prunesid_mini_gemini.PruneSIDMiniGeminiForConditionalGeneration",
-            "AutoProcessor": "processing_prunesid_mini_gemini.PruneSIDMiniGeminiProcessor",
+            "AutoProcessor": "modeling_prunesid_mini_gemini.PruneSIDMiniGeminiProcessor",
         }
         modules = {path.stem for path in Path(variant).glob("*.py")}
         assert {"modeling_mini_gemini", "configuration_mini_gemini", "processing_mini_gemini"} <= modules

@@ -29,6 +29,7 @@ from tiny_qwen import (
 from transformers import DynamicCache, StaticCache
 
 from modeling_prunesid.selection_prunesid import select_tokens
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 
 PRESETS = Path(__file__).resolve().parent.parent / "configuration"
@@ -205,11 +206,11 @@ def test_fifty_positions_of_a_manual_decode_equal_those_of_the_uncompressed_run(
         del given["attention_mask"]
     mask, cache = given.get("attention_mask"), DynamicCache()
     with torch.no_grad(), positions_seen(ours) as seen:
-        ours(**given, past_key_values=cache)
+        ours(**given, **{CACHE_NAME: cache})
         for _ in range(49):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1) if with_mask else None
             token = torch.full((len(inputs["input_ids"]), 1), 7)
-            ours(input_ids=token, attention_mask=mask, past_key_values=cache)
+            ours(input_ids=token, attention_mask=mask, **{CACHE_NAME: cache})
     with torch.no_grad():
         stock(**inputs)
     batch_size, length = inputs["input_ids"].shape
@@ -221,7 +222,7 @@ def test_fifty_positions_of_a_manual_decode_equal_those_of_the_uncompressed_run(
             attention_mask=torch.nn.functional.pad(inputs["attention_mask"], (0, step), value=1),
             image_grid_thw=None,
             video_grid_thw=None,
-            past_key_values=None,
+            **{CACHE_NAME: None},
         )
         assert torch.equal(positions, expected[:, :, -1:])
 
@@ -265,9 +266,9 @@ def test_contiguous_positions_number_the_short_prompt_through(family):
     for step, positions in enumerate(seen[1:], start=1):
         assert torch.equal(positions, (expected[:, -1:] + step).expand(3, -1, -1))
     with torch.no_grad(), positions_seen(model) as seen:
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(mask[:, :1])], dim=1)
-        model(input_ids=answer[:, -1:], attention_mask=mask, past_key_values=cache)
+        model(input_ids=answer[:, -1:], attention_mask=mask, **{CACHE_NAME: cache})
     assert torch.equal(seen[1], (expected[:, -1:] + 1).expand(3, -1, -1))
 
 
@@ -420,7 +421,7 @@ def test_a_total_of_a_clip_is_shared_by_information(family):
     shares = torch.bincount(output.keep_indices[0] // 12, minlength=3).tolist()
     assert sum(shares) == 9
     assert shares[0] < min(shares[1:])
-    with pytest.raises(ValueError, match="total of 2 tokens for 3 temporal slices"):
+    with pytest.raises(ValueError, match="gives 2 tokens to an input of 3 views"):
         model.get_video_features(pixel_values, torch.tensor([LONG_CLIP]), num_visual_tokens=[2])
 
 
@@ -521,7 +522,7 @@ TURNS = {
 def test_a_cached_chat_answers_as_one_without_a_cache(ours, family, turn, given):
     first = inputs_of(family, "two images and text between")
     cache = DynamicCache()
-    answer = ours.generate(**first, **GREEDY, past_key_values=cache)
+    answer = ours.generate(**first, **GREEDY, **{CACHE_NAME: cache})
     whole, new = extended(first, answer, TURNS[turn], family, seed=3)
     with positions_seen(ours) as seen:
         expected = new_tokens(ours.generate(**whole, **GREEDY), whole)
@@ -538,7 +539,7 @@ def test_a_cached_chat_answers_as_one_without_a_cache(ours, family, turn, given)
         cached["input_ids"] = cached["input_ids"][:, -length:]
         cached["mm_token_type_ids"] = cached["mm_token_type_ids"][:, -length:]
     with positions_seen(ours) as cached_seen:
-        output = ours.generate(**cached, **GREEDY, past_key_values=cache)
+        output = ours.generate(**cached, **GREEDY, **{CACHE_NAME: cache})
     assert torch.equal(new_tokens(output, cached), expected)
     assert torch.equal(cached_seen[0], seen[0][:, :, -cached_seen[0].shape[2] :])
     for step, uncached in zip(cached_seen[1:], seen[1:], strict=True):
@@ -547,16 +548,16 @@ def test_a_cached_chat_answers_as_one_without_a_cache(ours, family, turn, given)
 
 def test_a_cached_chat_goes_on_without_the_token_types_of_its_answer(ours, family):
     inputs, cache = inputs_of(family, "image and video"), DynamicCache()
-    answer = ours.generate(**inputs, **GREEDY, past_key_values=cache)
+    answer = ours.generate(**inputs, **GREEDY, **{CACHE_NAME: cache})
     expected = ours.generate(**inputs, do_sample=False, max_new_tokens=10, min_new_tokens=10)
     again = {**inputs, "input_ids": answer, "attention_mask": torch.ones_like(answer)}
-    assert torch.equal(ours.generate(**again, do_sample=False, max_new_tokens=2, past_key_values=cache), expected)
+    assert torch.equal(ours.generate(**again, do_sample=False, max_new_tokens=2, **{CACHE_NAME: cache}), expected)
 
 
 def test_three_cached_turns_with_a_view_in_each(ours, family):
     inputs, cache = inputs_of(family, "one image"), DynamicCache()
     for parts in (TURNS["new image"], TURNS["new image and video"], TURNS["text"]):
-        answer = ours.generate(**inputs, **GREEDY, past_key_values=cache)
+        answer = ours.generate(**inputs, **GREEDY, **{CACHE_NAME: cache})
         assert torch.equal(answer, ours.generate(**inputs, **GREEDY))
         inputs, _ = extended(inputs, answer, parts, family, seed=len(parts))
 
@@ -564,10 +565,10 @@ def test_three_cached_turns_with_a_view_in_each(ours, family):
 def test_two_chats_with_caches_of_their_own_do_not_disturb_each_other(ours, family):
     chats = {name: inputs_of(family, name) for name in ("one image", "one video", "small image left whole")}
     caches = {name: DynamicCache() for name in chats}
-    answers = {name: ours.generate(**chats[name], **GREEDY, past_key_values=caches[name]) for name in chats}
+    answers = {name: ours.generate(**chats[name], **GREEDY, **{CACHE_NAME: caches[name]}) for name in chats}
     for name in chats:
         whole, _ = extended(chats[name], answers[name], TURNS["text"], family)
-        cached = ours.generate(**whole, **GREEDY, past_key_values=caches[name])
+        cached = ours.generate(**whole, **GREEDY, **{CACHE_NAME: caches[name]})
         assert torch.equal(cached, ours.generate(**whole, **GREEDY))
 
 
@@ -584,19 +585,19 @@ def test_an_image_behind_text_in_a_cache_after_another_chat(ours, family, with_m
     ours(**batch(family, prompt(family, 5, ("image", (1, 4, 12)), 6)))
 
     cache = DynamicCache(config=ours.config.get_text_config())
-    ours(input_ids=text, past_key_values=cache, **({"attention_mask": torch.ones_like(text)} if with_mask else {}))
-    torch.testing.assert_close(ours(**image, **mask, past_key_values=cache).logits[:, -1], expected)
+    ours(input_ids=text, **{CACHE_NAME: cache}, **({"attention_mask": torch.ones_like(text)} if with_mask else {}))
+    torch.testing.assert_close(ours(**image, **mask, **{CACHE_NAME: cache}).logits[:, -1], expected)
 
 
 @torch.no_grad()
 def test_text_is_numbered_from_the_start_whatever_came_before(ours, family):
     def answer(cache):
-        ours(input_ids=torch.tensor([[1, 5, 6, 7]]), past_key_values=cache)
-        return ours(input_ids=torch.tensor([[8]]), past_key_values=cache).logits
+        ours(input_ids=torch.tensor([[1, 5, 6, 7]]), **{CACHE_NAME: cache})
+        return ours(input_ids=torch.tensor([[8]]), **{CACHE_NAME: cache}).logits
 
     caches = [StaticCache(config=ours.config.get_text_config(), max_cache_len=64), DynamicCache()]
     expected = answer(DynamicCache())
-    ours(**batch(family, prompt(family, 5, ("image", (1, 8, 8)), 6)), past_key_values=caches[0])
+    ours(**batch(family, prompt(family, 5, ("image", (1, 8, 8)), 6)), **{CACHE_NAME: caches[0]})
     caches[0].reset()
     for cache in caches:
         torch.testing.assert_close(answer(cache), expected)

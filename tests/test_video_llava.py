@@ -24,9 +24,10 @@ from modeling_prunesid import (
     PruneSIDVideoLlavaForConditionalGeneration,
     PruneSIDVideoLlavaModel,
 )
-from modeling_prunesid.modeling_prunesid_video_llava import _IMAGE_PIXELS, frame_information
+from modeling_prunesid.modeling_prunesid_video_llava import frame_information
 from modeling_prunesid.selection_prunesid import redundancy, select_tokens
-from modeling_prunesid.sharing_prunesid import share_total
+from modeling_prunesid.budgets import share_total
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, VIDEO_LLAVA_PIXELS, cache_of
 
 
 VIDEO = 101
@@ -101,7 +102,7 @@ def full_batch(side="left"):
 
 def for_stock(inputs):
     """The same inputs by the names that the stock class of the installed version knows."""
-    return {_IMAGE_PIXELS if name == "pixel_values" else name: value for name, value in inputs.items()}
+    return {VIDEO_LLAVA_PIXELS if name == "pixel_values" else name: value for name, value in inputs.items()}
 
 
 def new_tokens(model, inputs, **kwargs):
@@ -115,7 +116,7 @@ def new_tokens(model, inputs, **kwargs):
 @torch.no_grad()
 def whole_features(stock, image_pixels, video_pixels):
     """Of each image and of each clip, all that upstream feeds."""
-    of_images = stock.model.get_image_features(**{_IMAGE_PIXELS: image_pixels}).pooler_output
+    of_images = stock.model.get_image_features(**{VIDEO_LLAVA_PIXELS: image_pixels}).pooler_output
     of_clips = stock.model.get_video_features(pixel_values_videos=video_pixels).pooler_output
     return list(of_images), list(of_clips.reshape(len(video_pixels), -1, of_clips.shape[-1]))
 
@@ -321,8 +322,8 @@ class TestGenerate:
         ids = torch.cat([output.sequences, torch.tensor([[12, 13]])], dim=1)
         expected = new_tokens(ours, {"input_ids": ids, "pixel_values_videos": clips(1)})
         for given in ({}, {"pixel_values_videos": clips(1)}):
-            cache = copy.deepcopy(output.past_key_values)
-            assert torch.equal(new_tokens(ours, {"input_ids": ids, **given}, past_key_values=cache), expected)
+            cache = copy.deepcopy(cache_of(output))
+            assert torch.equal(new_tokens(ours, {"input_ids": ids, **given}, **{CACHE_NAME: cache}), expected)
 
 
 class TestForward:

@@ -20,6 +20,7 @@ from tiny_vitcop import (
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaNextConfig, ViTCoPConfig
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 from modeling_prunesid.vitcop_prunesid import (
     cluster_quotas,
     cluster_tokens,
@@ -242,7 +243,7 @@ class TestModel:
         torch.testing.assert_close(output.logits[0, -1], logits, atol=1e-4, rtol=1e-4)
         assert output.layer_visual_tokens.tolist() == [seen]
         assert output.layer_visual_tokens.float().mean() == pytest.approx(BUDGET, abs=0.5)  # counts are rounded
-        assert [output.past_key_values.get_seq_length(i) for i in range(NUM_LAYERS)] == [n + 4 for n in seen]
+        assert [cache_of(output).get_seq_length(i) for i in range(NUM_LAYERS)] == [n + 4 for n in seen]
         assert int(output.keep_mask.sum()) == output.logits.shape[1]
 
     @pytest.mark.parametrize("side", ["left", "right"])
@@ -305,14 +306,14 @@ class TestModel:
             step = model(input_ids=torch.tensor([row]), pixel_values=images)
             for index, token in enumerate(output.sequences[0, len(row) :]):
                 torch.testing.assert_close(step.logits[:, -1], output.logits[index], atol=1e-4, rtol=1e-4)
-                step = model(input_ids=token[None, None], past_key_values=step.past_key_values)
+                step = model(input_ids=token[None, None], **{CACHE_NAME: cache_of(step)})
 
     def test_a_follow_up_on_the_cache_is_the_naive_model(self, model):
         row, images = ROWS[0], pixels(1)
         first = model.generate(torch.tensor([row]), pixel_values=images, **GREEDY, return_dict_in_generate=True)
         chat = torch.cat([first.sequences, torch.tensor([[20, 21]])], dim=1)
         got = model.generate(
-            chat, pixel_values=images, past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False
+            chat, pixel_values=images, **{CACHE_NAME: cache_of(first)}, max_new_tokens=3, do_sample=False
         )
         answer = chat[0, len(row) :].tolist()
         for token in got[0, chat.shape[1] :].tolist():
@@ -409,8 +410,8 @@ class TestPruneSIDAndInside:
 def test_a_second_image_on_a_cache_is_thinned_out_too(model):
     cache, first, second = DynamicCache(), ROWS[0], [6, *[IMAGE] * NUM_PATCHES, 20]
     with torch.no_grad():
-        one = model(torch.tensor([first]), pixel_values=pixels(2)[:1], past_key_values=cache)
-        two = model(torch.tensor([second]), pixel_values=pixels(2)[1:], past_key_values=cache)
+        one = model(torch.tensor([first]), pixel_values=pixels(2)[:1], **{CACHE_NAME: cache})
+        two = model(torch.tensor([second]), pixel_values=pixels(2)[1:], **{CACHE_NAME: cache})
     assert torch.equal(one.layer_visual_tokens, two.layer_visual_tokens)
     seen = one.layer_visual_tokens[0]
     lengths = [cache.get_seq_length(layer) for layer in range(NUM_LAYERS)]

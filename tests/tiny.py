@@ -117,3 +117,10 @@ def oracle_generate(stock, rows, pixel_values, budgets=BUDGET, side="left", **kw
     output = stock.generate(**inputs, mm_encoder_outputs={"image": features}, **kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     return sequences[:, inputs["input_ids"].shape[1] :]
+
+
+def image_features_of(output):
+    """The rows `(tokens, hidden_size)` that an output says it put into the prompt, of every image in turn."""
+    outputs = output.get("image_outputs")  # from Transformers 5.24 on
+    features = output.image_hidden_states if outputs is None else outputs.pooler_output
+    return features if isinstance(features, torch.Tensor) else torch.cat(list(features))

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 import modeling_prunesid
+from modeling_prunesid.upstream_prunesid import cache_of
 
 
 PAD, EOS, VISION_START, VISION_END, IMAGE, VIDEO = 0, 2, 91, 92, 93, 94
@@ -154,7 +155,7 @@ def positions_seen(model):
     def collect(module, args, kwargs):
         position_ids = kwargs["position_ids"]
         if position_ids is None:
-            past = kwargs["past_key_values"].get_seq_length() if kwargs.get("past_key_values") is not None else 0
+            past = cache_of(kwargs).get_seq_length() if cache_of(kwargs) is not None else 0
             batch, length = kwargs["inputs_embeds"].shape[:2]
             position_ids = torch.arange(past, past + length).expand(1, batch, -1)
         position_ids = position_ids[None] if position_ids.dim() == 2 else position_ids

@@ -9,7 +9,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid.selection_prunesid import resolve_budget
-from modeling_prunesid.tower_prunesid import resolve_layer, run_tower
+from modeling_prunesid.tower import resolve_layer, run_tower
 
 
 @dataclass

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from modeling_prunesid import PruneSIDConfig
 from modeling_prunesid.llm_pruning_prunesid import LayerInput, Reducer, prune_layers, stack_rows
 from modeling_prunesid.selection_prunesid import resolve_budget
+from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 from .encoder import replaced
 
@@ -117,11 +118,11 @@ def llm_method(plan: Plan, rule: Rule, encoder: Callable[..., AbstractContextMan
                 return _with_groups(encode(*args, **kwargs))
 
             def forward_pruned(forward, **inputs):
-                groups, cache = inputs.pop("visual_groups", None), inputs.get("past_key_values")
+                groups, cache = inputs.pop("visual_groups", None), cache_of(inputs)
                 past = 0 if cache is None else int(cache.get_seq_length())
                 if groups is None or past:
                     if groups is not None and (groups[:, past:, _IMAGE] >= 0).any():
-                        raise ValueError("past_key_values must be empty where images come, got a filled cache.")
+                        raise ValueError(f"{CACHE_NAME} must be empty where images come, got a filled cache.")
                     return forward_step(forward, **inputs)
                 output, pruning = _run_pruned(decoder, forward, inputs, groups, stages, rule)
                 for row, images in enumerate(groups[..., _IMAGE]):
@@ -159,7 +160,7 @@ def _run_pruned(
 ) -> tuple[Any, Any]:
     """Runs a whole prompt. Returns the model's output, and which columns each layer saw."""
     columns = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-    mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
+    mask, cache = inputs.get("attention_mask"), cache_of(inputs)
     is_token = torch.ones_like(groups[..., _IMAGE], dtype=torch.bool) if mask is None else mask.bool()
     with ExitStack() as stack:
         embedded = stack.enter_context(_received(decoder.layers[0], "hidden_states"))
@@ -169,7 +170,7 @@ def _run_pruned(
             reducers[place] = _reducer(decoder, rule, setting, groups, is_token, embedded, queries)
         pruning = stack.enter_context(prune_layers(decoder, columns, cache, reducers))
         output = forward(**inputs)
-    pruning.remember(output.past_key_values)
+    pruning.remember(cache_of(output))
     return output, pruning
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modeling_prunesid.tower_prunesid import run_tower
+from modeling_prunesid.tower import run_tower
 
 from .encoder import Kept, num_patches, top
 from .llm import STATED_LAYERS, Row

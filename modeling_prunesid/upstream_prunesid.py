@@ -1,0 +1,66 @@
+"""
+What the installed Transformers, from 5.18 on, calls things that it has renamed.
+
+The cache of keys and values is `past_key_values` up to 5.23 and `cache` from 5.24 on, as an argument of forwards and
+layers, among the `model_kwargs` of `generate` and as a field of outputs. Everything here reads and writes it by the
+installed name, which alone gives no warning. Callers pass either name where upstream takes both.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from transformers import VideoLlavaModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+_OLD_CACHE_NAME = "past_key_values"
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else _OLD_CACHE_NAME
+# The pixels of images for Video-LLaVA: `pixel_values_images` in 5.18, `pixel_values` in 5.23.
+VIDEO_LLAVA_PIXELS = list(inspect.signature(VideoLlavaModel.get_image_features).parameters)[1]
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """The cache among arguments by their installed names, or in an output; None where there is none."""
+    return values.get(CACHE_NAME)
+
+
+def rename_cache(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A caller's arguments, with the cache by its installed name. Both names at once are left to upstream."""
+    if CACHE_NAME == _OLD_CACHE_NAME or _OLD_CACHE_NAME not in arguments or CACHE_NAME in arguments:
+        return arguments
+    return {CACHE_NAME if name == _OLD_CACHE_NAME else name: value for name, value in arguments.items()}
+
+
+def like_upstream(upstream: Callable) -> Callable[[Callable], Callable]:
+    """
+    A decorator for a method `(self, *, ours=None, **inputs)` that overrides `upstream`. Callers see upstream's
+    arguments, as the installed Transformers has them, with ours behind them, and pass them by place or by name; the
+    method gets those that were passed, by their installed names.
+
+    Raises:
+        `TypeError`: from the decorated method, for more arguments by place than upstream takes, or one given twice.
+    """
+    signature = inspect.signature(upstream)
+    theirs = list(signature.parameters.values())
+    by_place = [parameter.name for parameter in theirs if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][1:]
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def named(self, *args, **kwargs):
+            if len(args) > len(by_place):
+                raise TypeError(f"{method.__qualname__} takes {len(by_place)} arguments by place, got {len(args)}.")
+            return method(self, **dict(zip(by_place, args)), **rename_cache(kwargs))
+
+        ours = [
+            parameter
+            for name, parameter in inspect.signature(method).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in signature.parameters
+        ]
+        # `inspect` finds it behind `named`, whose own attributes Accelerate copies to a function without `self`.
+        method.__signature__ = signature.replace(parameters=[*theirs[:-1], *ours, theirs[-1]])
+        return named
+
+    return decorate
