@@ -300,7 +300,7 @@ def test_tome_matches_the_best_pairs_of_alternating_tokens():
 @pytest.mark.parametrize("vision", [{}, DINOV2], ids=["clip", "dinov2"])
 def test_tome_block_without_merging_is_the_block_itself(vision):
     tower = build(vision=vision).model.vision_tower
-    states = torch.randn(2, 10, 32)
+    states = torch.randn(2, 10, 32, dtype=tower.dtype)
     for block in tome.find_blocks(tower):
         merging = tome.Merging(2, 10, states.device)
         expected = block(states, attention_mask=None)
@@ -309,7 +309,7 @@ def test_tome_block_without_merging_is_the_block_itself(vision):
 
 def test_tome_attention_counts_a_merged_token_as_often_as_it_stands_for():
     block = tome.find_blocks(build().model.vision_tower)[0]
-    states, merging = torch.randn(1, 5, 32), tome.Merging(1, 5, torch.device("cpu"))
+    states, merging = torch.randn(1, 5, 32, dtype=torch.float64), tome.Merging(1, 5, torch.device("cpu"))
     merging.sizes[0, 2] = 3
     repeated = torch.cat([states, states[:, 2:3], states[:, 2:3]], dim=1)
     expected = block(repeated, attention_mask=None)[:, :5]
@@ -667,7 +667,7 @@ def test_the_rows_of_attention_are_those_of_eager_attention(grouped):
     with torch.no_grad(), llm_method(lambda budget, patches: {2: budget}, rule)(model, BUDGET):
         model(**inputs, pixel_values=pixels(2))
         expected = stock(**inputs, pixel_values=pixels(2), output_attentions=True).attentions[0]
-    torch.testing.assert_close(torch.stack(found), expected[:, :, -2:].mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.stack(found).double(), expected[:, :, -2:].mean(1), rtol=1e-4, atol=1e-6)
 
 
 def run_together_and_alone(name, model, images):

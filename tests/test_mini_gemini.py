@@ -117,7 +117,7 @@ def mined_by_loops(mining, tokens, feature_map):
 def enlarged(feature_map, size):
     """Bilinear interpolation of (dim, height, width) to (dim, size, size), pixel centres at halves."""
     last = feature_map.shape[-1] - 1
-    result = torch.empty(len(feature_map), size, size)
+    result = torch.empty(len(feature_map), size, size, dtype=feature_map.dtype)
     for row in range(size):
         for column in range(size):
             y, x = ((place + 0.5) * (last + 1) / size - 0.5 for place in (row, column))
@@ -134,7 +134,7 @@ def enlarged(feature_map, size):
 def map_by_stages(model, image):
     """All stages of the ConvNeXt, one module after the other, in the resolution of the first."""
     tower = model.model.high_res_vision_tower
-    hidden, stages = tower.embeddings(image[None]), []
+    hidden, stages = tower.embeddings(image[None].to(tower.dtype)), []
     for stage in tower.encoder.stages:
         hidden = stage(hidden)
         stages.append(hidden[0])
@@ -330,7 +330,7 @@ class TestPrompts:
         output = model(input_ids=ids, labels=ids, **images)
         labels = ids[output.keep_mask][None]
         expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], labels[0, 1:])
-        torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output.loss.double(), expected, rtol=1e-5, atol=1e-5)
 
     def test_sampling_and_beams_run_on_several_sequences(self):
         model, images = build(), pixels(1)
