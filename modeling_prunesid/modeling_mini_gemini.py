@@ -79,7 +79,8 @@ class MiniGeminiModel(LlavaModel):
         The maps of all stages of the ConvNeXt, in the resolution of the first, one behind the other: images
         `(num_images, channels, height, width)` to `(num_images, sum of hidden_sizes, height / 4, width / 4)`.
         """
-        outputs = self.high_res_vision_tower(high_res_pixel_values, output_hidden_states=True, return_dict=True)
+        pixels = high_res_pixel_values.to(self.high_res_vision_tower.dtype)  # as CLIP casts its own
+        outputs = self.high_res_vision_tower(pixels, output_hidden_states=True, return_dict=True)
         stages = outputs.hidden_states[1:]
         size = stages[0].shape[-2:]
         resized = [_resize(stage, size) for stage in stages[1:]]

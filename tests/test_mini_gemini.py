@@ -58,7 +58,7 @@ def build_config(budget=BUDGET, views=None, **settings):
 def build(budget=BUDGET, views=None, **settings):
     """A random model whose answers depend on its images and end at `max_new_tokens`."""
     torch.manual_seed(0)
-    model = PruneSIDMiniGeminiForConditionalGeneration(build_config(budget, views, **settings)).eval()
+    model = PruneSIDMiniGeminiForConditionalGeneration(build_config(budget, views, **settings)).double().eval()
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(20)
         model.lm_head.weight[[0, 2, IMAGE]] = 0
@@ -71,7 +71,7 @@ def stock_twin(model):
     config = MiniGeminiConfig(
         **{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")}
     )
-    stock = MiniGeminiForConditionalGeneration(config).eval()
+    stock = MiniGeminiForConditionalGeneration(config).to(model.dtype).eval()
     stock.load_state_dict(model.state_dict())
     return stock
 
@@ -117,7 +117,7 @@ def mined_by_loops(mining, tokens, feature_map):
 def enlarged(feature_map, size):
     """Bilinear interpolation of (dim, height, width) to (dim, size, size), pixel centres at halves."""
     last = feature_map.shape[-1] - 1
-    result = torch.empty(len(feature_map), size, size)
+    result = torch.empty(len(feature_map), size, size, dtype=feature_map.dtype)
     for row in range(size):
         for column in range(size):
             y, x = ((place + 0.5) * (last + 1) / size - 0.5 for place in (row, column))
@@ -134,7 +134,7 @@ def enlarged(feature_map, size):
 def map_by_stages(model, image):
     """All stages of the ConvNeXt, one module after the other, in the resolution of the first."""
     tower = model.model.high_res_vision_tower
-    hidden, stages = tower.embeddings(image[None]), []
+    hidden, stages = tower.embeddings(image[None].to(tower.dtype)), []
     for stage in tower.encoder.stages:
         hidden = stage(hidden)
         stages.append(hidden[0])
@@ -330,7 +330,7 @@ class TestPrompts:
         output = model(input_ids=ids, labels=ids, **images)
         labels = ids[output.keep_mask][None]
         expected = torch.nn.functional.cross_entropy(output.logits[0, :-1], labels[0, 1:])
-        torch.testing.assert_close(output.loss, expected)
+        torch.testing.assert_close(output.loss.double(), expected, rtol=1e-5, atol=1e-5)
 
     def test_sampling_and_beams_run_on_several_sequences(self):
         model, images = build(), pixels(1)
@@ -425,7 +425,7 @@ class TestProcessor:
         inputs = processor(images=[picture(0), picture(1)], text="<image> word7 <image> word8", return_tensors="pt")
         expected = processor.image_processor([picture(0), picture(1)], return_tensors="pt")["pixel_values"]
         assert torch.equal(inputs["high_res_pixel_values"], expected)
-        torch.testing.assert_close(inputs["pixel_values"], avg_pool2d(expected, 2))
+        torch.testing.assert_close(inputs["pixel_values"], avg_pool2d(expected, 2), rtol=1e-5, atol=1e-5)
         assert int((inputs["input_ids"] == IMAGE).sum()) == 2 * NUM_PATCHES
 
     def test_a_wide_picture_is_padded_to_a_square(self):
@@ -439,8 +439,8 @@ class TestProcessor:
         reduced = avg_pool2d(inputs["high_res_pixel_values"], 2)[0]
         tiles = [reduced[:, y : y + LOW, x : x + LOW] for y in (0, LOW) for x in (0, LOW)]
         assert inputs["high_res_pixel_values"].shape == (1, 3, 2 * HIGH, 2 * HIGH)
-        torch.testing.assert_close(inputs["pixel_values"][0, :4], torch.stack(tiles))
-        torch.testing.assert_close(inputs["pixel_values"][0, 4], avg_pool2d(reduced, 2))
+        torch.testing.assert_close(inputs["pixel_values"][0, :4], torch.stack(tiles), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(inputs["pixel_values"][0, 4], avg_pool2d(reduced, 2), rtol=1e-5, atol=1e-5)
         assert int((inputs["input_ids"] == IMAGE).sum()) == 5 * NUM_PATCHES
 
     @pytest.mark.parametrize("views", [{}, HD], ids=["one view", "HD"])

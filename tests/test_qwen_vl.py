@@ -658,7 +658,7 @@ def test_loss_is_the_mean_over_the_kept_columns_and_gradients_reach_every_part(o
     output = ours(**inputs, labels=labels)
     short = oracle_inputs(ours, stock, inputs)
     expected = stock(**short, labels=short["input_ids"])
-    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-5)
     output.loss.backward()
     for part in (ours.model.visual.merger, ours.model.visual.patch_embed, ours.model.language_model.layers[0]):
         assert all(parameter.grad is not None for parameter in part.parameters())

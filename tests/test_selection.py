@@ -249,7 +249,7 @@ def test_non_finite_tokens_leave_the_others_alone(variant):
         else:
             assert torch.equal(out.groups[0, good], alone.groups[0]) and (out.groups[0, bad] == -1).all()
         assert (out.scores[0, bad] == -math.inf).all()
-        torch.testing.assert_close(out.rho, alone.rho)
+        torch.testing.assert_close(out.rho, alone.rho, rtol=1e-4, atol=1e-5)
         assert select(spoilt, 58, variant).indices[0].tolist() == sorted([*good.tolist(), 0])
 
 
@@ -421,15 +421,17 @@ def test_the_eigensolver_falls_back_to_the_exact_one_without_decay(monkeypatch):
     gram = features @ features.T
     exact = torch.linalg.eigh(gram)
     assert torch.equal(eigenvalues, exact.eigenvalues.flip(0)[:8])
-    torch.testing.assert_close(eigenvectors, gram @ exact.eigenvectors.flip(1)[:, :8] / eigenvalues)
+    torch.testing.assert_close(
+        eigenvectors, gram @ exact.eigenvectors.flip(1)[:, :8] / eigenvalues, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_the_eigensolver_finds_no_more_components_than_there_are(monkeypatch):
     features = torch.tensor([3.0, 2.0, 1.0]).diag().repeat(100, 5)
     eigenvalues, eigenvectors, _ = eigensolver_sizes(monkeypatch, features, 8)
-    torch.testing.assert_close(eigenvalues[:3], 500 * torch.tensor([9.0, 4.0, 1.0]))
+    torch.testing.assert_close(eigenvalues[:3], 500 * torch.tensor([9.0, 4.0, 1.0]), rtol=1e-4, atol=0)
     assert eigenvalues[3:].abs().max() < 300 * torch.finfo(torch.float32).eps * eigenvalues[0]
-    torch.testing.assert_close(eigenvectors[:, :3].abs(), 0.1 * torch.eye(3).repeat(100, 1))
+    torch.testing.assert_close(eigenvectors[:, :3].abs(), 0.1 * torch.eye(3).repeat(100, 1), rtol=0, atol=1e-5)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -54,7 +54,7 @@ def build_config(budget=BUDGET, vision=None, text=None, **settings):
 def build(budget=BUDGET, seed=0, **config):
     """A random model of ours whose answers depend on its images and end at `max_new_tokens`."""
     torch.manual_seed(seed)
-    model = PruneSIDLlavaForConditionalGeneration(build_config(budget, **config)).eval()
+    model = PruneSIDLlavaForConditionalGeneration(build_config(budget, **config)).double().eval()
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(20)
         model.lm_head.weight[[PAD, EOS, IMAGE]] = 0  # never the best of 120 random logits

@@ -80,14 +80,14 @@ def build(family, budget=0.25, min_budget=4, **settings):
     torch.manual_seed(0)
     settings = {"budget": budget, "min_budget": min_budget, **settings}
     config = our_class(family, "Config")(**fields(family), prunesid_config=settings)
-    model = our_class(family)(config).eval()
+    model = our_class(family)(config).double().eval()
     with torch.no_grad():
         model.lm_head.weight[[PAD, EOS, VISION_START, VISION_END, IMAGE, VIDEO]] = 0
     return model
 
 
 def stock_twin(model, family):
-    stock = stock_class(family)(stock_class(family, "Config")(**fields(family))).eval()
+    stock = stock_class(family)(stock_class(family, "Config")(**fields(family))).to(model.dtype).eval()
     stock.load_state_dict(model.state_dict())
     return stock
 
