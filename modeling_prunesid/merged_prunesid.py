@@ -7,7 +7,8 @@ import torch
 from transformers import PretrainedConfig
 
 from .configuration_prunesid import check_budget, refuse_cls
-from .selection_prunesid import information_budgets, redundancy, resolve_budget, select_tokens
+from .select_tokens import select_tokens
+from .selection import information_budgets, redundancy, resolve_budget
 from .sharing_prunesid import share_total
 from .views_prunesid import listed_budgets
 

@@ -15,7 +15,7 @@ from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixi
 from .configuration_prunesid import PruneSIDLlavaConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_prunesid import PruneSIDLlavaProcessor
-from .selection_prunesid import resolve_budget
+from .selection import resolve_budget
 from .tower_prunesid import resolve_layer, run_tower
 from .views_prunesid import choose_tokens, project_if_compared, requested_budgets
 from .vitcop_prunesid import plan_counts, scaled_layers

@@ -24,7 +24,7 @@ from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixi
 from .configuration_prunesid import PruneSIDLlavaNextConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
-from .selection_prunesid import resolve_budget
+from .selection import resolve_budget
 from .sharing_prunesid import choose_tokens_of_views, request_budgets
 from .tower_prunesid import resolve_layer, run_tower
 from .views_prunesid import project_if_compared

@@ -15,7 +15,7 @@ from .configuration_prunesid_mini_gemini import PruneSIDMiniGeminiConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
 from .processing_prunesid_mini_gemini import PruneSIDMiniGeminiProcessor
-from .selection_prunesid import resolve_budget
+from .selection import resolve_budget
 from .views_prunesid import choose_tokens, project_if_compared, requested_budgets
 
 

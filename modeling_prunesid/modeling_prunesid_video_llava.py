@@ -26,7 +26,7 @@ from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixi
 from .configuration_prunesid import PruneSIDVideoLlavaConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_prunesid_video_llava import PruneSIDVideoLlavaProcessor
-from .selection_prunesid import redundancy, resolve_budget
+from .selection import redundancy, resolve_budget
 from .sharing_prunesid import SharedBudgets, choose_tokens_of_views, request_budgets
 from .tower_prunesid import resolve_layer, run_tower
 from .views_prunesid import project_if_compared

@@ -15,7 +15,7 @@ from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixi
 from .configuration_vitcop import ViTCoPLlavaConfig
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_vitcop_llava import ViTCoPLlavaProcessor
-from .selection_prunesid import resolve_budget
+from .selection import resolve_budget
 from .tower_prunesid import resolve_layer, run_tower
 from .views_prunesid import requested_budgets
 from .vitcop_prunesid import (

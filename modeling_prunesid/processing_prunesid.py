@@ -11,7 +11,7 @@ from transformers import LlavaProcessor, PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
 from .configuration_prunesid import check_budget
-from .selection_prunesid import resolve_budget
+from .selection import resolve_budget
 
 
 class PruneSIDImagesKwargs(ImagesKwargs, total=False):

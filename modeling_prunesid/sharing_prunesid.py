@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from .configuration_prunesid import check_budget
-from .selection_prunesid import redundancy, resolve_budget
+from .selection import redundancy, resolve_budget
 from .views_prunesid import choose_tokens, listed_budgets
 
 

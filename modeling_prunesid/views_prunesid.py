@@ -6,7 +6,8 @@ import torch
 from transformers import PretrainedConfig
 
 from .configuration_prunesid import check_budget
-from .selection_prunesid import information_budgets, redundancy, resolve_budget, select_tokens
+from .select_tokens import select_tokens
+from .selection import information_budgets, redundancy, resolve_budget
 
 
 def listed_budgets(

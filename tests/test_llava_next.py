@@ -36,7 +36,8 @@ from modeling_prunesid import (
     PruneSIDLlavaNextProcessor,
 )
 from modeling_prunesid.anyres_prunesid import NEWLINE, PackedImage
-from modeling_prunesid.selection_prunesid import redundancy, select_tokens
+from modeling_prunesid.select_tokens import select_tokens
+from modeling_prunesid.selection import redundancy
 from modeling_prunesid.sharing_prunesid import share_total
 
 
