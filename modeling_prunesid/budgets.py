@@ -1,14 +1,18 @@
 """From a configuration to the kept tokens of each view (image, tile, crop or frame): budgets, and who gets them."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
+from .checks import resolve_budget
 from .configuration_prunesid import check_budget
-from .selection_prunesid import information_budgets, redundancy, resolve_budget, select_tokens
+from .context import Context, counts_on
+from .methods import method_of
+from .selection import information_budgets, redundancy
 
 
 class View(NamedTuple):
@@ -149,103 +153,122 @@ def share_total(total: int, weights: Sequence[float], num_tokens: Sequence[int],
     return shares
 
 
-def frame_information(frames: Sequence[torch.Tensor]) -> list[float]:
+def view_information(views: torch.Tensor, lengths: list[int], first_views: list[int]) -> list[float]:
     """
-    What each frame of a clip shows: its information score 1 - rho (section 3.4), but no more than its change, the mean
-    cosine distance of its patches to the same patches of the frame before. This is ours: a static frame has none.
+    The information score 1 - rho of each view (section 3.4).
 
     Args:
-        frames (`list[torch.Tensor]`, each of shape `(patches, dim)`).
+        views (`torch.Tensor` of shape `(views, tokens, dim)`), lengths (`list[int]`): features, padded.
+        first_views (`list[int]`): which views are the first of an input.
     """
-    frames = torch.stack(list(frames))
-    scores = 1 - redundancy(frames)
-    directions = torch.nn.functional.normalize(frames.float(), dim=-1)
+    return [1 - rho for rho in redundancy(views, lengths).tolist()]
+
+
+def frame_information(views: torch.Tensor, lengths: list[int], first_views: list[int]) -> list[float]:
+    """
+    What each frame of a clip shows: its information score 1 - rho, but no more than its change, the mean cosine
+    distance of its patches to the same patches of the frame before. This is ours: a static frame has none. Arguments
+    are those of `view_information`, for frames of equal lengths.
+    """
+    scores = 1 - redundancy(views, lengths)
+    directions = torch.nn.functional.normalize(views.float(), dim=-1)
     change = 1 - (directions[1:] * directions[:-1]).sum(-1).mean(-1)
-    return [float(scores[0]), *torch.minimum(scores[1:], change.nan_to_num(0)).tolist()]
-
-
-def view_information(views: Sequence[torch.Tensor]) -> list[float]:
-    """The information score 1 - rho of each view (section 3.4), from features `(tokens, dim)`; 0 of an empty one."""
-    return [1 - float(redundancy(view[None])) if len(view) else 0.0 for view in views]
+    changed = torch.minimum(scores[1:], change.nan_to_num(0)).tolist()
+    scores = scores.tolist()
+    return [scores[view] if view in first_views else changed[view - 1] for view in range(len(views))]
 
 
 def choose_tokens(
     settings: PretrainedConfig,
-    views: Sequence[torch.Tensor],
-    num_tokens: Sequence[int],
-    total: int,
-    rule: str,
+    views: torch.Tensor,
+    lengths: list[int],
+    num_tokens: Sequence[Sequence[int]],
+    budgets: Budgets,
     *,
     full_view: int | None = None,
     extra_kept: int = 0,
-    lambda_of_a_share: float | None = None,
-    cls_attention: Sequence[torch.Tensor] | None = None,
-    projected: Sequence[torch.Tensor] | None = None,
-    information=view_information,
-) -> list[torch.LongTensor]:
+    lambda_of_share: bool = False,
+    cls_attention: torch.Tensor | None = None,
+    projected: torch.Tensor | None = None,
+    information: Callable = view_information,
+) -> tuple[torch.LongTensor, list[int]]:
     """
-    The kept tokens of each view of one input.
+    The kept tokens of all views of several inputs.
 
     Args:
         settings (`PruneSIDConfig`).
-        views (`list[torch.Tensor]`, each of shape `(tokens, dim)`): the features that are compared, of each view.
-        num_tokens (`list[int]`), full_view (`int`), extra_kept (`int`): this input's, as given to `request_budgets`.
-        total (`int`), rule (`str`): this input's, of [`Budgets`].
-        lambda_of_a_share (`float`, *optional*):
-            lambda is this factor times N/T where `settings` have none, in place of N/32.
-        cls_attention (`list[torch.Tensor]`, each of shape `(tokens,)`, *optional*): for `score="cls_attention"`.
-        projected (`list[torch.Tensor]`, each of shape `(tokens, hidden_size)`, *optional*):
-            The tokens as the language model would get them, where the method compares these.
-        information (`Callable`): from `views` to the scores that a total is shared by with rule `"information"`.
+        views (`torch.Tensor` of shape `(views, tokens, dim)`): the features that are compared, padded.
+        lengths (`list[int]`): how many of them each view has.
+        num_tokens (`list[list[int]]`), full_view (`int`), extra_kept (`int`): as given to `request_budgets`.
+        budgets ([`Budgets`]).
+        lambda_of_share (`bool`): lambda is 18 N/T where `settings` have none, in place of N/32.
+        cls_attention (`torch.Tensor` of shape `(views, tokens)`, *optional*): for methods that read it.
+        projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*): for methods that read it.
+        information (`Callable`): the scores that a total is shared by with rule `"information"`.
 
     Returns:
-        `list[torch.LongTensor]`: ascending indices of the kept tokens of each view; none of a view of no more than
-        `extra_kept` tokens.
+        Ascending indices `(views, largest N)` into the tokens of each view, padded with `tokens`, and N of each view.
     """
     settings.check()
-    if rule == "reference":
-        shares = nominal_budgets(settings, settings.budget, num_tokens, full_view)
-    else:
-        weights = information(views) if rule == "information" else [1.0] * len(num_tokens)
-        shares = share_total(total, weights, num_tokens, minimum=extra_kept + 1)
-    kept = []
-    for index, (view, share) in enumerate(zip(views, shares)):
-        if num_tokens[index] <= extra_kept:
-            kept.append(torch.empty(0, dtype=torch.long, device=view.device))
-            continue
-        if rule == "reference":
-            share = _adjusted_budget(settings, view, share, len(view) + extra_kept)
-        count = min(share - extra_kept, len(view))
-        if count < 1:
+    all_tokens = list(itertools.chain(*num_tokens))
+    shares = _shares(settings, views, lengths, num_tokens, budgets, full_view, extra_kept, information)
+    counts = [
+        0 if tokens <= extra_kept else min(share - extra_kept, length)
+        for share, tokens, length in zip(shares, all_tokens, lengths)
+    ]
+    for share, count, tokens in zip(shares, counts, all_tokens):
+        if count < 1 and tokens > extra_kept:
             raise ValueError(
                 f"prunesid_config.budget must exceed the {extra_kept} tokens that are kept besides the patches, got "
-                f"{share}. Raise it{', or min_budget,' if rule == 'reference' else ''} to at least {extra_kept + 1}."
+                f"{share}. Raise it{', or min_budget,' if budgets.rule == 'reference' else ''} to at least "
+                f"{extra_kept + 1}."
             )
-        nms_lambda = settings.nms_lambda
-        if nms_lambda is None and lambda_of_a_share is not None:
-            nms_lambda = lambda_of_a_share * count / len(view)
-        selection = select_tokens(
-            view[None],
-            count,
-            cls_attention=None if cls_attention is None else cls_attention[index][None],
-            projected=None if projected is None else projected[index][None],
-            num_groups=settings.num_groups,
-            nms_lambda=nms_lambda,
-            score=settings.score,
-            center=settings.center,
-            quota=settings.quota,
-            grouping=settings.grouping,
-            seed=settings.seed,
+    chosen = [view for view, (count, length) in enumerate(zip(counts, lengths)) if 0 < count < length]
+    most, device = max(counts), views.device
+    indices = torch.arange(most, device=device).expand(len(views), -1)
+    if chosen:
+        everything = len(chosen) == len(views)
+        rows = None if everything else torch.tensor(chosen).to(device, non_blocking=True)
+
+        def part(values):
+            return values if values is None or everything else values.index_select(0, rows)
+
+        chosen_counts = [counts[view] for view in chosen]
+        context = Context(
+            counts=chosen_counts,
+            lengths=None if set(lengths) == {views.shape[1]} else [lengths[view] for view in chosen],
             extra_kept=extra_kept,
+            lambda_of_share=lambda_of_share,
+            cls_attention=part(cls_attention),
+            projected=part(projected),
         )
-        kept.append(selection.indices[0])
-    return kept
+        selection = method_of(settings.method)(part(views), counts_on(device, chosen_counts), settings, context)
+        kept = torch.nn.functional.pad(selection.indices, (0, most - selection.indices.shape[1]))
+        indices = kept if everything else indices.index_copy(0, rows, kept)
+    return indices, counts
 
 
-def _adjusted_budget(settings: PretrainedConfig, view: torch.Tensor, budget: int, num_tokens: int) -> int:
-    """N' of a view by its information (section 3.4)."""
-    bounds = {"minimum": settings.min_budget, "maximum": settings.max_budget}
-    adjusted = information_budgets(
-        redundancy(view[None]), budget, num_tokens, settings.reference_information, **bounds
-    )
-    return int(adjusted)
+def _shares(
+    settings, views, lengths, num_tokens, budgets: Budgets, full_view, extra_kept: int, information: Callable
+) -> list[int]:
+    """N of each view, with what is kept besides. Looks at the features only where budgets follow information."""
+    if budgets.rule == "reference":
+        nominal = itertools.chain(*(nominal_budgets(settings, settings.budget, own, full_view) for own in num_tokens))
+        bounds = {"minimum": settings.min_budget, "maximum": settings.max_budget}
+        rho = redundancy(views, lengths)
+        adjusted = [
+            information_budgets(rho[view], budget, length + extra_kept, settings.reference_information, **bounds)
+            for view, (budget, length) in enumerate(zip(nominal, lengths))
+            if length
+        ]
+        adjusted = iter(torch.stack(adjusted).tolist())
+        return [next(adjusted) if length else 0 for length in lengths]
+    weights = [1.0] * len(lengths)
+    if budgets.rule == "information":
+        firsts = list(itertools.accumulate(map(len, num_tokens), initial=0))
+        weights = information(views, lengths, firsts)
+    shares, first = [], 0
+    for own, total in zip(num_tokens, budgets.totals):
+        shares += share_total(total, weights[first : first + len(own)], own, minimum=extra_kept + 1)
+        first += len(own)
+    return shares

@@ -4,9 +4,10 @@ import math
 import numbers
 from typing import Any
 
-import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, __version__
+
+from .methods import check_method, method_of_saved, needs_of, options_of
 
 
 def is_integer(value: Any) -> bool:
@@ -44,6 +45,8 @@ def optional_name():
     return lambda value: value is None or (isinstance(value, str) and value != ""), "a non-empty string or None"
 
 
+# Fields of 0.1.0, which became methods and their settings, or classes of their own.
+_RETIRED = ("score", "center", "quota", "keep_cls", "grouping", "seed", "llm_budget")
 # field: (is it valid?, what is valid)
 _RULES = {
     "num_groups": optional_count(),
@@ -60,13 +63,9 @@ _RULES = {
     ),
     "min_budget": optional_count(),
     "max_budget": optional_count(),
-    "score": _one_of("component", "cls_attention"),
-    "center": _one_of("tokens", "features"),
-    "quota": _one_of("proportional", "bounded", "spread"),
-    "keep_cls": (lambda value: isinstance(value, bool), "True or False"),
-    "grouping": _one_of("psca", "kmeans", "random"),
+    "method": (lambda value: isinstance(value, str), "the name of a method, for example 'paper'"),
+    "method_settings": (lambda value: value is None or isinstance(value, dict), "a dict or None"),
     "mrope_positions": _one_of("original", "contiguous"),
-    "seed": (lambda value: is_integer(value) and value >= 0, "an integer of at least 0"),
     "base_model_name_or_path": optional_name(),
     "base_model_revision": optional_name(),
 }
@@ -107,7 +106,7 @@ class NestedSettings(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The settings alone, without the fields that Transformers gives to every configuration."""
         fields = {"budget": self.budget, **{name: getattr(self, name) for name in self._rules}}
-        return {"model_type": self.model_type, "transformers_version": transformers.__version__, **fields}
+        return {"model_type": self.model_type, "transformers_version": __version__, **fields}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -142,24 +141,17 @@ class PruneSIDConfig(NestedSettings):
             Bounds of the dynamic budget of a view, in tokens; none with `budget_scope="image"`, whose totals are
             exact. A share of a view never stands for fewer tokens than `min_budget` either. In Qwen-VL it is 16 by
             default, so that a view of up to 16 tokens is left whole (release).
-        score (`"component"` or `"cls_attention"`, defaults to `"component"`):
-            What ranks the tokens of a group: |V| of equation 3, or the attention that the CLS token pays (the authors'
-            release).
-        center (`"tokens"` or `"features"`, defaults to `"tokens"`):
-            Axis whose mean is removed before the decomposition: over tokens (equation 1), or over features (release).
-        quota (`"proportional"`, `"bounded"` or `"spread"`, defaults to `"proportional"`):
-            Group quotas: proportional to the survivors (section 3.3), or bounded from below and above (release).
-            `"spread"` (ours) takes neither groups nor NMS into account: tokens follow by score and by the distance,
-            projected as the language model gets them, to those already kept. All tokens are projected for it.
-        keep_cls (`bool`, defaults to `False`):
-            Let the tower's CLS token be one of the N (release).
-        grouping (`"psca"`, `"kmeans"` or `"random"`, defaults to `"psca"`):
-            How tokens are grouped (table 5).
+        method (`str`, defaults to `"paper"`):
+            How tokens are chosen: `"paper"`, as section 3 has it; `"release"`, as its authors' code does; `"spread"`
+            (ours), by score and by the distance, projected as the language model gets them, to those already kept.
+        method_settings (`dict`, *optional*):
+            What belongs to one method. paper: `grouping` (`"psca"`, or `"kmeans"` and `"random"` of table 5) and
+            `seed`. release: these, `score` (`"cls_attention"` or `"component"`), `center` (`"features"` or
+            `"tokens"`), `quota` (`"bounded"` or `"proportional"`) and `keep_cls`, whether CLS is one of the N. spread:
+            `score`, `center` and `keep_cls`.
         mrope_positions (`"original"` or `"contiguous"`, defaults to `"original"`):
             For models with three-dimensional positions (Qwen-VL): every token keeps the position that it has in the
             full prompt, or the short prompt is numbered through like text. Other models always number it through.
-        seed (`int`, defaults to 0):
-            Seed of the random grouping and of the start of k-means.
         base_model_name_or_path, base_model_revision (`str`, *optional*):
             The checkpoint that a thin variant, which has no weights of its own, takes them from.
 
@@ -180,26 +172,32 @@ class PruneSIDConfig(NestedSettings):
     reference_information: int | float | None = None
     min_budget: int | None = None
     max_budget: int | None = None
-    score: str = "component"
-    center: str = "tokens"
-    quota: str = "proportional"
-    keep_cls: bool = False
-    grouping: str = "psca"
+    method: str = "paper"
+    method_settings: dict | None = None
     mrope_positions: str = "original"
-    seed: int = 0
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
 
-    def __post_init__(self, llm_budget=None, **kwargs):
+    def __post_init__(self, **kwargs):
+        retired = {name: kwargs.pop(name) for name in _RETIRED if name in kwargs and name not in self._rules}
         # A field of 0.1.0, saved as null with every model.
-        if llm_budget is not None and "llm_budget" not in self._rules:
+        if retired.pop("llm_budget", None) is not None:
             raise ValueError(
-                f"prunesid_config.llm_budget must be None for this model, got {llm_budget!r}: tokens are dropped "
-                "inside the language model by LayerPrunedLlavaForConditionalGeneration. Load the model with it."
+                "prunesid_config.llm_budget must be None for this model: tokens are dropped inside the language model "
+                "by LayerPrunedLlavaForConditionalGeneration. Load the model with it."
+            )
+        if retired and self.method == "paper" and not self.method_settings:
+            self.method, settings = method_of_saved(retired)
+            self.method_settings = settings or None
+        elif retired:
+            raise ValueError(
+                f"prunesid_config has {', '.join(retired)} of version 0.1.0 beside method={self.method!r}, "
+                f"method_settings={self.method_settings!r}. Write them into method and method_settings."
             )
         super().__post_init__(**kwargs)
 
     def check(self) -> None:
+        check_method(self.method, self.method_settings)
         if self.min_budget is not None and self.max_budget is not None and self.min_budget > self.max_budget:
             raise ValueError(
                 f"prunesid_config.min_budget={self.min_budget} exceeds max_budget={self.max_budget}. Swap them."
@@ -259,9 +257,16 @@ class NestsPruneSIDConfig:
 
 def refuse_cls(settings: PretrainedConfig, reason: str) -> None:
     """Raise a `ValueError` for settings that need a CLS token, of a model that has none to give."""
-    for name, refused, instead in (("score", "cls_attention", "component"), ("keep_cls", True, False)):
-        if getattr(settings, name) == refused:
-            raise ValueError(f"prunesid_config.{name} must be {instead!r} for this model, got {refused!r}: {reason}.")
+    if "cls_attention" in needs_of(settings):
+        raise ValueError(
+            f"prunesid_config.method={settings.method!r} ranks tokens by CLS attention, which this model has not: "
+            f"{reason}. Set method_settings={{'score': 'component'}}, or method='paper'."
+        )
+    if options_of(settings).get("keep_cls"):
+        raise ValueError(
+            f"prunesid_config.method_settings has keep_cls=True, but this model has no CLS token to keep: {reason}. "
+            "Set it to False."
+        )
 
 
 __all__ = ["PruneSIDConfig"]

@@ -12,35 +12,63 @@ from typing import Any
 import torch
 
 from .budgets import Budgets, View, choose_tokens, request_budgets, view_information
+from .methods import needs_of, options_of
 from .tower import TowerStates, count_prefix, project_rows, resolve_layer, watch_tower
 
 
 def as_views(views: list[int] | list[View]) -> list[View]:
     """Views given by their lengths, one behind the other, as [`View`]s."""
     if views and isinstance(views[0], int):
-        rows = torch.arange(sum(views)).split(views)
-        return [View(part) for part in rows]
+        return [View(rows) for rows in torch.arange(sum(views)).split(views)]
     return list(views)
 
 
-def with_rows(output: Any, images: list[torch.Tensor], kept: list[torch.LongTensor]) -> Any:
+def table_of(rows: list[torch.LongTensor]) -> torch.LongTensor:
+    """Rows of several views as one table `(views, longest)`, on the host; shorter ones repeat row 0."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def rows_of(table: torch.LongTensor, indices: torch.LongTensor, counts: list[int]) -> torch.LongTensor:
     """
-    Upstream's output with some rows of each input alone, and which ones they are.
+    The entries of `table` that were chosen, one view behind the other, without a wait for the device.
 
     Args:
-        output (`ModelOutput`): upstream's.
-        images (`list[torch.Tensor]`, each of shape `(T, hidden_size)`): the features of each input.
-        kept (`list[torch.LongTensor]`): ascending rows of each.
+        table (`torch.LongTensor` of shape `(views, tokens)`): on the host.
+        indices (`torch.LongTensor` of shape `(views, largest N)`), counts (`list[int]`): of `choose_tokens`.
     """
-    sizes = [len(image) for image in images]
-    output.pooler_output = [image[rows] for image, rows in zip(images, kept)]
-    if output.get("deepstack_features") is not None:
-        output.deepstack_features = [
-            [view[rows.to(view.device)] for view, rows in zip(torch.cat(list(layer)).split(sizes), kept)]
-            for layer in output.deepstack_features
-        ]
-    output["keep_indices"], output["num_placeholders"] = kept, sizes
-    return output
+    device, width = indices.device, indices.shape[1]
+    chosen = table.to(device, non_blocking=True).gather(1, indices.clamp(max=table.shape[1] - 1)).flatten()
+    if set(counts) == {width}:
+        return chosen
+    slots = torch.cat([torch.arange(count) + view * width for view, count in enumerate(counts)])
+    return chosen[slots.to(device, non_blocking=True)]
+
+
+def keep_rows(features: list[torch.Tensor], rows: torch.LongTensor, counts: list[int], cls=None):
+    """
+    The kept rows of the features `(T, hidden_size)` of several inputs, in order.
+
+    Args:
+        rows (`torch.LongTensor`): kept rows of all inputs, counted through, in any order.
+        counts (`list[int]`): how many of each input, with its CLS tokens.
+        cls (`tuple`, *optional*):
+            Features `(cls, hidden_size)` of CLS tokens, which have no row, and the row `(cls,)` that each comes before.
+
+    Returns:
+        Features `(N, hidden_size)`, and indices `(N,)` into its T rows, -1 for a CLS token, of each input.
+    """
+    whole, device = torch.cat(features), rows.device
+    starts = torch.tensor([0, *map(len, features[:-1])]).cumsum(0).repeat_interleave(torch.tensor(counts))
+    starts = starts.to(device, non_blocking=True)
+    if cls is None:
+        rows = rows.sort().values
+        return whole[rows].split(counts), (rows - starts).split(counts)
+    cls_features, places = cls
+    order = torch.cat([2 * places.to(device), 2 * rows + 1]).argsort(stable=True)
+    kept = torch.cat([cls_features.to(device), whole[rows]])[order]
+    is_cls = order < len(places)
+    indices = torch.cat([torch.zeros_like(places, device=device), rows])[order] - starts
+    return kept.split(counts), indices.masked_fill(is_cls, -1).split(counts)
 
 
 class TowerEncoding:
@@ -59,7 +87,7 @@ class TowerEncoding:
         if self.keeps_fed:  # a PruneSIDConfig
             model.config.check_settings()
         self.projector = getattr(model, model.projector)
-        self.lambda_of_a_share = model.lambda_of_a_share
+        self.lambda_of_share = model.lambda_of_share
         self.information = model.video_information if modality == "video" else view_information
         self.tower = getattr(model, model.towers[modality]) if model.towers else None
         self.num_prefix = self.num_fed = 0  # tokens before the patches: in the tower, and fed to the language model
@@ -75,8 +103,11 @@ class TowerEncoding:
         self.budgets: Budgets | None = request_budgets(
             self.settings, num_visual_tokens, self.num_tokens, self.full_view, self.num_extra
         )
-        # The kept patches of each view of each input; None for an input that keeps all of its tokens.
-        self.kept: list[list[torch.LongTensor] | None] = []
+        # An input that keeps all of its tokens keeps those of no view as well.
+        self.is_whole = [
+            self.budgets is not None and self.budgets.rule != "reference" and total >= sum(own)
+            for own, total in zip(self.num_tokens, self.budgets.totals if self.budgets is not None else ())
+        ]
 
     def _lay_out(self, views: list[int] | list[View]) -> list[View]:
         """Views given by their patches, each behind the tokens before them, as [`View`]s."""
@@ -113,12 +144,12 @@ class TowerEncoding:
                 f"{self.tower.config.model_type} tower: it has no CLS token. Set it to 'full'."
             )
         if self.keeps_cls and not self.num_prefix:
-            raise ValueError("prunesid_config.keep_cls=True needs a vision tower with a CLS token. Set it to False.")
+            raise ValueError("prunesid_config.method_settings has keep_cls=True, which needs a vision tower with a CLS token. Set it to False.")
 
     @property
     def keeps_cls(self) -> bool:
         """Whether the CLS token of a view is one of its N."""
-        return self.settings.keep_cls
+        return options_of(self.settings).get("keep_cls", False)
 
     # Tokens before the patches that upstream feeds to the language model (CLS of a frame, registers) stay within N.
     keeps_fed = True
@@ -126,12 +157,12 @@ class TowerEncoding:
     @property
     def needs_cls_attention(self) -> bool:
         """Whether tokens are ranked by the attention that the CLS token pays."""
-        return self.settings.score == "cls_attention"
+        return "cls_attention" in needs_of(self.settings)
 
     @property
     def compares_projected(self) -> bool:
         """Whether tokens are compared as the language model would get them, so that all of them are projected."""
-        return self.settings.quota == "spread"
+        return "projected" in needs_of(self.settings)
 
     @property
     def runs_whole(self) -> bool:
@@ -188,86 +219,95 @@ class TowerEncoding:
         if self.compares_projected:
             with torch.no_grad():
                 # One view at a time, because matrix products round differently in other batch sizes.
-                projected = torch.cat([self.projector(view) for view in features[:, -compared.shape[1] :].split(1)])
+                patches = features[:, -compared.shape[1] :].split(1)
+                projected = torch.cat([self.projector(view) for view in patches])
         self._choose(compared, attention, projected)
 
-        length, rows, first = features.shape[1], [], 0
-        extra, before_patches = torch.arange(self.num_extra, device=features.device), self.num_fed + self.has_own_cls
-        for own, kept in zip(self.views, self.kept):
-            before = extra if kept is not None else extra[self.num_extra - self.num_fixed :]
-            for index, view in enumerate(own):
-                patches = view.patches if kept is None else kept[index]
-                if len(view.rows):
-                    start = (first + index) * length
-                    rows += [before + start, patches.to(features.device) + start + before_patches]
-            first += len(own)
-        return features, torch.cat(rows)
+        views, length = list(itertools.chain(*self.views)), features.shape[1]
+        starts = [view * length for view in range(len(views))]
+        table = table_of([view.patches + start + self.num_prefix_rows for view, start in zip(views, starts)])
+        rows = [rows_of(table, self.indices, self.counts)]
+        whole_of_view = [whole for own, whole in zip(self.views, self.is_whole) for _ in own]
+        first_extra = [self.has_own_cls if whole else 0 for whole in whole_of_view]
+        extra = [
+            torch.arange(start + first, start + self.num_extra)
+            for view, start, first in zip(views, starts, first_extra)
+            if len(view.rows)
+        ]
+        if self.num_extra:
+            rows.append(torch.cat(extra).to(features.device, non_blocking=True))
+            return features, torch.cat(rows).sort().values
+        return features, rows[0]
+
+    @property
+    def num_prefix_rows(self) -> int:
+        """How many rows of the projector's features come before the patches of a view."""
+        return self.num_fed + self.has_own_cls
 
     def _choose(
         self, compared: torch.Tensor, attention: torch.Tensor | None = None, projected: torch.Tensor | None = None
     ) -> None:
         """Chooses the patches of each view, from what is compared of all patches `(views, patches, dim)`."""
-        first = 0
-        for own, num_tokens, total in zip(self.views, self.num_tokens, self.budgets.totals):
-            shown = [view.patches.to(compared.device) for view in own]
-
-            def of_views(features, first=first, shown=shown):
-                return None if features is None else [features[first + i][rows] for i, rows in enumerate(shown)]
-
-            kept = None
-            if self.budgets.rule == "reference" or total < sum(num_tokens):
-                chosen = choose_tokens(
-                    self.settings,
-                    of_views(compared),
-                    num_tokens,
-                    total,
-                    self.budgets.rule,
-                    full_view=self.full_view,
-                    extra_kept=self.num_extra,
-                    lambda_of_a_share=self.lambda_of_a_share,
-                    cls_attention=of_views(attention),
-                    projected=of_views(projected),
-                    information=self.information,
-                )
-                kept = [patches[rows] for patches, rows in zip(shown, chosen)]
-            self.kept.append(kept)
-            first += len(own)
+        views = list(itertools.chain(*self.views))
+        lengths = [len(view.patches) for view in views]
+        if set(lengths) != {compared.shape[1]}:
+            table = table_of([view.patches for view in views]).to(compared.device, non_blocking=True)
+            view_ids = torch.arange(len(views), device=compared.device)[:, None]
+            compared = compared[view_ids, table]
+            attention = None if attention is None else attention[view_ids, table]
+            projected = None if projected is None else projected[view_ids, table]
+        self.indices, self.counts = choose_tokens(
+            self.settings,
+            compared,
+            lengths,
+            self.num_tokens,
+            self.budgets,
+            full_view=self.full_view,
+            extra_kept=self.num_extra,
+            lambda_of_share=self.lambda_of_share,
+            cls_attention=attention,
+            projected=projected,
+            information=self.information,
+        )
+        all_whole = [whole for own, whole in zip(self.views, self.is_whole) for _ in own]
+        self.counts = [length if whole else count for length, count, whole in zip(lengths, self.counts, all_whole)]
 
     def _finish(self, output: Any, projected_cls: torch.Tensor | None) -> Any:
         """Takes the kept rows, and the CLS tokens `(views, hidden_size)`, out of upstream's output."""
         images = output.pooler_output
         if isinstance(images, torch.Tensor):
             images = images.reshape(len(self.views), -1, images.shape[-1])
+        images = list(images)
         if not self.runs_whole:
             output = type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
-        pooled, indices, first = [], [], 0
-        for image, own, kept in zip(images, self.views, self.kept):
-            rows = torch.arange(len(image), device=image.device)
-            if kept is not None:
-                rows, image = self._take(image, own, kept, projected_cls, first)
-            pooled.append(image)
-            indices.append(rows)
-            first += len(own)
-        output["num_placeholders"] = [len(image) for image in images]
-        output.pooler_output, output["keep_indices"] = pooled, indices
+        sizes, device = [len(image) for image in images], images[0].device
+        known, tables, counts, cls_views, cls_places = [], [], [], [], []
+        first = start = 0
+        for own, size, whole in zip(self.views, sizes, self.is_whole):
+            if whole:
+                known.append(torch.arange(start, start + size))
+            kept = 0
+            for index, view in enumerate(own, first):
+                tables.append(view.rows + start)
+                if whole or not len(view.rows):
+                    continue
+                begin = int(view.rows[0]) - self.num_fixed
+                known.append(torch.arange(start + begin, start + begin + self.num_fixed))
+                kept += self.counts[index] + self.num_extra
+                if projected_cls is not None:
+                    cls_views.append(index)
+                    cls_places.append(start + (begin if view.cls_at is None else view.cls_at))
+            counts.append(size if whole else kept)
+            first, start = first + len(own), start + size
+        whole_of_view = [whole for own, whole in zip(self.views, self.is_whole) for _ in own]
+        chosen = [0 if whole else count for count, whole in zip(self.counts, whole_of_view)]
+        rows = rows_of(table_of(tables), self.indices, chosen).to(device)
+        if known:
+            rows = torch.cat([torch.cat(known).to(device, non_blocking=True), rows])
+        cls = None
+        if cls_views:
+            cls = projected_cls[torch.tensor(cls_views, device=projected_cls.device)], torch.tensor(cls_places)
+        pooled, indices = keep_rows(images, rows, counts, cls)
+        output["num_placeholders"] = sizes
+        output.pooler_output, output["keep_indices"] = list(pooled), list(indices)
         return output
-
-    def _take(self, image, own, kept, projected_cls, first) -> tuple[torch.LongTensor, torch.Tensor]:
-        """The ascending rows of `image` `(T, hidden_size)` that are kept, -1 for a CLS token, and their features."""
-        rows, cls_rows = [], []
-        for index, view in enumerate(own):
-            if not len(view.rows):
-                continue
-            start = int(view.rows[0])
-            rows.append(torch.arange(start - self.num_fixed, start))
-            rows.append(view.rows[torch.searchsorted(view.patches, kept[index].cpu())])
-            if projected_cls is not None:
-                cls_rows.append((start - self.num_fixed if view.cls_at is None else view.cls_at, first + index))
-        rows = torch.cat(rows).to(image.device)
-        if not cls_rows:
-            rows = rows.sort().values
-            return rows, image[rows]
-        places, sources = rows.new_tensor(cls_rows).T
-        order = torch.cat([2 * places, 2 * rows + 1]).argsort(stable=True)
-        features = torch.cat([projected_cls.to(image.device)[sources], image[rows]])
-        return torch.cat([torch.full_like(places, -1), rows])[order], features[order]

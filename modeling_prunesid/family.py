@@ -8,6 +8,7 @@ as in the paper or as they enter the language model. Heads, Auto classes, signat
 
 import functools
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .budgets import View, choose_tokens, request_budgets, view_information
+from .checks import resolve_budget
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
-from .encoding import TowerEncoding, as_views, with_rows
+from .encoding import TowerEncoding, as_views, keep_rows, rows_of, table_of
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
-from .selection_prunesid import resolve_budget
 from .upstream_prunesid import like_upstream
 
 
@@ -54,9 +55,9 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     projector: str | None = None
     # How tokens are chosen before the projector.
     encoding_class = TowerEncoding
-    # lambda is this factor times N/T where the configuration has none, in place of N/32 (tuned for 576 CLIP tokens).
-    lambda_of_a_share: float | None = None
-    # What `dynamic` shares the total of a clip by, from the features `(tokens, dim)` of each frame.
+    # lambda is 18 N/T where the configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
+    lambda_of_share = False
+    # What `dynamic` shares the total of a clip by.
     video_information = staticmethod(view_information)
 
     def __init_subclass__(cls, **kwargs):
@@ -166,26 +167,35 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     def keep_tokens(self, modality: str, output: Any, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
         """Upstream's output with the kept rows alone, chosen by the features that enter the language model."""
         settings, features = self.config.prunesid_config, list(output.pooler_output)
-        views = [as_views(own) for own in self.views(modality, inputs, [len(own) for own in features])]
+        sizes = [len(own) for own in features]
+        views = [as_views(own) for own in self.views(modality, inputs, sizes)]
         num_tokens = [[len(view.rows) for view in own] for own in views]
         budgets = request_budgets(settings, num_visual_tokens, num_tokens)
         if budgets is None:
             return output
-        information = self.video_information if modality == "video" else view_information
-        kept = []
-        for whole, own, lengths, total in zip(features, views, num_tokens, budgets.totals):
-            rows = [view.rows.to(whole.device) for view in own]
-            chosen = choose_tokens(
-                settings,
-                [whole.detach()[part] for part in rows],
-                lengths,
-                total,
-                budgets.rule,
-                lambda_of_a_share=self.lambda_of_a_share,
-                information=information,
-            )
-            kept.append(torch.cat([part[which] for part, which in zip(rows, chosen)]).sort().values)
-        return with_rows(output, features, kept)
+        starts = itertools.accumulate(sizes, initial=0)
+        rows = [view.rows + start for own, start in zip(views, starts) for view in own]
+        table, lengths = table_of(rows), [len(own) for own in rows]
+        compared = torch.cat(features).detach()
+        indices, counts = choose_tokens(
+            settings,
+            compared[table.to(compared.device, non_blocking=True)],
+            lengths,
+            num_tokens,
+            budgets,
+            lambda_of_share=self.lambda_of_share,
+            information=self.video_information if modality == "video" else view_information,
+        )
+        kept = iter(counts)
+        of_inputs = [sum(next(kept) for _ in own) for own in views]
+        rows = rows_of(table, indices, counts)
+        pooled, indices = keep_rows(features, rows, of_inputs)
+        output.pooler_output = list(pooled)
+        if output.get("deepstack_features") is not None:
+            layers = [torch.cat(list(layer)).split(sizes) for layer in output.deepstack_features]
+            output.deepstack_features = [list(keep_rows(layer, rows, of_inputs)[0]) for layer in layers]
+        output["keep_indices"], output["num_placeholders"] = list(indices), sizes
+        return output
 
 
 class PrunedGenerationMixin(CompressedGenerationMixin, HubModelMixin):

@@ -9,11 +9,11 @@ from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGenera
 
 from .budgets import Budgets
 from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
+from .checks import resolve_budget
 from .configuration_prunesid import NestsPruneSIDConfig, PruneSIDConfig, is_budget
 from .encoding import TowerEncoding
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
 from .processing import PrunedProcessorMixin
-from .selection_prunesid import resolve_budget
 from .vitcop_prunesid import plan_counts, scaled_layers
 
 

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from .anyres import views_of_crops
+from .checks import resolve_budget
 from .configuration_prunesid import NestsPruneSIDConfig
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
 from .processing import PrunedProcessorMixin
-from .selection_prunesid import resolve_budget
 
 
 class PruneSIDLlavaNextConfig(NestsPruneSIDConfig, LlavaNextConfig):

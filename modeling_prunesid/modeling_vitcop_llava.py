@@ -12,11 +12,11 @@ from transformers import (
 )
 
 from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
+from .checks import resolve_budget
 from .configuration_prunesid import NestedSettings, is_integer, is_number, optional_count, optional_name
 from .encoding import TowerEncoding
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
 from .processing import VariantProcessorMixin
-from .selection_prunesid import resolve_budget
 from .vitcop_prunesid import (
     cluster_tokens,
     count_of_share,
@@ -114,21 +114,24 @@ class _SalientEncoding(TowerEncoding):
 
     def __init__(self, model, modality, num_visual_tokens, inputs):
         super().__init__(model, modality, num_visual_tokens, inputs)
-        self.model, self.groups = model, []
+        self.model = model
         patch_size, (height, width) = model.config.vision_config.patch_size, inputs["pixel_values"].shape[-2:]
         rows, columns = height // patch_size, width // patch_size
         self.grid = torch.cartesian_prod(torch.arange(rows) / rows, torch.arange(columns) / columns)
+        self.is_whole = [False] * len(self.is_whole)
 
     def _choose(self, compared, attention=None, projected=None):
         num_layers, layers = len(self.model.language_model.layers), self.model.pruning_layers()
-        grid = self.grid.to(compared.device)
+        grid, kept = self.grid.to(compared.device), []
+        self.groups = []
         for image, total in enumerate(self.budgets.totals):
             count, num_centers = self.model.plan_tower(total, len(grid))
             patches = select_salient(attention[image], count)
             keys = self.states.keys[image, self.num_prefix :][patches]
             clusters = cluster_tokens(keys, grid[patches], num_centers)
-            self.kept.append([patches])
+            kept.append(patches)
             self.groups.append(describe_tokens(image, clusters, plan_counts(total, count, num_layers, *layers)))
+        self.indices, self.counts = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True), list(map(len, kept))
 
     def _finish(self, output, projected_cls):
         output = super()._finish(output, projected_cls)

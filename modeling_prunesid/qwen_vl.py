@@ -26,7 +26,7 @@ class GridModelMixin(MRoPEModelMixin, PrunedModelMixin):
     Qwen2-VL has the same, but lambda never falls below 1, and its rho is about half the true one.
     """
 
-    lambda_of_a_share = 576 / 32
+    lambda_of_share = True
 
     def views(self, modality, inputs, sizes):
         slices = inputs[f"{modality}_grid_thw"][:, 0].tolist()

@@ -104,11 +104,12 @@ def watch_tower(
     blocks, states, thread = _find_layers(tower), TowerStates(), threading.get_ident()
     projections: list[torch.Tensor] = []
 
-    def ask_for_none(module, args, kwargs):
+    # While another thread takes its hooks away, PyTorch may call them without the keyword arguments.
+    def ask_for_none(module, args, kwargs=None):
         if threading.get_ident() == thread:
             return args, {**kwargs, "output_hidden_states": False}
 
-    def receive(module, args, kwargs, output):
+    def receive(module, args, output):
         if threading.get_ident() == thread:
             if projections:
                 states.queries, states.keys = projections
@@ -124,7 +125,7 @@ def watch_tower(
         if not runs_whole:
             stack.enter_context(_stop_after(max([*layers, cls_attention_layer or 0, 1])))
             stack.callback(tower.register_forward_pre_hook(ask_for_none, with_kwargs=True).remove)
-        stack.callback(tower.register_forward_hook(receive, with_kwargs=True).remove)
+        stack.callback(tower.register_forward_hook(receive).remove)
         yield states
 
 

@@ -56,9 +56,10 @@ from modeling_prunesid import (
     PruneSIDLlavaNextForConditionalGeneration,
     ViTCoPLlavaConfig,
     ViTCoPLlavaForConditionalGeneration,
-    selection_prunesid,
+    selection,
+    similarity,
 )
-from modeling_prunesid.selection_prunesid import select_tokens
+from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.tower import run_tower
 from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
@@ -176,17 +177,18 @@ def tokens_of_photographs(count: int) -> torch.Tensor:
 
 def time_stages(features: torch.Tensor, budget: int, rounds: int) -> dict[str, float]:
     """a. The shares of our selection's time that its stages take, each run again on what it was called with."""
-    names = ("principal_components", "_similarity_in_groups", "survivors")
-    stages = {name: getattr(selection_prunesid, name) for name in names}
+    stages = {name: getattr(selection, name) for name in ("principal_components", "survivors")}
+    stages["similarity"] = similarity.Pairs.similarity
     spies = {name: Mock(wraps=stage) for name, stage in stages.items()}
-    with patch.multiple(selection_prunesid, **spies):
+    in_groups = patch.object(similarity.Pairs, "similarity", lambda *arguments: spies["similarity"](*arguments))
+    with in_groups, patch.multiple(selection, **{name: spies[name] for name in ("principal_components", "survivors")}):
         select_tokens(features, budget)
     cases: dict[str, Callable[[], object]] = {"whole": lambda: select_tokens(features, budget)}
     cases |= {name: partial(stages[name], *spy.call_args.args) for name, spy in spies.items() if spy.called}
     seconds = seconds_by_turns(cases, rounds)
     taken = {name: statistics.median(times) / statistics.median(seconds["whole"]) for name, times in seconds.items()}
     components = taken["principal_components"]
-    nms = taken.get("_similarity_in_groups", 0) + taken.get("survivors", 0)
+    nms = taken.get("similarity", 0) + taken.get("survivors", 0)
     shares = {"principal_components": components, "similarity_and_nms": nms, "rest": 1 - components - nms}
     described = ", ".join(f"{name.replace('_', ' ')} {100 * share:.0f}%" for name, share in shares.items())
     print(f"Our time of {features.shape[0]} x {features.shape[1]} -> {budget}: {described}")

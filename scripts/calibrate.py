@@ -37,7 +37,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, UnidentifiedImageError
 
 from modeling_prunesid import PruneSIDConfig
-from modeling_prunesid.selection_prunesid import information_budgets, redundancy, resolve_budget
+from modeling_prunesid.selection import information_budgets, redundancy, resolve_budget
 
 
 INK, MUTED, FILL = "#1f2430", "#6b7280", "#3b6fb6"

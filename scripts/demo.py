@@ -134,7 +134,7 @@ def ask(processor, photograph: Image.Image, prompt: str, model):
 @torch.no_grad()
 def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
     """Selection on one image: rho, tau and the paper's, the kept patches `(N,)` and the group of each patch `(T,)`."""
-    from modeling_prunesid.selection_prunesid import select_tokens
+    from modeling_prunesid.select_tokens import select_tokens
 
     settings = model.config.prunesid_config
     settings.budget = budget

@@ -68,7 +68,7 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
-from modeling_prunesid.selection_prunesid import redundancy
+from modeling_prunesid.selection import redundancy
 
 
 BUDGETS = (192, 128, 64, 32, 16)
@@ -86,8 +86,9 @@ METHOD_CODE = (  # all that can change an answer to given inputs
     "modeling_prunesid/modeling_prunesid_llava.py", "modeling_prunesid/modeling_vitcop_llava.py",
     "modeling_prunesid/configuration_prunesid.py", "modeling_prunesid/configuration_vitcop.py",
     "modeling_prunesid/*_pruning_prunesid.py", "modeling_prunesid/compression_prunesid.py",
-    "modeling_prunesid/selection_prunesid.py", "modeling_prunesid/tower.py",
-    "modeling_prunesid/upstream_prunesid.py", "modeling_prunesid/views_prunesid.py",
+    "modeling_prunesid/selection.py", "modeling_prunesid/components.py", "modeling_prunesid/similarity.py",
+    "modeling_prunesid/exact.py", "modeling_prunesid/method*.py", "modeling_prunesid/tower.py",
+    "modeling_prunesid/upstream_prunesid.py", "modeling_prunesid/budgets.py", "modeling_prunesid/encoding.py",
     "modeling_prunesid/vitcop_prunesid.py",
     "scripts/baselines/*.py", "scripts/ablations.py", "scripts/evaluate.py", "scripts/tower_memo.py",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration
-from modeling_prunesid.selection_prunesid import information_budgets, redundancy
+from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.tower import run_tower
 
 

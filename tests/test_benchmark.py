@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_selection import tokens_like_a_tower
 
-from modeling_prunesid.selection_prunesid import select_tokens
+from modeling_prunesid.select_tokens import select_tokens
 
 
 @pytest.fixture

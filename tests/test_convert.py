@@ -21,7 +21,7 @@ from tiny_checkpoint import picture, save_checkpoint
 from transformers import BertConfig
 
 from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration
-from modeling_prunesid.selection_prunesid import information_budgets, redundancy
+from modeling_prunesid.selection import information_budgets, redundancy
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

@@ -8,7 +8,7 @@ import torch
 from tiny import BUDGET, IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, VISION, build, pixels, prompt, stock_twin
 from transformers import AutoConfig, AutoModel
 
-from modeling_prunesid.selection_prunesid import select_tokens
+from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.tower import resolve_layer, run_tower
 
 

@@ -27,7 +27,8 @@ from modeling_prunesid import (
     PruneSIDMiniGeminiProcessor,
 )
 from modeling_prunesid.modeling_mini_gemini import MiniGeminiPatchInfoMining
-from modeling_prunesid.selection_prunesid import information_budgets, redundancy, select_tokens
+from modeling_prunesid.select_tokens import select_tokens
+from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 

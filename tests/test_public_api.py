@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 
 import modeling_prunesid
 from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaModel
-from modeling_prunesid.selection_prunesid import select_tokens
+from modeling_prunesid.select_tokens import select_tokens
 
 
 FAMILIES = ["Llava", "LlavaNext", "MiniGemini", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "VideoLlava"]

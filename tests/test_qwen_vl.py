@@ -28,7 +28,7 @@ from tiny_qwen import (
 )
 from transformers import DynamicCache, StaticCache
 
-from modeling_prunesid.selection_prunesid import select_tokens
+from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 

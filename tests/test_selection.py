@@ -8,14 +8,10 @@ import torch
 from reference_selection import bounded, proportional, reference_rho, reference_select
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_prunesid.selection_prunesid import (
-    bounded_quotas,
-    information_budgets,
-    proportional_quotas,
-    redundancy,
-    select_tokens,
-    top_eigenvectors,
-)
+from modeling_prunesid.components import top_eigenvectors
+from modeling_prunesid.method_release import bounded_quotas
+from modeling_prunesid.select_tokens import select_tokens
+from modeling_prunesid.selection import information_budgets, proportional_quotas, redundancy
 
 
 VARIANTS = {

@@ -25,7 +25,8 @@ from modeling_prunesid import (
     PruneSIDVideoLlavaModel,
 )
 from modeling_prunesid.modeling_prunesid_video_llava import frame_information
-from modeling_prunesid.selection_prunesid import redundancy, select_tokens
+from modeling_prunesid.select_tokens import select_tokens
+from modeling_prunesid.selection import redundancy
 from modeling_prunesid.budgets import share_total
 from modeling_prunesid.upstream_prunesid import CACHE_NAME, VIDEO_LLAVA_PIXELS, cache_of
 

@@ -5,7 +5,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGeneration
-from modeling_prunesid.selection_prunesid import select_tokens
+from modeling_prunesid.select_tokens import select_tokens
 
 
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 100

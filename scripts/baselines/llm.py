@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_prunesid import PruneSIDConfig
 from modeling_prunesid.llm_pruning_prunesid import LayerInput, Reducer, prune_layers, stack_rows
-from modeling_prunesid.selection_prunesid import resolve_budget
+from modeling_prunesid.selection import resolve_budget
 from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
 
 from .encoder import replaced

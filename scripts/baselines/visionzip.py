@@ -10,7 +10,7 @@ VisionZip-Dyn (PruneSID, section 4.2) gives each image the tokens that PruneSID'
 
 import torch
 
-from modeling_prunesid.selection_prunesid import information_budgets, redundancy
+from modeling_prunesid.selection import information_budgets, redundancy
 
 from .encoder import Kept, View, top
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from modeling_prunesid import PruneSIDConfig, ViTCoPLlavaConfig, ViTCoPLlavaModel
-from modeling_prunesid.selection_prunesid import resolve_budget
+from modeling_prunesid.selection import resolve_budget
 
 from .encoder import replaced
 

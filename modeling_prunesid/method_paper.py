@@ -1,0 +1,39 @@
+"""PruneSID as the paper has it (section 3): PSCA groups, tokens ranked by |V|, quotas in proportion to survivors."""
+
+from typing import Any
+
+import torch
+
+from .context import Context, Selection, in_parts
+from .selection import proportional_quotas, select_by_groups
+
+
+DEFAULTS = {"grouping": "psca", "seed": 0}
+RULES = {
+    "grouping": (("psca", "kmeans", "random").__contains__, "one of 'psca', 'kmeans', 'random'"),
+    "seed": (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
+}
+
+
+def needs(method_settings: dict) -> frozenset[str]:
+    """What of a [`Context`] is read."""
+    return frozenset()
+
+
+@in_parts
+def select(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context: Context) -> Selection:
+    """
+    The tokens to keep: exactly N ascending, unique indices of each view, whatever the input.
+
+    Args:
+        views (`torch.Tensor` of shape `(views, tokens, dim)`): features that tokens are compared by.
+        counts (`torch.LongTensor` of shape `(views,)`): N of each view.
+        settings: `num_groups`, `nms_lambda` and `method_settings`: `grouping` and its `seed` (Table 5).
+        context ([`Context`]).
+    """
+    options = DEFAULTS | (settings.method_settings or {})
+
+    def share_out(sizes, total, nominal, tokens):
+        return proportional_quotas(sizes, total)
+
+    return select_by_groups(views, counts, settings, context, "component", "tokens", share_out, **options)

@@ -1,0 +1,93 @@
+"""The methods that choose tokens: by name, what each reads, and what settings it has of its own.
+
+A method is a file `method_<name>.py` with `select(views, counts, settings, context) -> Selection`, `needs`, `DEFAULTS`
+and `RULES`, and has its two lines below. A repository on the Hub carries those of its own method: `carried_source`.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from .method_paper import select as paper
+from .method_release import select as release
+from .method_spread import select as spread
+
+
+METHODS: dict[str, Callable] = {
+    "paper": paper,
+    "release": release,
+    "spread": spread,
+}
+
+
+def method_of(name: str, field: str = "prunesid_config.method") -> Callable:
+    """The `select` of a method. `ValueError` if no such method is carried here."""
+    if name not in METHODS:
+        raise ValueError(
+            f"{field} must be one of {tuple(METHODS)}, the methods that are carried here, got {name!r}. A model "
+            "saved on the Hub carries its own method only: convert it with the package to change it."
+        )
+    return METHODS[name]
+
+
+def needs_of(settings: Any) -> frozenset[str]:
+    """What of a `Context` the method of the settings reads: `"cls_attention"`, `"projected"`, `"keys"`."""
+    return _module_of(settings.method).needs(settings.method_settings or {})
+
+
+def options_of(settings: Any) -> dict:
+    """The method's own settings, with its defaults."""
+    return _module_of(settings.method).DEFAULTS | (settings.method_settings or {})
+
+
+def check_method(name: str, method_settings: dict | None, field: str = "prunesid_config.method_settings") -> None:
+    """Raise a `ValueError` for a method that is not carried here, or settings that are none of its own."""
+    rules = _module_of(name).RULES
+    for setting, value in (method_settings or {}).items():
+        if setting not in rules:
+            raise ValueError(f"{field} of method {name!r} may have {tuple(rules)}, got {setting!r}. Remove it.")
+        is_valid, description = rules[setting]
+        if not is_valid(value):
+            raise ValueError(f"{field}[{setting!r}] must be {description}, got {value!r}.")
+
+
+def method_of_saved(fields: dict) -> tuple[str, dict]:
+    """
+    The method and its settings of a configuration saved by 0.1.0.
+
+    Args:
+        fields (`dict`): of which `score`, `center`, `quota`, `keep_cls`, `grouping` and `seed` are read, each of them
+            optional.
+    """
+    given = {"score": "component", "center": "tokens", "quota": "proportional", "keep_cls": False}
+    given |= {"grouping": "psca", "seed": 0}
+    given |= {name: fields[name] for name in given if name in fields}
+    if given["quota"] == "spread":
+        name, unread = "spread", {"quota", "grouping", "seed"}
+    elif (given["score"], given["center"], given["quota"], given["keep_cls"]) == (
+        "component",
+        "tokens",
+        "proportional",
+        False,
+    ):
+        name, unread = "paper", {"score", "center", "quota", "keep_cls"}
+    else:
+        name, unread = "release", set()
+    defaults = _module_of(name).DEFAULTS
+    return name, {key: value for key, value in given.items() if key not in unread and value != defaults[key]}
+
+
+def carried_source(name: str) -> str:
+    """The source of this file for a repository that carries one method."""
+    method_of(name)
+    source = inspect.getsource(sys.modules[__name__])
+    for other in set(METHODS) - {name}:
+        source = re.sub(rf"from \.method_{other} import .*\n", "", source)
+        source = re.sub(rf'    "{other}": {other},\n', "", source)
+    return source
+
+
+def _module_of(name: str) -> Any:
+    return sys.modules[method_of(name).__module__]

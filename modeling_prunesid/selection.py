@@ -1,0 +1,263 @@
+"""PruneSID token selection ("Prune Redundancy, Preserve Essence", section 3): which visual tokens of a view to keep.
+
+The steps in the paper's order, each one function, for all views (images, crops, frames) at once:
+
+1. PSCA (section 3.2, equations 1-3): `principal_components` over the *token* axis; each token joins its strongest one.
+2. Redundancy (equations 4-5): `redundancy`, the mean cosine similarity over all pairs of tokens.
+3. NMS (section 3.3): `survivors`, in each group a token too similar to a better one is suppressed.
+4. Quotas (equation 6): `proportional_quotas`; each group hands over its best survivors.
+5. Dynamic budgets (section 3.4, equation 7): `information_budgets`, more tokens for views with more information.
+
+It works on tensors and knows no model. Nothing is random, and the host waits for nothing: what it must know, the
+counts and lengths, it is told. A CPU takes one view at a time, each at its own length, and others 32: so a view gets
+the same tokens alone and in any batch, and memory is bounded.
+"""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+
+from .checks import check_integer, resolve_budget
+from .components import principal_components
+from .context import Context, Selection, are_equal, in_parts, largest
+from .exact import is_batched
+from .grouping import kmeans_groups, random_groups
+from .similarity import Pairs, compare
+
+
+NMS_ROUNDS = 31
+NEVER_SIMILAR = 1.001  # above any cosine similarity with its rounding error
+LAMBDA_OF_A_SHARE = 576 / 32  # N/32 of section 3.3 was tuned where N is of 576 tokens
+
+
+@torch.no_grad()
+def redundancy(views: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
+    """
+    Redundancy rho of each view: the mean cosine similarity over all pairs of its tokens (equations 4 and 5).
+
+    Non-finite tokens are left out, a zero vector is similar to nothing, and fewer than two tokens have no redundancy.
+
+    Args:
+        views (`torch.Tensor` of shape `(views, tokens, dim)`): token features, any floating dtype.
+        lengths (`list[int]`, *optional*): tokens of each view, where views are padded.
+
+    Returns:
+        `torch.FloatTensor` of shape `(views,)`.
+    """
+
+    def measure(views, counts, settings, context):
+        return Selection(counts[:, None], counts, rho=compare(views, None, context).rho)
+
+    counts = torch.zeros(len(views), dtype=torch.long, device=views.device)
+    return in_parts(measure)(views, counts, None, Context(counts=[0] * len(views), lengths=lengths)).rho
+
+
+def information_budgets(
+    rho: torch.Tensor,
+    budget: int | float,
+    num_tokens: int,
+    reference: float,
+    minimum: int | None = None,
+    maximum: int | None = None,
+) -> torch.LongTensor:
+    """
+    Budget N' of each image in proportion to its information 1 - rho (section 3.4, equation 7).
+
+    N' = N * (1 - rho) / reference, rounded half up. With the mean information of a data set as the reference, the mean
+    of N' over that data set is N.
+
+    Args:
+        rho (`torch.Tensor` of shape `(batch,)`): redundancy of each image, see [`redundancy`].
+        budget (`int` or `float`): N at the reference: a count, or a share in (0, 1] of the tokens.
+        num_tokens (`int`): tokens of each image.
+        reference (`float`): information that receives exactly N.
+        minimum, maximum (`int`, *optional*): bounds of N', by default 1 and `num_tokens`.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch,)`, each in [1, `num_tokens`].
+
+    Raises:
+        ValueError: a budget, reference or bound that is not positive, or a minimum above the maximum.
+    """
+    if isinstance(reference, bool) or not isinstance(reference, Real) or not 0 < reference < math.inf:
+        raise ValueError(f"`reference` must be a positive number, the mean of 1 - rho, got {reference!r}.")
+    lowest, highest = 1, num_tokens
+    if minimum is not None:
+        check_integer("minimum", minimum, minimum=1)
+        lowest = min(minimum, num_tokens)
+    if maximum is not None:
+        check_integer("maximum", maximum, minimum=1 if minimum is None else minimum)
+        highest = min(maximum, num_tokens)
+    budgets = resolve_budget(budget, num_tokens) * (1 - rho.double()) / reference
+    return (budgets + 0.5).floor().clamp(lowest, highest).long()
+
+
+def select_by_groups(
+    views: torch.Tensor,
+    counts: torch.LongTensor,
+    settings: Any,
+    context: Context,
+    score: str,
+    center: str,
+    share_out: Callable,
+    grouping: str = "psca",
+    seed: int = 0,
+) -> Selection:
+    """
+    PSCA groups, NMS and quotas: the paper, and its authors' release with other scores, means and quotas.
+
+    Ties go to the lower token and the lower component. If NMS leaves fewer than N tokens, the suppressed ones of
+    highest score fill up. A token with a non-finite feature (or attention) takes no part in means, similarities or
+    groups: it ranks behind all others.
+
+    Args:
+        views, counts, settings, context: as every method's.
+        score (`"component"` or `"cls_attention"`), center (`"tokens"` or `"features"`).
+        share_out: function of survivors of each group `(views, groups)`, tokens to share out `(views, 1)`, the N of
+            bounds `(views, 1)` and T, that returns quotas.
+        grouping (`"psca"`, `"kmeans"` or `"random"`), seed (`int`).
+    """
+    tokens, most = views.shape[1], largest(context)
+    if most == tokens and not is_batched(views) and not context.details:
+        return Selection(torch.arange(tokens)[None], counts, compare(views, None, context).rho)
+    attention = context.cls_attention.float() if score == "cls_attention" else None
+    pairs = compare(views, attention, context)
+    nominal = counts[:, None] + context.extra_kept
+    scores, groups, num_groups = strongest_components(pairs, counts, settings, context, center)
+    if grouping == "kmeans":
+        groups = kmeans_groups(pairs.features, pairs.finite, num_groups, seed)
+    elif grouping == "random":
+        groups = random_groups(pairs.finite, num_groups, seed)
+    scores = (scores if attention is None else attention).masked_fill(~pairs.finite, -math.inf)
+
+    # Non-finite tokens come last in the ranking and form a group of their own behind the others.
+    ranking = scores.argsort(dim=1, descending=True, stable=True)
+    members = groups.masked_fill(~pairs.finite, num_groups)
+    order = ranking.gather(1, members.gather(1, ranking).argsort(dim=1, stable=True))
+    members = members.gather(1, order)
+    alive = members < num_groups
+    factor = settings.nms_lambda
+    if factor is None:
+        factor = nominal * LAMBDA_OF_A_SHARE / pairs.lengths if context.lambda_of_share else nominal / 32
+    if factor == "auto":
+        alive = survivors_of_smallest_tau(pairs.similarity(order, members), alive, counts[:, None])
+    else:
+        tau = factor * pairs.rho[:, None]
+        if is_batched(views) or tau < NEVER_SIMILAR:
+            alive = alive & survivors(pairs.similarity(order, members), tau)[:, 0]
+
+    sizes = torch.zeros(len(views), num_groups + 1, dtype=torch.long, device=views.device)
+    sizes = sizes.scatter_add(1, members, alive.long())
+    total = sizes.sum(1, keepdim=True).minimum(counts[:, None])
+    quotas = share_out(sizes, total, nominal, tokens)
+    place_in_group = alive.cumsum(1) - 1 - (sizes.cumsum(1) - sizes).gather(1, members)
+    kept = torch.zeros_like(alive).scatter(1, order, alive & (place_in_group < quotas.gather(1, members)))
+
+    spare = ~kept.gather(1, ranking)
+    filled = spare & (spare.cumsum(1) <= counts[:, None] - total)
+    kept = kept | torch.zeros_like(kept).scatter(1, ranking, filled)
+    groups = groups.masked_fill(~pairs.finite, -1) if context.details else None
+    return kept_tokens(kept, counts, context, pairs.rho, groups, scores)
+
+
+def strongest_components(
+    pairs: Pairs, counts: torch.LongTensor, settings: Any, context: Context, center: str
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """|V| `(views, tokens)` of each token's strongest component, that component (equation 3), and the largest K."""
+    tokens = pairs.finite.shape[1]
+    num_groups = min(settings.num_groups or max((largest(context) + context.extra_kept) // 4, 1), tokens)
+    components = principal_components(pairs.features, pairs.finite, num_groups, center, pairs.lengths)
+    if settings.num_groups is None and not are_equal(context):
+        own = ((counts[:, None] + context.extra_kept) // 4).clamp(min=1).minimum(pairs.lengths)
+        components = components * (torch.arange(num_groups, device=own.device) < own[..., None])
+    return *components.max(-1), num_groups
+
+
+def kept_tokens(kept, counts, context, rho, groups, scores) -> Selection:
+    """The selection of the tokens `(views, tokens)` that `kept` marks, N of each view."""
+    tokens = kept.shape[1]
+    indices = (~kept).byte().argsort(dim=1, stable=True)[:, : largest(context)]
+    selection = Selection(indices, counts, rho, groups, scores if context.details else None)
+    if not are_equal(context):
+        selection.indices = indices.masked_fill(~selection.mask, tokens)
+    return selection
+
+
+def survivors(similarity: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """
+    Greedy NMS (section 3.3): a token survives unless its similarity to a better survivor of its group reaches tau.
+
+    Each round decides again from the round before. A token whose better rivals are settled is settled, so that the
+    rounds end at the greedy answer. Where the host must not look whether they have, 31 rounds are made: exact for
+    chains of up to 31 tokens, each suppressed by the one before. Of a longer chain, what is not settled counts as
+    suppressed, for an odd round leaves only tokens of the greedy answer: never two in conflict.
+
+    Args:
+        similarity (`torch.FloatTensor` of shape `(views, tokens, tokens)`):
+            of tokens sorted by group, the best first; -inf between groups.
+        tau (`torch.FloatTensor` of shape `(views, thresholds)`).
+
+    Returns:
+        `torch.BoolTensor` of shape `(views, thresholds, tokens)`, in the order of the rows of `similarity`.
+    """
+    conflicts = (similarity[:, None] >= tau[..., None, None]).to(similarity.dtype).tril_(-1).flatten(0, 1)
+    alive = torch.ones_like(conflicts[..., :1])
+    if is_batched(similarity):
+        every = alive
+        for _ in range(NMS_ROUNDS):
+            alive = torch.baddbmm(every, conflicts, alive, alpha=-1).clamp(min=0)
+    else:
+        alive, conflicts = alive[0, :, 0], conflicts[0]
+        for _ in range(len(alive)):
+            before, alive = alive, (conflicts @ alive == 0).float()
+            if torch.equal(before, alive):
+                break
+    return alive.view(*tau.shape, -1) > 0
+
+
+def survivors_of_smallest_tau(similarity: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Survivors `(views, tokens)` at the smallest tau that leaves `counts` `(views, 1)`: 16 bisections of [-1, 1]."""
+    low, alive, width = torch.full_like(similarity[:, 0, :1], -1.0), valid, 1.0
+    if not is_batched(similarity):
+        for _ in range(16):
+            trial = survivors(similarity, low + width)[:, 0] & valid
+            enough = trial.sum(1, keepdim=True) >= counts
+            alive, low = torch.where(enough, trial, alive), torch.where(enough, low, low + width)
+            width /= 2
+        return alive
+    for _ in range(8):  # two bisections at a time, the second for either outcome of the first
+        trials = (
+            survivors(similarity, torch.cat([low + width / 2, low + width, low + 1.5 * width], 1)) & valid[:, None]
+        )
+        lower, middle, upper = (trials.sum(2) >= counts).split(1, 1)
+        section = torch.where(middle, torch.where(lower, 0, 1), torch.where(upper, 2, 3))
+        found = trials.gather(1, section.clamp(max=2)[..., None].expand(-1, -1, valid.shape[1]))[:, 0]
+        alive = torch.where(section < 3, found, alive)
+        low = low + width / 2 * section
+        width /= 4
+    return alive
+
+
+def proportional_quotas(sizes: torch.Tensor, total: int | torch.Tensor) -> torch.Tensor:
+    """
+    Share out `total` tokens in proportion to the groups' survivors (equation 6), by largest remainder.
+
+    The paper rounds each share, which need not sum to N. Equal remainders go to the lower group.
+
+    Args:
+        sizes (`torch.LongTensor` of shape `(..., groups)`): survivors of each group.
+        total (`int` or `torch.LongTensor` of shape `(..., 1)`): tokens to share out, at most all survivors.
+
+    Returns:
+        `torch.LongTensor` of shape `(..., groups)`, none above its group's size, their sum `total`.
+    """
+    survivors = sizes.sum(-1, keepdim=True)
+    shares = sizes * total
+    quotas = shares // survivors.clamp(min=1)
+    by_remainder = (shares - quotas * survivors).argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(sizes.shape[-1], device=sizes.device).expand_as(sizes)
+    rank = torch.empty_like(by_remainder).scatter(-1, by_remainder, place)
+    return quotas + (rank < total - quotas.sum(-1, keepdim=True))
