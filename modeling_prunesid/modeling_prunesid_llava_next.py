@@ -20,8 +20,9 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .anyres_prunesid import NEWLINE, PackedImage
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
+from .compression_prunesid import CompressedModelMixin
 from .configuration_prunesid import PruneSIDLlavaNextConfig
+from .generation_prunesid import CompressedGenerationMixin
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
 from .selection_prunesid import resolve_budget

@@ -9,9 +9,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
+from .compression_prunesid import CompressedModelMixin
 from .configuration_prunesid import refuse_cls
 from .configuration_prunesid_mini_gemini import PruneSIDMiniGeminiConfig
+from .generation_prunesid import CompressedGenerationMixin
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
 from .processing_prunesid_mini_gemini import PruneSIDMiniGeminiProcessor

@@ -12,8 +12,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin
 from .configuration_prunesid import PruneSIDQwen2VLConfig
+from .generation_prunesid import CompressedGenerationMixin
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin

@@ -6,8 +6,8 @@ from transformers import AutoModel, GenerationMixin, Qwen3VLForConditionalGenera
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures, Qwen3VLPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin
 from .configuration_prunesid import PruneSIDQwen3VLConfig
+from .generation_prunesid import CompressedGenerationMixin
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin

@@ -21,8 +21,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
+from .compression_prunesid import CompressedModelMixin
 from .configuration_prunesid import PruneSIDVideoLlavaConfig
+from .generation_prunesid import CompressedGenerationMixin
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .processing_prunesid_video_llava import PruneSIDVideoLlavaProcessor
 from .selection_prunesid import redundancy, resolve_budget

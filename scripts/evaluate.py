@@ -86,6 +86,7 @@ METHOD_CODE = (  # all that can change an answer to given inputs
     "modeling_prunesid/modeling_prunesid_llava.py", "modeling_prunesid/modeling_vitcop_llava.py",
     "modeling_prunesid/configuration_prunesid.py", "modeling_prunesid/configuration_vitcop.py",
     "modeling_prunesid/*_pruning_prunesid.py", "modeling_prunesid/compression_prunesid.py",
+    "modeling_prunesid/generation_prunesid.py", "modeling_prunesid/prompts_prunesid.py",
     "modeling_prunesid/selection_prunesid.py", "modeling_prunesid/tower_prunesid.py",
     "modeling_prunesid/upstream_prunesid.py", "modeling_prunesid/views_prunesid.py",
     "modeling_prunesid/vitcop_prunesid.py",
