@@ -18,8 +18,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
-from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin
+from .compression_prunesid import CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, table_of
+from .generation_prunesid import CompressedGenerationMixin
 from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
 from .upstream_prunesid import like_upstream
 

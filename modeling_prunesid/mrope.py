@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .compression_prunesid import CompressedModelMixin, ShortPrompt
+from .compression_prunesid import CompressedModelMixin
+from .prompts_prunesid import ShortPrompt
 from .upstream_prunesid import CACHE_NAME, cache_of
 
 

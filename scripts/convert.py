@@ -33,7 +33,7 @@ from verify import answer
 
 import modeling_prunesid
 from modeling_prunesid import PruneSIDConfig
-from modeling_prunesid.compression_prunesid import CompressedGenerationMixin
+from modeling_prunesid.generation_prunesid import CompressedGenerationMixin
 from modeling_prunesid.hub_prunesid import check_base_is_public, push_folder
 
 

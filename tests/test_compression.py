@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from modeling_prunesid.compression_prunesid import ShortPrompt, mark_kept_placeholders
+from modeling_prunesid.prompts_prunesid import ShortPrompt, mark_kept_placeholders
 from modeling_prunesid.upstream_prunesid import like_upstream
 
 

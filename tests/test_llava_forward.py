@@ -248,7 +248,7 @@ class TestOff:
 
         monkeypatch.setattr("modeling_prunesid.budgets.select_tokens", refuse)
         monkeypatch.setattr("modeling_prunesid.modeling_prunesid_llava.run_tower", refuse)
-        monkeypatch.setattr("modeling_prunesid.compression_prunesid.ShortPrompt.from_keep_mask", refuse)
+        monkeypatch.setattr("modeling_prunesid.prompts_prunesid.ShortPrompt.from_keep_mask", refuse)
         build(budget=None).generate(**full_batch(), max_new_tokens=2)
 
     def test_gradients_are_bit_identical(self, stock):

@@ -1,0 +1,174 @@
+"""`generate` on shortened prompts: the caller's own prompt goes in and comes back, whatever it was shortened to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from .compression_prunesid import finish_forward
+from .prompts_prunesid import CachedPrompt, ShortPrompt
+from .upstream_prunesid import cache_of, rename_cache
+
+
+class _CallersPrompt:
+    """Puts the caller's prompt back in front of what follows the short one."""
+
+    def __init__(self, input_ids: torch.LongTensor, short_length: int):
+        self.input_ids = input_ids
+        self.short_length = short_length
+
+    def restore(self, sequences: torch.LongTensor) -> torch.LongTensor:
+        prompt = self.input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(self.input_ids), 0)
+        return torch.cat([prompt, sequences[:, self.short_length :]], dim=1)
+
+    def restore_row(self, batch_id: int, sequence: torch.LongTensor) -> torch.LongTensor:
+        return torch.cat([self.input_ids[batch_id].to(sequence.device), sequence[self.short_length :]])
+
+
+class _SeesCallersPrompt:
+    """A caller's logits processor or stopping criterion, shown sequences that begin with the caller's prompt."""
+
+    def __init__(self, function: Callable, prompt: _CallersPrompt):
+        self.function, self.prompt = function, prompt
+
+    def __call__(self, input_ids, scores):
+        return self.function(self.prompt.restore(input_ids), scores)
+
+    @property
+    def eos_token_id(self):
+        """Upstream pads what follows the end of a row if any criterion has this attribute."""
+        return self.function.eos_token_id
+
+
+class _StreamsCallersPrompt:
+    """A caller's streamer, given the caller's prompt first."""
+
+    def __init__(self, streamer, prompt: _CallersPrompt):
+        self.streamer, self.prompt = streamer, prompt
+
+    def put(self, value):
+        if self.prompt is not None:
+            value, self.prompt = self.prompt.restore(value), None
+        self.streamer.put(value)
+
+    def end(self):
+        self.streamer.end()
+
+
+class CompressedGenerationMixin:
+    """For a model with a language-modelling head whose `self.model` is a [`CompressedModelMixin`]."""
+
+    def forward_compressed(self, forward: Callable, input_ids: torch.LongTensor | None = None, **inputs):
+        """Upstream's `forward` on the shortened arguments."""
+        inputs, prompt = self.model.compress({"input_ids": input_ids, **inputs})
+        return finish_forward(forward(**inputs), input_ids, prompt)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs=None,
+        generation_config=None,
+        logits_processor=None,
+        stopping_criteria=None,
+        prefix_allowed_tokens_fn=None,
+        synced_gpus=None,
+        assistant_model=None,
+        streamer=None,
+        **kwargs,
+    ):
+        r"""
+        Upstream's `generate`, on a shortened prompt. All arguments, and what is returned, are upstream's: sequences
+        begin with the caller's own `input_ids`, and `max_length` and `min_length` count from them.
+
+        Args:
+            num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                The budget of this call, in place of `config.prunesid_config.budget`.
+
+        Raises:
+            `ValueError`: if placeholders and views do not match, or the budget is invalid.
+        """
+        if inputs is not None and kwargs.get("input_ids") is None and not inputs.is_floating_point():
+            kwargs["input_ids"], inputs = inputs, None
+        kwargs = rename_cache(kwargs)
+        callers_ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
+        if callers_ids is not None and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._mask_padding(callers_ids, generation_config, kwargs)
+        kwargs, prompt = self.model.compress(kwargs, is_generation=True)
+        arguments = {
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "synced_gpus": synced_gpus,
+            "assistant_model": assistant_model,
+            "streamer": streamer,
+        }
+        if prompt is not None:
+            self._count_from_callers_prompt(generation_config, kwargs, prompt)
+        if prompt is None or callers_ids is None:
+            return super().generate(inputs, **arguments, **kwargs)
+
+        callers_prompt = _CallersPrompt(callers_ids, prompt.length)
+        if logits_processor is not None:
+            wrapped = [_SeesCallersPrompt(processor, callers_prompt) for processor in logits_processor]
+            arguments["logits_processor"] = LogitsProcessorList(wrapped)
+        if stopping_criteria is not None:
+            wrapped = [_SeesCallersPrompt(criterion, callers_prompt) for criterion in stopping_criteria]
+            arguments["stopping_criteria"] = StoppingCriteriaList(wrapped)
+        if prefix_allowed_tokens_fn is not None:
+            arguments["prefix_allowed_tokens_fn"] = lambda batch_id, sequence: prefix_allowed_tokens_fn(
+                batch_id, callers_prompt.restore_row(batch_id, sequence)
+            )
+        if streamer is not None:
+            arguments["streamer"] = _StreamsCallersPrompt(streamer, callers_prompt)
+
+        output = super().generate(inputs, **arguments, **kwargs)
+        if isinstance(output, torch.Tensor):
+            sequences, output = output, callers_prompt.restore(output)
+        else:
+            sequences = output.sequences
+            output.sequences = callers_prompt.restore(sequences)
+            cache = cache_of(output) if cache_of(output) is not None else cache
+        if cache is not None:
+            CachedPrompt(callers_ids, prompt).behind(cache).remember(cache)
+        return output
+
+    def _merge_criteria_processor_list(self, default_list, custom_list):
+        """Upstream's rule, by the types of the caller's own processors and criteria."""
+        wrapped = {id(item.function): item for item in custom_list if isinstance(item, _SeesCallersPrompt)}
+        bare = [item.function if isinstance(item, _SeesCallersPrompt) else item for item in custom_list]
+        merged = super()._merge_criteria_processor_list(default_list, type(custom_list)(bare))
+        return type(merged)([wrapped.get(id(item), item) for item in merged])
+
+    def _setting(self, name: str, generation_config, kwargs: dict[str, Any]) -> Any:
+        """A generation setting, from where upstream takes it."""
+        sources = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name))
+        return next((value for value in sources if value is not None), None)
+
+    def _mask_padding(self, input_ids, generation_config, kwargs: dict[str, Any]) -> torch.LongTensor | None:
+        """Upstream's rule for a prompt without a mask: padding ids are padding unless they also end a sequence."""
+        pad, eos = (self._setting(name, generation_config, kwargs) for name in ("pad_token_id", "eos_token_id"))
+        if pad is None or not (input_ids == pad).any() or pad in (eos if isinstance(eos, list) else [eos]):
+            return None
+        return (input_ids != pad).long()
+
+    def _count_from_callers_prompt(self, generation_config, kwargs: dict[str, Any], prompt: ShortPrompt) -> None:
+        """Lengths that count the caller's prompt are reduced by what was dropped from it."""
+
+        def setting(name):
+            return self._setting(name, generation_config, kwargs)
+
+        dropped = prompt.full_length - prompt.length
+        max_length = setting("max_length")
+        if max_length is not None and setting("max_new_tokens") is None:
+            if max_length <= prompt.full_length:
+                name = "inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"
+                raise ValueError(
+                    f"Input length of {name} is {prompt.full_length}, but `max_length` is set to {max_length}. "
+                    "Increase `max_length` or, better yet, set `max_new_tokens`."
+                )
+            kwargs["max_length"] = max_length - dropped
+        min_length = setting("min_length")
+        if min_length is not None and setting("min_new_tokens") is None:
+            kwargs["min_length"] = max(min_length - dropped, 0)

@@ -1,0 +1,293 @@
+"""
+Shortened prompts as tensors: which columns of a caller's prompt remain, what filled a cache, which placeholders go.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .upstream_prunesid import CACHE_NAME
+
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class ShortPrompt:
+    """
+    Which columns of a prompt remain.
+
+    Args:
+        source (`torch.LongTensor` of shape `(batch, short_length)`):
+            For each column of the short prompt, its column in the full prompt; -1 where padding was added because rows
+            of a batch lost different numbers of columns.
+        keep_mask (`torch.BoolTensor` of shape `(batch, full_length)`):
+            The columns of the full prompt that remain.
+        moved (`torch.LongTensor` of shape `(batch, 1)`, *optional*):
+            By how much the positions that the caller gave were moved up at the end of the prompt.
+        cached_before (`int`): columns of a cache that come before the prompt.
+    """
+
+    source: torch.LongTensor
+    keep_mask: torch.BoolTensor
+    moved: torch.LongTensor | None = None
+    cached_before: int = 0
+
+    @classmethod
+    def from_keep_mask(cls, keep_mask: torch.BoolTensor, padding_side: str, minimum_length: int = 0) -> "ShortPrompt":
+        """
+        The columns that `keep_mask` `(batch, full_length)` marks, moved together. Rows shorter than the longest one,
+        or than `minimum_length`, are filled up on the `padding_side`, `"left"` or `"right"`.
+        """
+        lengths = keep_mask.sum(1)
+        length = max(int(lengths.max()), minimum_length)
+        # A stable sort moves the kept columns to the front and leaves them in order.
+        source = (~keep_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
+        columns = torch.arange(length, device=keep_mask.device)
+        if padding_side == "left":
+            columns = columns - (length - lengths)[:, None]
+            source = source.gather(1, columns.clamp(min=0))
+            return cls(source.masked_fill(columns < 0, -1), keep_mask)
+        return cls(source.masked_fill(columns >= lengths[:, None], -1), keep_mask)
+
+    @classmethod
+    def whole(cls, batch: int, length: int, device: torch.device) -> "ShortPrompt":
+        """All of `length` columns."""
+        source = torch.arange(length, device=device).expand(batch, -1)
+        return cls(source, torch.ones_like(source, dtype=torch.bool))
+
+    @property
+    def full_length(self) -> int:
+        return self.keep_mask.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self.source.shape[1]
+
+    def take(self, columns: torch.Tensor, fill: float | int) -> torch.Tensor:
+        """The remaining columns of a `(batch, full_length, ...)` tensor, with `fill` in added padding."""
+        source = self.source.to(columns.device)
+        shape = (*source.shape, *[1] * (columns.dim() - 2))
+        index = source.clamp(min=0).view(shape).expand(-1, -1, *columns.shape[2:])
+        return columns.gather(1, index).masked_fill((source < 0).view(shape), fill)
+
+    def take_positions(self, position_ids: torch.LongTensor) -> torch.LongTensor:
+        """
+        Positions `(batch, full_length)` of the remaining columns, moved up to be contiguous. A sequence packed behind
+        another one in the same row, where positions start anew, is moved within itself.
+        """
+        keep_mask = self.keep_mask.to(position_ids.device)
+        position_ids = position_ids.expand(keep_mask.shape[0], -1)
+        return self.take(position_ids - self._dropped_before(position_ids), fill=0)
+
+    def moved_at_end(self, position_ids: torch.LongTensor) -> torch.LongTensor:
+        """By how much [`take_positions`] moves what follows each row's last position, of shape `(batch, 1)`."""
+        position_ids = position_ids.expand(self.keep_mask.shape[0], -1)
+        # Positions of padding behind a row do not rise.
+        rises = torch.nn.functional.pad(position_ids.diff(dim=1) > 0, (1, 0), value=True)
+        columns = torch.arange(self.full_length, device=position_ids.device)
+        last = columns.masked_fill(~rises, 0).amax(1, keepdim=True)
+        dropped = (~self.keep_mask.to(position_ids.device)).long()
+        return (self._dropped_before(position_ids) + dropped).gather(1, last)
+
+    def _dropped_before(self, position_ids: torch.LongTensor) -> torch.LongTensor:
+        """How many columns were dropped before each column of its sequence: `(batch, full_length)`."""
+        keep_mask = self.keep_mask.to(position_ids.device)
+        dropped = (~keep_mask).cumsum(1) - (~keep_mask).long()
+        starts = torch.ones_like(keep_mask)
+        starts[:, 1:] = position_ids.diff(dim=1) != 1
+        columns = torch.arange(self.full_length, device=position_ids.device).expand_as(position_ids)
+        first = columns.masked_fill(~starts, 0).cummax(1).values
+        return dropped - dropped.gather(1, first)
+
+    def then(self, rest: "ShortPrompt") -> "ShortPrompt":
+        """This prompt continued by the columns of `rest`."""
+        shifted = rest.source + self.full_length * (rest.source >= 0)
+        moved = [part.moved for part in (self, rest) if part.moved is not None]
+        return ShortPrompt(
+            torch.cat([self.source, shifted], dim=1),
+            torch.cat([self.keep_mask, rest.keep_mask], dim=1),
+            sum(moved) if moved else None,
+        )
+
+    def repeat_rows(self, times: int) -> "ShortPrompt":
+        """Each row `times` times in succession, as `generate` repeats them for beams."""
+        return ShortPrompt(
+            self.source.repeat_interleave(times, 0),
+            self.keep_mask.repeat_interleave(times, 0),
+            None if self.moved is None else self.moved.repeat_interleave(times, 0),
+        )
+
+
+@dataclass
+class CachedPrompt:
+    """
+    The prompt that filled a cache: its caller's ids `(batch, full_length)`, if known, and how it was shortened.
+    Columns that another call put into the cache have the id -1.
+    """
+
+    input_ids: torch.LongTensor | None
+    prompt: ShortPrompt
+
+    def remember(self, cache: Any) -> None:
+        """Leave this on a cache, for the calls that go on with it."""
+        if cache is not None:
+            cache._prunesid_prompt = self
+
+    def behind(self, cache: Any) -> "CachedPrompt":
+        """This as the end of all that fills `cache`, which remembers the part before if that was shortened."""
+        held, batch, device = self.prompt.cached_before, len(self.prompt.source), self.prompt.source.device
+        if cache is None or not held:
+            return self
+        earlier = CachedPrompt.recall(cache, batch)
+        if earlier is None:
+            nothing = torch.zeros(batch, 0, dtype=torch.long, device=device)
+            earlier = CachedPrompt(nothing, ShortPrompt.whole(batch, 0, device))
+        followed = held - earlier.prompt.length
+        if followed < 0:  # the cache was cropped
+            return self
+        input_ids = None
+        if self.input_ids is not None and earlier.input_ids is not None:
+            unknown = self.input_ids.new_full((batch, followed), -1)
+            input_ids = torch.cat([earlier.input_ids.to(unknown.device), unknown, self.input_ids], dim=1)
+        before = earlier.prompt.then(ShortPrompt.whole(batch, followed, device))
+        return CachedPrompt(input_ids, before.then(self.prompt))
+
+    @staticmethod
+    def recall(cache: Any, batch: int) -> "CachedPrompt | None":
+        """
+        What filled `cache`, for `batch` rows (beams repeat the rows of a cache); None where nothing was dropped.
+
+        Raises:
+            `ValueError`: if the rows of the cache are not those of the prompt that filled it.
+        """
+        cached = getattr(cache, "_prunesid_prompt", None)
+        if cached is None or cache.get_seq_length() == 0:
+            return None
+        rows = len(cached.prompt.source)
+        if batch % rows:
+            raise ValueError(
+                f"{CACHE_NAME} was filled by {rows} rows and is continued by {batch}, so that it is unknown what "
+                "was dropped from which. Pass a multiple of its rows, or start from an empty cache."
+            )
+        times = batch // rows
+        input_ids = cached.input_ids if cached.input_ids is None else cached.input_ids.repeat_interleave(times, 0)
+        return CachedPrompt(input_ids, cached.prompt.repeat_rows(times))
+
+    def starts(self, input_ids: torch.LongTensor | None) -> bool:
+        """Whether `input_ids` `(batch, length)` begin with this prompt, as those of a whole conversation do."""
+        length = self.prompt.full_length
+        if self.input_ids is None or input_ids is None or input_ids.shape[1] < length:
+            return False
+        expected = self.input_ids.to(input_ids.device)
+        return bool(((input_ids[:, :length] == expected) | (expected < 0)).all())
+
+
+def mark_kept_placeholders(
+    placeholders: torch.BoolTensor,
+    num_placeholders: list[int],
+    keep_indices: list[torch.LongTensor],
+    modality: str = "image",
+) -> torch.BoolTensor | None:
+    """
+    Marks the columns of a prompt that remain.
+
+    Args:
+        placeholders (`torch.BoolTensor` of shape `(batch, length)`): visual placeholders, in the order of the views.
+        num_placeholders (`list[int]`): T of each view, the placeholders that the stock processor writes for it.
+        keep_indices (`list[torch.LongTensor]`): the kept of these, N of each view. -1 stands for a token that has no
+            placeholder of its own (the CLS token) and takes the view's first free one.
+        modality (`str`): named in errors.
+
+    Returns:
+        A mask of the shape of `placeholders`, or None if the prompt has N placeholders for each view already.
+
+    Raises:
+        `ValueError`: if the prompt has neither T nor N placeholders for each view.
+    """
+    full, short = sum(num_placeholders), sum(len(kept) for kept in keep_indices)
+    # A compiled graph cannot count; a prompt too short for T placeholders is checked by upstream inside the graph.
+    if torch.compiler.is_compiling() and placeholders.numel() < full:
+        return None
+    rows = placeholders.sum(1).tolist()
+    found = sum(rows)
+    label = modality.capitalize()
+    if found not in (full, short):
+        raise ValueError(
+            f"{label} features and {modality} tokens do not match, tokens: {found}, features: {short}. A prompt holds "
+            f"either every placeholder that the stock processor writes ({full} for these {len(num_placeholders)} "
+            f"{modality}s) or one for each kept token ({short}); build it with the model's processor."
+        )
+
+    counts = [len(kept) for kept in keep_indices] if found == short else num_placeholders
+    ends = set(torch.tensor([0, *counts]).cumsum(0).tolist())
+    for row, end in enumerate(torch.tensor(rows).cumsum(0).tolist()):
+        if end not in ends:
+            raise ValueError(
+                f"{label} features and {modality} tokens do not match, tokens: {rows[row]} in row {row}, which is no "
+                f"whole number of {modality}s of {counts} tokens; build the prompt with the model's processor."
+            )
+    if found == short:
+        return None
+
+    flags = []
+    for total, kept in zip(num_placeholders, keep_indices):
+        flag = torch.zeros(total, dtype=torch.bool, device=placeholders.device)
+        flag[kept[kept >= 0].to(placeholders.device)] = True
+        without_place = int((kept < 0).sum())
+        if without_place:
+            flag[(~flag).nonzero()[:without_place, 0]] = True
+        flags.append(flag)
+    keep_mask = torch.ones_like(placeholders)
+    keep_mask[placeholders] = torch.cat(flags)
+    return keep_mask
+
+
+def is_flat(mask: Any) -> bool:
+    """Whether a mask has the shape `(batch, length)`. Upstream also takes `(batch, 1, queries, keys)` and dicts."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2
+
+
+def shorten_shifted_labels(shift_labels: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
+    """`shift_labels` holds at each column the label of the next one; in the short prompt, of the next that remains."""
+    labels = torch.nn.functional.pad(shift_labels[:, :-1], (1, 0), value=IGNORED_LABEL)
+    return torch.cat([prompt.take(labels, IGNORED_LABEL)[:, 1:], shift_labels[:, -1:]], dim=1)
+
+
+def without_answer(placeholders: torch.BoolTensor, start: int, seen: int) -> torch.BoolTensor:
+    """
+    The placeholders but for ids in the answer to an earlier prompt of length `start`, which are words: the columns up
+    to `seen`, that are in its cache, and a last one that is not.
+    """
+    if not start:
+        return placeholders
+    is_answer = torch.zeros_like(placeholders)
+    is_answer[:, start:seen] = True
+    alone = placeholders & ~torch.nn.functional.pad(placeholders[:, 1:], (0, 1))
+    is_answer[:, seen : seen + 1] = alone[:, seen : seen + 1]
+    return placeholders & ~is_answer
+
+
+def run_lengths(placeholders: torch.BoolTensor) -> list[int]:
+    """The lengths of the runs of adjacent placeholders in the rows."""
+    edges = torch.nn.functional.pad(placeholders.long(), (1, 1)).diff(dim=1)
+    return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
+
+
+def padding_of(mask: torch.Tensor, leading_only: bool) -> torch.BoolTensor:
+    """The columns before the first and after the last token of each row; padding is added anew where it is needed."""
+    padding = mask.cumsum(1) == 0
+    return padding if leading_only else padding | (mask.flip(1).cumsum(1) == 0).flip(1)
+
+
+def is_left_padded(mask: Any) -> bool:
+    return is_flat(mask) and bool((mask[:, 0] == 0).any())
+
+
+def shorten_cached_mask(mask: Any, prompt: ShortPrompt, cached_length: int, new_length: int) -> Any:
+    """A mask over the caller's full prompt, what followed it, and the new columns, for a cache of the short prompt."""
+    followed = cached_length - prompt.length
+    if not is_flat(mask) or mask.shape[1] != prompt.full_length + followed + new_length:
+        return mask
+    return torch.cat([prompt.take(mask[:, : prompt.full_length], fill=0), mask[:, prompt.full_length :]], dim=1)
