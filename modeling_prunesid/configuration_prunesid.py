@@ -4,7 +4,6 @@ import math
 import numbers
 from typing import Any
 
-import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import (
     LlavaConfig,
@@ -14,7 +13,27 @@ from transformers import (
     Qwen2VLConfig,
     Qwen3VLConfig,
     VideoLlavaConfig,
+    __version__,
 )
+from transformers.models.auto import modeling_auto
+
+
+# Tables of Transformers in which pipelines and serving look up the names of classes with a head.
+_CLASS_NAME_TABLES = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+
+
+def register_class_names(config_class: type) -> None:
+    """
+    List the classes of a configuration where Transformers looks names up: `XForConditionalGeneration` and `XModel` of
+    `XConfig`. It belongs into the configuration's file, because servers look before they import the modeling file. A
+    table that a later version lacks is passed over.
+    """
+    family = config_class.__name__.removesuffix("Config")
+    named = [(table, f"{family}ForConditionalGeneration") for table in _CLASS_NAME_TABLES]
+    for table, name in (*named, ("MODEL_MAPPING_NAMES", f"{family}Model")):
+        names = getattr(modeling_auto, table, None)
+        if names is not None:
+            names[config_class.model_type] = name
 
 
 def is_integer(value: Any) -> bool:
@@ -116,7 +135,7 @@ class NestedSettings(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The settings alone, without the fields that Transformers gives to every configuration."""
         fields = {"budget": self.budget, **{name: getattr(self, name) for name in self._rules}}
-        return {"model_type": self.model_type, "transformers_version": transformers.__version__, **fields}
+        return {"model_type": self.model_type, "transformers_version": __version__, **fields}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -361,6 +380,16 @@ class PruneSIDQwen3VLConfig(_QwenVLDefaults, NestsPruneSIDConfig, Qwen3VLConfig)
 
     prunesid_config: dict | PretrainedConfig | None = None
 
+
+for _config in (
+    PruneSIDLlavaConfig,
+    PruneSIDLlavaNextConfig,
+    PruneSIDQwen2VLConfig,
+    PruneSIDQwen2_5_VLConfig,
+    PruneSIDQwen3VLConfig,
+    PruneSIDVideoLlavaConfig,
+):
+    register_class_names(_config)
 
 __all__ = [
     "PruneSIDConfig",

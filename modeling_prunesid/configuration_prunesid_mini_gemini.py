@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
 from .configuration_mini_gemini import MiniGeminiConfig
-from .configuration_prunesid import NestsPruneSIDConfig
+from .configuration_prunesid import NestsPruneSIDConfig, register_class_names
 
 
 @strict
@@ -23,5 +23,7 @@ class PruneSIDMiniGeminiConfig(NestsPruneSIDConfig, MiniGeminiConfig):
 
     prunesid_config: dict | PretrainedConfig | None = None
 
+
+register_class_names(PruneSIDMiniGeminiConfig)
 
 __all__ = ["PruneSIDMiniGeminiConfig"]

@@ -3,7 +3,14 @@
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PretrainedConfig
 
-from .configuration_prunesid import NestedSettings, is_integer, is_number, optional_count, optional_name
+from .configuration_prunesid import (
+    NestedSettings,
+    is_integer,
+    is_number,
+    optional_count,
+    optional_name,
+    register_class_names,
+)
 
 
 def _optional_share():
@@ -83,5 +90,7 @@ class ViTCoPLlavaConfig(LlavaConfig):
             value = ViTCoPConfig(**(value or {}))
         super().__setattr__(name, value)
 
+
+register_class_names(ViTCoPLlavaConfig)
 
 __all__ = ["ViTCoPConfig", "ViTCoPLlavaConfig"]

@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import PruneSIDLlavaConfig
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin
 from .processing_prunesid import PruneSIDLlavaProcessor
 from .selection_prunesid import resolve_budget
 from .tower_prunesid import resolve_layer, run_tower
@@ -245,6 +245,5 @@ class PruneSIDLlavaAutoModel(AutoModelMixin, PruneSIDLlavaModel):
 # Stock checkpoints load by the stock conversions, which Transformers looks up by the name of the class.
 for _ours, _stock in (("PruneSIDLlavaForConditionalGeneration", "llava"), ("PruneSIDLlavaModel", "LlavaModel")):
     register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_stock), overwrite=True)
-register_class_names(PruneSIDLlavaConfig.model_type, "PruneSIDLlavaForConditionalGeneration", "PruneSIDLlavaModel")
 
 __all__ = ["PruneSIDLlavaAutoModel", "PruneSIDLlavaForConditionalGeneration", "PruneSIDLlavaModel"]

@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from .anyres_prunesid import NEWLINE, PackedImage
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import PruneSIDLlavaNextConfig
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin
 from .processing_prunesid_llava_next import PruneSIDLlavaNextProcessor
 from .selection_prunesid import resolve_budget
 from .sharing_prunesid import choose_tokens_of_views, request_budgets
@@ -272,8 +272,5 @@ for _ours, _stock in (
     ("PruneSIDLlavaNextModel", "LlavaNextModel"),
 ):
     register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_stock), overwrite=True)
-register_class_names(
-    PruneSIDLlavaNextConfig.model_type, "PruneSIDLlavaNextForConditionalGeneration", "PruneSIDLlavaNextModel"
-)
 
 __all__ = ["PruneSIDLlavaNextAutoModel", "PruneSIDLlavaNextForConditionalGeneration", "PruneSIDLlavaNextModel"]

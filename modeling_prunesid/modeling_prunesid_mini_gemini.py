@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import refuse_cls
 from .configuration_prunesid_mini_gemini import PruneSIDMiniGeminiConfig
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin
 from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
 from .processing_prunesid_mini_gemini import PruneSIDMiniGeminiProcessor
 from .selection_prunesid import resolve_budget
@@ -159,9 +159,6 @@ class PruneSIDMiniGeminiAutoModel(AutoModelMixin, PruneSIDMiniGeminiModel):
 
 
 # Checkpoints of `MiniGeminiForConditionalGeneration` have the names of our modules: there is no conversion to pass on.
-register_class_names(
-    PruneSIDMiniGeminiConfig.model_type, "PruneSIDMiniGeminiForConditionalGeneration", "PruneSIDMiniGeminiModel"
-)
 
 __all__ = [
     "PruneSIDMiniGeminiAutoModel",

@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compression_prunesid import CompressedGenerationMixin, like_upstream
 from .configuration_prunesid import PruneSIDQwen2_5_VLConfig
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
 from .processing_prunesid_qwen_vl import PruneSIDQwen2_5_VLProcessor
@@ -178,8 +178,5 @@ for _part in ("ForConditionalGeneration", "Model"):
     register_checkpoint_conversion_mapping(
         "PruneSIDQwen2_5_VL" + _part, get_checkpoint_conversion_mapping("Qwen2_5_VL" + _part), overwrite=True
     )
-register_class_names(
-    PruneSIDQwen2_5_VLConfig.model_type, "PruneSIDQwen2_5_VLForConditionalGeneration", "PruneSIDQwen2_5_VLModel"
-)
 
 __all__ = ["PruneSIDQwen2_5_VLAutoModel", "PruneSIDQwen2_5_VLForConditionalGeneration", "PruneSIDQwen2_5_VLModel"]

@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compression_prunesid import CompressedGenerationMixin, like_upstream
 from .configuration_prunesid import PruneSIDQwen2VLConfig
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
 from .processing_prunesid_qwen_vl import PruneSIDQwen2VLProcessor
@@ -178,8 +178,5 @@ for _part in ("ForConditionalGeneration", "Model"):
     register_checkpoint_conversion_mapping(
         "PruneSIDQwen2VL" + _part, get_checkpoint_conversion_mapping("Qwen2VL" + _part), overwrite=True
     )
-register_class_names(
-    PruneSIDQwen2VLConfig.model_type, "PruneSIDQwen2VLForConditionalGeneration", "PruneSIDQwen2VLModel"
-)
 
 __all__ = ["PruneSIDQwen2VLAutoModel", "PruneSIDQwen2VLForConditionalGeneration", "PruneSIDQwen2VLModel"]

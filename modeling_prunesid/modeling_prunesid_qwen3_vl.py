@@ -8,7 +8,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compression_prunesid import CompressedGenerationMixin, like_upstream
 from .configuration_prunesid import PruneSIDQwen3VLConfig
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin
 from .merged_prunesid import keep_merged_tokens
 from .mrope_prunesid import MRoPEModelMixin
 from .processing_prunesid_qwen_vl import PruneSIDQwen3VLProcessor
@@ -170,8 +170,5 @@ class PruneSIDQwen3VLAutoModel(AutoModelMixin, PruneSIDQwen3VLModel):
 
 
 # Stock checkpoints have the names of our modules: upstream registers no conversion for Qwen3-VL to pass on.
-register_class_names(
-    PruneSIDQwen3VLConfig.model_type, "PruneSIDQwen3VLForConditionalGeneration", "PruneSIDQwen3VLModel"
-)
 
 __all__ = ["PruneSIDQwen3VLAutoModel", "PruneSIDQwen3VLForConditionalGeneration", "PruneSIDQwen3VLModel"]

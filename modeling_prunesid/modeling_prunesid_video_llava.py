@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_prunesid import PruneSIDVideoLlavaConfig
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin
 from .processing_prunesid_video_llava import PruneSIDVideoLlavaProcessor
 from .selection_prunesid import redundancy, resolve_budget
 from .sharing_prunesid import SharedBudgets, choose_tokens_of_views, request_budgets
@@ -356,8 +356,5 @@ for _ours, _stock in (
     ("PruneSIDVideoLlavaModel", "VideoLlavaModel"),
 ):
     register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_stock), overwrite=True)
-register_class_names(
-    PruneSIDVideoLlavaConfig.model_type, "PruneSIDVideoLlavaForConditionalGeneration", "PruneSIDVideoLlavaModel"
-)
 
 __all__ = ["PruneSIDVideoLlavaAutoModel", "PruneSIDVideoLlavaForConditionalGeneration", "PruneSIDVideoLlavaModel"]

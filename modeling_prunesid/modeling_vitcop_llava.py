@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .compression_prunesid import CompressedGenerationMixin, CompressedModelMixin, like_upstream
 from .configuration_vitcop import ViTCoPLlavaConfig
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin
 from .processing_vitcop_llava import ViTCoPLlavaProcessor
 from .selection_prunesid import resolve_budget
 from .tower_prunesid import resolve_layer, run_tower
@@ -258,6 +258,5 @@ class ViTCoPLlavaAutoModel(AutoModelMixin, ViTCoPLlavaModel):
 # Stock checkpoints load by the stock conversions, which Transformers looks up by the name of the class.
 for _ours, _stock in (("ViTCoPLlavaForConditionalGeneration", "llava"), ("ViTCoPLlavaModel", "LlavaModel")):
     register_checkpoint_conversion_mapping(_ours, get_checkpoint_conversion_mapping(_stock), overwrite=True)
-register_class_names(ViTCoPLlavaConfig.model_type, "ViTCoPLlavaForConditionalGeneration", "ViTCoPLlavaModel")
 
 __all__ = ["ViTCoPLlavaAutoModel", "ViTCoPLlavaForConditionalGeneration", "ViTCoPLlavaModel"]
