@@ -1,5 +1,6 @@
 """How every script opens an image."""
 
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -35,10 +36,8 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    try:
+    with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
         image = ImageOps.exif_transpose(image)
-    except Exception:  # EXIF that cannot be read turns nothing
-        pass
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Files of one record a line that grow and are never rewritten, so that a killed run loses nothing that was written."""
+"""Files of one record a line that grow and are never rewritten, so that a killed run loses nothing it has written."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +18,8 @@ def read_lines(path: Path, read: Callable[[str], T]) -> Iterator[tuple[int, T]]:
         try:
             value = read(line.decode())
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            print(
-                f"{path} line {place + 1} is no record and is skipped: {error or type(error).__name__}",
-                file=sys.stderr,
-            )
+            reason = str(error) or type(error).__name__
+            print(f"{path} line {place + 1} is no record and is skipped: {reason}", file=sys.stderr)
             continue
         yield place, value
 

@@ -136,8 +136,8 @@ def extract(tower, work: Path, name: str, count: int, batch: int = 4) -> None:
     with (work / f"{name}.f16").open("ab") as features, append_to(listed) as lines, torch.inference_mode():
         if features.tell() < done * ROW_BYTES:
             raise ValueError(
-                f"{features.name} has {features.tell() // ROW_BYTES} of the {done} scenes in {listed}. Remove both and "
-                "extract them again."
+                f"{features.name} has {features.tell() // ROW_BYTES} of the {done} scenes in {listed}. Remove both, "
+                "and extract them again."
             )
         features.truncate(done * ROW_BYTES)  # those that no line was written for
         for start in tqdm(range(done, count, batch), desc=f"features {name}"):
