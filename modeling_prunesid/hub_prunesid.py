@@ -113,7 +113,7 @@ class HubModelMixin:
     # The family's processor, which is saved with the model where that of its checkpoint is known.
     _processor_class: Any = None
     # (name, revision as it was asked for): where and at which commit the weights were found.
-    _sources: dict[tuple[str, str | None], dict[str, Any]] = {}
+    _sources: dict[tuple[str | None, str | None], dict[str, Any]] = {}
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -271,7 +271,7 @@ class HubModelMixin:
             )
         source = dict(self._sources.get((base, revision), {"revision": revision}))
         revision = source["revision"]
-        if thin:
+        if thin and base is not None:
             revision = source["revision"] = find_commit(base, revision, source) or revision
             _check_weights(self, base, source)
         config_class, module = type(self.config), type(self).__module__.rsplit(".", 1)[-1]

@@ -1,5 +1,6 @@
 """Thin variants are safe to trust: no code of the base runs unasked, the base is pinned, the weights are its own."""
 
+import importlib
 import json
 import os
 import shutil
@@ -8,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_qwen
 import torch
 from hub_server import TOKEN, Hub
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
-from tiny import build
+from tiny import build, stock_twin
 from tiny_checkpoint import picture, save_checkpoint
+from tiny_vitcop import build_vitcop
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
@@ -145,6 +148,7 @@ class TestCodeOfTheBase:
 
 
 PUBLISH = """
+import importlib
 import json
 from pathlib import Path
 from tiny_checkpoint import build_processor, save_checkpoint
@@ -268,8 +272,6 @@ class TestWeightsOfTheBase:
         self.refuse(model, tmp_path, "1 of this model's are not those of its base .*layers.1.mlp.down_proj")
 
     def test_tied_weights_and_shards(self, tmp_path):
-        from tiny import stock_twin
-
         stock = stock_twin(build(text={"tie_word_embeddings": True}))
         stock.config.tie_word_embeddings = stock.config.text_config.tie_word_embeddings = True
         stock.tie_weights()
@@ -338,6 +340,7 @@ class TestBrokenFiles:
 class TestPartsOfTheProcessor:
     def test_auto_tokenizer_and_auto_image_processor(self, thin, base, tmp_path):
         script = f"""
+import importlib
 import json
 from transformers import AutoImageProcessor, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({str(thin)!r}, trust_remote_code=True)
@@ -438,3 +441,55 @@ again = pickle.loads(cloudpickle.dumps(config))
 print(json.dumps(again.prunesid_config.to_dict()["budget"]))
 """
         assert clean_process(script, tmp_path) == 8
+
+
+def _of_module(name, **arguments):
+    def make():
+        module = importlib.import_module(name)
+        model = module.build(**arguments)
+        return model, module.stock_twin(model)
+
+    return make
+
+
+def _of_qwen(family):
+    def make():
+        model = tiny_qwen.build(family)
+        return model, tiny_qwen.stock_twin(model, family)
+
+    return make
+
+
+def _of_vitcop():
+    model = build_vitcop()
+    return model, stock_twin(model)
+
+
+FAMILIES = {
+    "llava": lambda: (model := build(), stock_twin(model)),
+    "llava_next": _of_module("test_llava_next"),
+    "video_llava": _of_module("test_video_llava"),
+    "mini_gemini": _of_module("test_mini_gemini"),
+    "vitcop": _of_vitcop,
+    **{family: _of_qwen(family) for family in tiny_qwen.FAMILIES},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_knows_its_weights_again(family, tmp_path):
+    """Under whatever names the stock class saves them."""
+    model, stock = FAMILIES[family]()
+    stock.save_pretrained(tmp_path / "base")
+    for model_class in (type(model), type(model.model)):
+        ours = model_class.from_pretrained(tmp_path / "base")
+        folder = tmp_path / model_class.__name__
+        ours.save_pretrained(folder, thin=True)
+        again = model_class.from_pretrained(folder).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in ours.state_dict().items())
+        parameters = [(name, value) for name, value in ours.named_parameters() if value.dim() > 1]
+        for name, value in parameters[:: max(1, len(parameters) // 8)]:
+            kept = value.detach().clone()
+            value.data.view(-1)[0] += 1
+            with pytest.raises(ValueError, match=f"1 of this model's are not those of its base .* {name}"):
+                ours.save_pretrained(tmp_path / "refused", thin=True)
+            value.data.copy_(kept)
