@@ -41,8 +41,8 @@ output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-`trust_remote_code=True` runs the Python files of this repo; pass `revision="<commit>"` to pin what you have read. For
-another budget, load the model with `{settings_name}={{"budget": 32}}`{and_processor}.
+`trust_remote_code=True` runs the Python files of this repo{base_code}; pass `revision="<commit>"` to pin what you have
+read.{engines} For another budget, load the model with `{settings_name}={{"budget": 32}}`{and_processor}.
 
 ## Settings
 
@@ -56,6 +56,8 @@ another budget, load the model with `{settings_name}={{"budget": 32}}`{and_proce
 {citation}
 ```
 """
+_ENGINES = """ Engines that do not call `from_pretrained`, such as vLLM, need the weights in the folder:
+`model.save_pretrained("full")` writes a variant that has them."""
 _PRUNESID = """@inproceedings{fang2026prunesid,
   title     = {Prune Redundancy, Preserve Essence: Vision Token Compression in {VLMs} via Synergistic
                Importance-Diversity},
@@ -78,6 +80,7 @@ def write_card(
     thin: bool,
     repo_id: str | None = None,
     tags: list[str] | None = None,
+    base_revision: str | None = None,
 ) -> None:
     """
     Write `README.md`, in place of an earlier card of ours; a card that somebody else wrote is left alone.
@@ -89,6 +92,7 @@ def write_card(
         thin: the weights are the base's, and not in the folder.
         repo_id: the name that the usage shows; by default the folder.
         tags: further tags.
+        base_revision: commit of the base, or None for the newest.
     """
     path = Path(folder, "README.md")
     if path.exists() and _TAG not in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []):
@@ -100,7 +104,7 @@ def write_card(
         base_model=base if is_on_hub else None,
         base_model_relation=("adapter" if thin else "finetune") if is_on_hub else None,
         tags=[_TAG, "visual-token-pruning", *(tags or [])],
-        **(_licence(base) if base is not None else {}),
+        **(_licence(base, base_revision) if base is not None else {}),
     )
     repo = repo_id or str(folder)
     settings = config.prunesid_config.to_dict()
@@ -113,6 +117,8 @@ def write_card(
         title=repo.rstrip("/").rsplit("/", 1)[-1],
         base=f"`{base or config.model_type}`",
         budget=_describe_budget(config.prunesid_config),
+        base_code=_describe_base_code(base, base_revision) if thin else "",
+        engines=_ENGINES if thin else "",
         weights="This repo holds no weights: they are taken from the base when it is loaded." if thin else "",
         repo=repo,
         settings="\n".join(
@@ -120,6 +126,15 @@ def write_card(
         ),
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
+
+
+def _describe_base_code(base: str | None, revision: str | None) -> str:
+    """What else runs, and does not run, when a thin variant is loaded."""
+    pinned = f"commit `{revision}`" if revision is not None else "its newest commit"
+    return (
+        f" and no other: weights, tokenizer and image processor come from `{base}` at {pinned}, and Python files that "
+        "it may have run only with `base_trust_remote_code=True` as well"
+    )
 
 
 def _has_short_prompts(folder: str | os.PathLike) -> bool:
@@ -143,10 +158,10 @@ def _describe_budget(settings: PretrainedConfig) -> str:
 
 
 @functools.lru_cache
-def _licence(base: str) -> dict[str, Any]:
+def _licence(base: str, revision: str | None) -> dict[str, Any]:
     """The licence fields in the card of the base; none where it has no card, or the card cannot be reached."""
     try:
-        path = cached_file(base, "README.md")
+        path = cached_file(base, "README.md", revision=revision)
         data = ModelCard.load(path, ignore_metadata_errors=True).data
     except (OSError, ValueError):
         return {}

@@ -6,8 +6,27 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig, __version__
+from transformers.models.auto import modeling_auto
 
 from .methods import check_method, method_of_saved, needs_of, options_of
+
+
+# Tables of Transformers in which pipelines and serving look up the names of classes with a head.
+_CLASS_NAME_TABLES = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+
+
+def register_class_names(config_class: type) -> None:
+    """
+    List the classes of a configuration where Transformers looks names up: `XForConditionalGeneration` and `XModel` of
+    `XConfig`. It belongs into the configuration's file, because servers look before they import the modeling file. A
+    table that a later version lacks is passed over.
+    """
+    family = config_class.__name__.removesuffix("Config")
+    named = [(table, f"{family}ForConditionalGeneration") for table in _CLASS_NAME_TABLES]
+    for table, name in (*named, ("MODEL_MAPPING_NAMES", f"{family}Model")):
+        names = getattr(modeling_auto, table, None)
+        if names is not None:
+            names[config_class.model_type] = name
 
 
 def is_integer(value: Any) -> bool:
@@ -238,6 +257,7 @@ class NestsPruneSIDConfig:
         super().__init_subclass__(**kwargs)
         strict(cls)
         cls.sub_configs = {**getattr(cls, "sub_configs", {}), "prunesid_config": cls._settings_class}
+        register_class_names(cls)
 
     def __setattr__(self, name, value):
         if name == "prunesid_config" and (value is None or isinstance(value, dict)):

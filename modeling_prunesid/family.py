@@ -21,7 +21,7 @@ from .checks import resolve_budget
 from .compression_prunesid import CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, table_of
 from .generation_prunesid import CompressedGenerationMixin
-from .hub_prunesid import AutoModelMixin, HubModelMixin, register_class_names
+from .hub_prunesid import AutoModelMixin, HubModelMixin
 from .upstream_prunesid import like_upstream
 
 
@@ -272,7 +272,6 @@ def register_family(head: Any, processor: type | None = None) -> type:
             mapping = get_checkpoint_conversion_mapping(theirs)
             if mapping is not None:
                 register_checkpoint_conversion_mapping(own, mapping, overwrite=True)
-    register_class_names(head.config_class.model_type, head.__name__, model.__name__)
     return auto_model
 
 

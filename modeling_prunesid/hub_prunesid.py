@@ -3,15 +3,27 @@
 import copy
 import json
 import os
+import re
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from safetensors import safe_open
 from transformers import GenerationConfig, PretrainedConfig
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.models.auto import modeling_auto
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
 from .card_prunesid import write_card
 
@@ -19,7 +31,9 @@ from .card_prunesid import write_card
 logger = logging.get_logger(__name__)
 
 # How files are fetched, from the variant and from its base alike.
-_ACCESS_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+ACCESS_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+# What a caller says of the variant's repo, and what is therefore never said of its base.
+VARIANT_ARGUMENTS = ("revision", "code_revision", "subfolder", "trust_remote_code", "_commit_hash", "_from_auto")
 _PUSH_ARGUMENTS = (
     "repo_id",
     "commit_message",
@@ -31,16 +45,61 @@ _PUSH_ARGUMENTS = (
     "tags",
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
-# Tables of Transformers in which pipelines and serving look up the names of classes with a head.
-_CLASS_NAME_TABLES = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+_DEEPEST_JSON = 64  # levels; upstream copies configurations recursively
+_DYNAMIC_MODULES = "transformers_modules."
 
 
-def register_class_names(model_type: str, class_name: str, base_name: str) -> None:
-    """List our classes where Transformers looks names up; a table that a later version lacks is passed over."""
-    for table, name in (*((table, class_name) for table in _CLASS_NAME_TABLES), ("MODEL_MAPPING_NAMES", base_name)):
-        names = getattr(modeling_auto, table, None)
-        if names is not None:
-            names[model_type] = name
+def read_fields(name: str | os.PathLike, file: str, location: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    The JSON object in a file of a repo or folder, or None where it has no such file.
+
+    Raises:
+        `ValueError`: if the file holds something else: broken JSON, a list, null, or objects in 64 others.
+        `OSError`: if there is no such repo, or it cannot be reached.
+    """
+    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **location)
+    if path is None:
+        return None
+    problem = None
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            problem = f"it is {json.dumps(fields)[:40]}"
+        elif _is_deeper(fields, _DEEPEST_JSON):
+            problem = f"it nests more than {_DEEPEST_JSON} levels"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        problem = str(error)
+    except RecursionError:
+        problem = f"it nests more than {_DEEPEST_JSON} levels"
+    if problem is not None:
+        raise ValueError(f"{file} of {name} must hold a JSON object, but {problem}. Save the variant again.")
+    return fields
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return levels == 0 or any(
+        _is_deeper(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value)
+    )
+
+
+def read_base(fields: dict[str, Any], where: str) -> tuple[str | None, str | None]:
+    """
+    Name and revision of the base in the fields of a variant; None, None where it is no thin variant.
+
+    Raises:
+        `ValueError`: if one of them is not a name.
+    """
+    values = []
+    for name in ("base_model_name_or_path", "base_model_revision"):
+        value = fields.get(name)
+        if value is not None and (not isinstance(value, str) or value == ""):
+            raise ValueError(
+                f"{where}.{name} must be a non-empty string or null, got {value!r}. Save the variant again."
+            )
+        values.append(value)
+    return values[0], values[1]
 
 
 class HubModelMixin:
@@ -53,6 +112,8 @@ class HubModelMixin:
     _auto_map: dict[str, str] = {}
     # The family's processor, which is saved with the model where that of its checkpoint is known.
     _processor_class: Any = None
+    # (name, revision as it was asked for): where and at which commit the weights were found.
+    _sources: dict[tuple[str | None, str | None], dict[str, Any]] = {}
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -65,24 +126,36 @@ class HubModelMixin:
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
         config: PretrainedConfig | str | os.PathLike | None = None,
+        base_trust_remote_code: bool = False,
         **kwargs: Any,
     ):
         r"""
         Upstream's `from_pretrained`. A checkpoint without weights whose `prunesid_config` names a
         `base_model_name_or_path` takes them from there, with the caller's arguments (dtype, device_map,
-        quantization_config, cache_dir, token, ...). `revision` is that of the variant; that of its base is
-        `base_model_revision`.
+        quantization_config, cache_dir, token, ...). `revision`, `subfolder` and `trust_remote_code` are said of the
+        variant alone: the base has the revision `base_model_revision`.
+
+        Args:
+            base_trust_remote_code (`bool`, defaults to `False`):
+                Also run Python files of the base of a thin variant, such as a `custom_generate` of its own. Without it
+                none of them runs, whatever `trust_remote_code` is. It has no meaning for other checkpoints.
 
         Raises:
             `OSError`: if the base cannot be found or reached.
-            `ValueError`: if the base is of another family, or its weights do not fit the variant's architecture.
+            `ValueError`: if the base is of another family, its weights do not fit the variant's architecture, or a
+                file of the variant does not hold what it should.
         """
         name = pretrained_model_name_or_path
-        location = {key: kwargs[key] for key in (*_ACCESS_ARGUMENTS, "revision", "subfolder") if key in kwargs}
-        if name is None or _read_base(config, name, location) is None or _has_weights(name, location):
+        own_class = cls._class_in(name, kwargs.get("trust_remote_code"))
+        if own_class is not cls:
+            opt_in = {"base_trust_remote_code": True} if base_trust_remote_code else {}
+            return own_class.from_pretrained(name, *model_args, config=config, **opt_in, **kwargs)
+        location = {key: kwargs[key] for key in (*ACCESS_ARGUMENTS, "revision", "subfolder") if key in kwargs}
+        if name is None or _find_base_of(config, name, location) is None or _has_weights(name, location):
             loaded = super().from_pretrained(name, *model_args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.loaded_revision = _pinned(kwargs.get("revision"))
+            model._remember_source(name, model.loaded_revision, location)
             return loaded
 
         if not isinstance(config, PretrainedConfig):
@@ -93,14 +166,33 @@ class HubModelMixin:
             config, kwargs = cls.config_class.from_pretrained(
                 name if config is None else config, return_unused_kwargs=True, **(kwargs | location)
             )
-            kwargs |= placement | {key: location[key] for key in _ACCESS_ARGUMENTS if key in location}
-        return cls._from_base(name, config, location, model_args, kwargs)
+            kwargs |= placement | {key: location[key] for key in ACCESS_ARGUMENTS if key in location}
+        return cls._from_base(name, config, location, model_args, kwargs, base_trust_remote_code)
 
     @classmethod
-    def _from_base(cls, name, config, location, model_args, kwargs):
+    def _class_in(cls, name: str | os.PathLike | None, is_trusted: bool | None) -> type:
+        """
+        This class as a trusted local folder has it. Transformers registers what it loaded from one folder for the
+        configuration's class, which another folder with the same configuration file and other code shares.
+        """
+        if (
+            not is_trusted
+            or name is None
+            or not os.path.isdir(name)
+            or not cls.__module__.startswith(_DYNAMIC_MODULES)
+        ):
+            return cls
+        try:
+            return get_class_from_dynamic_module(f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}", name)
+        except (OSError, AttributeError):  # the folder has other code or none
+            return cls
+
+    @classmethod
+    def _from_base(cls, name, config, location, model_args, kwargs, base_trust_remote_code):
         settings = config.prunesid_config
         base, revision = settings.base_model_name_or_path, settings.base_model_revision or "main"
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        kwargs = {key: value for key, value in kwargs.items() if key not in VARIANT_ARGUMENTS}
+        kwargs["trust_remote_code"] = base_trust_remote_code
         if kwargs.get("generation_config") is None:
             kwargs["generation_config"] = _read_generation_config(name, location)
         adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
@@ -109,7 +201,7 @@ class HubModelMixin:
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"adapter_kwargs": adapter, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            access = {key: kwargs[key] for key in _ACCESS_ARGUMENTS if key in kwargs}
+            access = {key: kwargs[key] for key in ACCESS_ARGUMENTS if key in kwargs}
             _check_family(base, config, PretrainedConfig.get_config_dict(base, revision=revision, **access)[0])
             model, info = super().from_pretrained(base, *model_args, config=config, revision=revision, **kwargs)
         except OSError as error:
@@ -120,7 +212,16 @@ class HubModelMixin:
         _check_fit(base, info, has_head=cls.can_generate())
         model.name_or_path = model.config.name_or_path = str(name)
         model.loaded_revision = _pinned(location.get("revision"))
+        model._remember_source(base, settings.base_model_revision, access)
         return (model, info) if wants_info else model
+
+    def _remember_source(self, name: str | os.PathLike, revision: str | None, access: dict[str, Any]) -> None:
+        """Keep the commit that was just loaded, which a branch may leave behind until the model is saved."""
+        if name is None:
+            return
+        location = {"cache_dir": access["cache_dir"]} if access.get("cache_dir") is not None else {}
+        commit = find_commit(name, revision, {**location, "local_files_only": True})
+        self._sources = {**self._sources, (str(name), revision): {**location, "revision": commit or revision}}
 
     def save_pretrained(
         self,
@@ -137,11 +238,15 @@ class HubModelMixin:
         Args:
             thin (`bool`, defaults to `False`):
                 Leave the weights out and name the base that they are loaded from: the checkpoint that this model came
-                from, or `prunesid_config.base_model_name_or_path`. Weights that were trained since then are not saved.
+                from, or `prunesid_config.base_model_name_or_path`, at the commit that was loaded. Every weight is
+                compared with the base's, whose files are read once for it; those that are quantised cannot be, and
+                are taken to be the base's.
 
         Raises:
-            `ValueError`: if `save_directory` is a file; if `thin` and no base is known, the folder holds weights
-                already, or the model has an adapter.
+            `ValueError`: if `save_directory` is a file; if `thin` and no base is known, a weight is not the base's
+                (trained, merged with an adapter, resized), the folder holds weights already, or the model has an
+                adapter.
+            `OSError`: if `thin` and the base's weights cannot be read.
         """
         if os.path.isfile(save_directory):
             raise ValueError(
@@ -164,6 +269,11 @@ class HubModelMixin:
                 f"thin=True saves no weights, but save_directory={str(save_directory)!r} holds some, which would be "
                 "loaded in place of the base's. Save to another folder."
             )
+        source = dict(self._sources.get((base, revision), {"revision": revision}))
+        revision = source["revision"]
+        if thin and base is not None:
+            revision = source["revision"] = find_commit(base, revision, source) or revision
+            _check_weights(self, base, source)
         config_class, module = type(self.config), type(self).__module__.rsplit(".", 1)[-1]
         self.config.auto_map = {
             "AutoConfig": f"{config_class.__module__.rsplit('.', 1)[-1]}.{config_class.__name__}",
@@ -186,7 +296,7 @@ class HubModelMixin:
         finally:
             settings.base_model_name_or_path, settings.base_model_revision = recorded
         if is_main_process:
-            write_card(save_directory, self.config, base, thin, push.get("repo_id"), push.get("tags"))
+            write_card(save_directory, self.config, base, thin, push.get("repo_id"), push.get("tags"), revision)
         if push_to_hub and is_main_process:
             push.setdefault("repo_id", Path(save_directory).name)
             self.push_to_hub(**push, thin=thin, max_shard_size=kwargs.get("max_shard_size", "50GB"))
@@ -259,19 +369,22 @@ class HubModelMixin:
         if processor_class is None:
             return None
         arguments = processor_class.arguments_for(self.config.prunesid_config)
-        if path.exists():
-            fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_fields(folder, path.name, {}) or {}
+        if fields and "base_model_name_or_path" not in fields:
             fields |= {name: value for name, value in arguments.items() if name in fields}
             path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             return fields.get("auto_map", {}).get("AutoProcessor")
         if base is None:
             return None
         try:
-            processor = processor_class.from_pretrained(base, revision=revision, **arguments)
+            processor = processor_class.from_pretrained(base, revision=revision, trust_remote_code=False)
         except Exception as error:  # a model without its processor is better than no model
             logger.warning(f"{folder} gets no processor, because that of {base} cannot be loaded: {error}")
             return None
-        entry = f"{type(processor).__module__.rsplit('.', 1)[-1]}.{type(processor).__name__}"
+        for name, value in arguments.items():
+            setattr(processor, name, value)
+        module = type(processor).__module__.rsplit(".", 1)[-1]
+        entry = f"{module}.{type(processor).__name__}"
         if not thin:
             processor.save_pretrained(folder)
             return entry
@@ -284,6 +397,13 @@ class HubModelMixin:
         }
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         custom_object_save(processor, folder)
+        # `AutoTokenizer` fetches the base's megabytes; `AutoImageProcessor` and its like read settings alone.
+        tokenizer = {"auto_map": {"AutoTokenizer": [None, "processing.BaseTokenizer"]}}
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n", encoding="utf-8")
+        for name in ("image_processor", "video_processor"):
+            part = getattr(processor, name, None)
+            if part is not None and type(part).__module__.startswith("transformers."):
+                part.save_pretrained(folder)
         return entry
 
 
@@ -363,22 +483,40 @@ def _pinned(revision: str | None) -> str | None:
     return None if revision in (None, "main") else str(revision)
 
 
-def _read_base(config: Any, name: str | os.PathLike, location: dict[str, Any]) -> str | None:
-    if not isinstance(config, PretrainedConfig):
-        try:
-            fields, _ = PretrainedConfig.get_config_dict(name if config is None else config, **location)
-        except OSError:  # an adapter, or an error that upstream words itself
-            return None
-        settings = fields.get("prunesid_config") or fields.get("vitcop_config") or {}
-        return settings.get("base_model_name_or_path")
-    return getattr(getattr(config, "prunesid_config", None), "base_model_name_or_path", None)
+def _find_base_of(config: Any, name: str | os.PathLike, location: dict[str, Any]) -> str | None:
+    """The base that a variant's configuration names, None for other checkpoints."""
+    if isinstance(config, PretrainedConfig):
+        return getattr(getattr(config, "prunesid_config", None), "base_model_name_or_path", None)
+    try:
+        fields = read_fields(name if config is None else config, CONFIG_NAME, location)
+    except OSError:  # which upstream words itself
+        return None
+    for key in ("prunesid_config", "vitcop_config"):
+        settings = (fields or {}).get(key)
+        if isinstance(settings, dict):
+            return read_base(settings, key)[0]
+        if settings is not None:
+            raise ValueError(f"{key} in {CONFIG_NAME} of {name} must be a JSON object or null, got {settings!r}.")
+    return None
 
 
 def _read_generation_config(name: str | os.PathLike, location: dict[str, Any]) -> GenerationConfig | None:
+    if read_fields(name, GENERATION_CONFIG_NAME, location) is None:
+        return None
+    return GenerationConfig.from_pretrained(name, **location)
+
+
+def find_commit(name: str | os.PathLike, revision: str | None, location: dict[str, Any]) -> str | None:
+    """The commit that a branch, tag or commit of a repo on the Hub stands for; None for a folder, or if unknown."""
+    if os.path.isdir(name):
+        return None
+    location = {key: value for key, value in location.items() if key != "revision"}
     try:
-        return GenerationConfig.from_pretrained(name, **location)
+        path = cached_file(name, CONFIG_NAME, revision=revision, **location)
     except OSError:
         return None
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", Path(path).as_posix()) if path is not None else None
+    return found and found[1]
 
 
 def _has_weights(name: str | os.PathLike, location: dict[str, Any]) -> bool:
@@ -414,3 +552,104 @@ def _check_fit(base: str, info: dict[str, Any], has_head: bool) -> None:
                 f"{len(keys)} {kind.replace('_', ' ')}, for example {', '.join(keys[:3])}. The base may have changed: "
                 "pin base_model_revision to the one that the variant was made from, or convert the base anew."
             )
+
+
+def _check_weights(model: Any, base: str, source: dict[str, Any]) -> None:
+    """
+    Raise a `ValueError` unless every weight of the model is the base's, bit for bit in the model's dtype.
+
+    Names differ by what upstream renames when it loads: the base's tensor is the one of the same shape that shares
+    most of the last parts of the name, or any of those that share as many. Tied weights count as one.
+    """
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    of_base = _weights_of(base, source)
+    by_last: dict[str, list[str]] = {}
+    for name in of_base:
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
+    verdicts: dict[Any, bool] = {}
+    names: dict[Any, str] = {}
+    for name, identity, tensor in _weights_in(model):
+        if quantised and not (type(tensor) is torch.Tensor and tensor.is_floating_point()):
+            continue
+        shares = {other: _shared_parts(name, other) for other in by_last.get(name.rpartition(".")[2], [])}
+        shares = {other: count for other, count in shares.items() if of_base[other][0] == tuple(tensor.shape)}
+        if quantised and not shares:
+            continue
+        nearest = [other for other, count in shares.items() if count == max(shares.values())]
+        names.setdefault(identity, name)
+        if not verdicts.get(identity):
+            verdicts[identity] = any(_is_same(of_base[other][1](), tensor) for other in nearest)
+    changed = [names[key] for key, is_same in verdicts.items() if not is_same]
+    if changed:
+        raise ValueError(
+            f"thin=True saves no weights, but {len(changed)} of this model's are not those of its base {base!r}, for "
+            f"example {', '.join(changed[:3])}: they were trained, merged, resized or loaded from elsewhere. Save the "
+            "model with its weights (thin=False)."
+        )
+
+
+def _shared_parts(name: str, other: str) -> int:
+    count = 0
+    for ours, theirs in zip(reversed(name.split(".")), reversed(other.split("."))):
+        if ours != theirs:
+            break
+        count += 1
+    return count
+
+
+def _is_same(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
+    theirs, ours = (value.contiguous().reshape(-1).view(torch.uint8) for value in (theirs.to(ours.dtype), ours.cpu()))
+    return torch.equal(theirs, ours)
+
+
+def _weights_in(model: Any) -> Iterator[tuple[str, Any, torch.Tensor]]:
+    """
+    Name, identity and value of what would be saved. Tied weights have one identity; those that are offloaded or spread
+    over devices are brought together one at a time.
+    """
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.is_meta:
+            from accelerate.utils import align_module_device
+
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            with align_module_device(module, "cpu"):
+                yield name, name, getattr(module, leaf).detach().clone()
+        elif hasattr(tensor, "full_tensor"):
+            yield name, name, tensor.full_tensor()
+        else:
+            yield name, (tensor.data_ptr() or name, tuple(tensor.shape)), tensor.detach()
+
+
+def _weights_of(base: str, source: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]:
+    """Shape of each of the base's weights and what reads it, by its name in the files."""
+    weights: dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]] = {}
+    for path in _weight_files(base, source):
+        if path.endswith(".safetensors"):
+            file = safe_open(path, "pt")
+            for name in file.keys():  # noqa: SIM118
+                weights[name] = (
+                    tuple(file.get_slice(name).get_shape()),
+                    lambda file=file, name=name: file.get_tensor(name),
+                )
+        else:
+            for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
+                weights[name] = tuple(tensor.shape), lambda tensor=tensor: tensor
+    return weights
+
+
+def _weight_files(base: str, source: dict[str, Any]) -> list[str]:
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        path = cached_file(base, single, _raise_exceptions_for_missing_entries=False, **source)
+        if path is not None:
+            return [path]
+        fields = read_fields(base, index, source)
+        if fields is not None:
+            shards = sorted(set(fields["weight_map"].values()))
+            return [cached_file(base, shard, **source) for shard in shards]
+    raise OSError(
+        f"thin=True compares the weights with those of the base, but {base!r} has no {SAFE_WEIGHTS_NAME}. Name a base "
+        "that has weights, or save the model with its own (thin=False)."
+    )

@@ -13,7 +13,14 @@ from transformers import (
 
 from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .checks import resolve_budget
-from .configuration_prunesid import NestedSettings, is_integer, is_number, optional_count, optional_name
+from .configuration_prunesid import (
+    NestedSettings,
+    is_integer,
+    is_number,
+    optional_count,
+    optional_name,
+    register_class_names,
+)
 from .encoding import TowerEncoding
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
 from .processing import VariantProcessorMixin
@@ -104,6 +111,9 @@ class ViTCoPLlavaConfig(LlavaConfig):
         if name == "vitcop_config" and (value is None or isinstance(value, dict)):
             value = ViTCoPConfig(**(value or {}))
         super().__setattr__(name, value)
+
+
+register_class_names(ViTCoPLlavaConfig)
 
 
 class _SalientEncoding(TowerEncoding):

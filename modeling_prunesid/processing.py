@@ -8,36 +8,99 @@ the models accept as well.
 """
 
 import inspect
+import os
 import re
 from typing import Any, TypedDict
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
+from transformers.utils import PROCESSOR_NAME
 
 from .budgets import request_budgets, share_total
 from .configuration_prunesid import PruneSIDConfig
+from .hub_prunesid import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 
 
 _OF_VIDEOS = "num_visual_tokens_of_videos"
+
+
+def _locate(name: str | os.PathLike, is_trusted: bool, kwargs: dict[str, Any]) -> tuple[Any, dict, dict]:
+    """
+    Where to load a part of a variant's processor from, and how.
+
+    Returns:
+        name of the base of a thin variant, else the given one; the arguments for it; the fields of the variant.
+    """
+    location = {key: kwargs[key] for key in (*ACCESS_ARGUMENTS, "revision", "subfolder") if key in kwargs}
+    fields = read_fields(name, PROCESSOR_NAME, location) or {}
+    base, revision = read_base(fields, PROCESSOR_NAME)
+    if base is None:
+        return name, kwargs, fields
+    kwargs = {key: value for key, value in kwargs.items() if key not in VARIANT_ARGUMENTS}
+    return base, {**kwargs, "revision": revision or "main", "trust_remote_code": is_trusted}, fields
+
+
+def _load_from_base(load: Any, base: str, kwargs: dict[str, Any], *args: Any) -> Any:
+    try:
+        return load(base, *args, **kwargs)
+    except ValueError as error:
+        if kwargs["trust_remote_code"] or "trust_remote_code=True" not in str(error):
+            raise
+        raise ValueError(
+            f"The base {base!r} of this thin variant has Python files of its own, which `trust_remote_code` does not "
+            "run: it is said of the variant. Read them, and pass `base_trust_remote_code=True`."
+        ) from error
+
+
+class BaseTokenizer:
+    """What `AutoTokenizer` makes of a thin variant: the tokenizer of its base."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
+        """Nothing is registered: what is loaded is the base's."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *args: Any, base_trust_remote_code: bool = False, **kwargs: Any):
+        """
+        Upstream's `AutoTokenizer.from_pretrained` of the base. See [`VariantProcessorMixin.from_pretrained`].
+
+        Raises:
+            `ValueError`: if `name` is no thin variant.
+        """
+        base, kwargs, fields = _locate(name, base_trust_remote_code, kwargs)
+        if fields.get("base_model_name_or_path") is None:
+            raise ValueError(f"{PROCESSOR_NAME} of {name} names no base_model_name_or_path. Save the variant again.")
+        return _load_from_base(AutoTokenizer.from_pretrained, base, kwargs, *args)
 
 
 class VariantProcessorMixin:
     """For a processor that is published with a model."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Upstream's `from_pretrained`. That of a thin variant is its base's processor with the variant's budget."""
-        fields, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        base = fields.get("base_model_name_or_path")
-        if base is not None:
-            pretrained_model_name_or_path = base
-            arguments = {name: fields[name] for name in cls._budget_arguments() if name in fields}
-            kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-            kwargs = {"revision": fields["base_model_revision"] or "main", **arguments, **kwargs}
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *, base_trust_remote_code: bool = False, **kwargs):
+        """
+        Upstream's `from_pretrained`. That of a thin variant is its base's processor with the variant's budget;
+        `revision`, `subfolder` and `trust_remote_code` are said of the variant alone. None is the saved budget.
+
+        Args:
+            base_trust_remote_code (`bool`, defaults to `False`):
+                Also run Python files of the base of a thin variant, where its tokenizer or image processor has some.
+
+        Raises:
+            `ValueError`: if the base needs Python files of its own, or `processor_config.json` of the variant does not
+                hold what it should.
+        """
+        names = cls._budget_arguments()
+        kwargs = {name: value for name, value in kwargs.items() if name not in names or value is not None}
+        name, arguments, fields = _locate(pretrained_model_name_or_path, base_trust_remote_code, kwargs)
+        if arguments is kwargs:
+            processor = super().from_pretrained(name, **kwargs)
+        else:
+            saved = {key: fields[key] for key in names if key in fields}
+            processor = _load_from_base(super().from_pretrained, name, {**saved, **arguments})
         # Upstream hands a processor's arguments to its tokenizer too, whose copy would outrank what is set later.
-        for name in cls._budget_arguments():
+        for name in names:
             processor.tokenizer.init_kwargs.pop(name, None)
         return processor
 

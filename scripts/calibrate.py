@@ -33,8 +33,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from convert import find_family, load_preset, parse_budget
+from images import open_image
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from modeling_prunesid import PruneSIDConfig
 from modeling_prunesid.selection import information_budgets, redundancy, resolve_budget
@@ -57,10 +58,7 @@ def find_images(source: str, split: str, column: str | None) -> Iterator[Image.I
         if not paths:
             raise ValueError(f"The folder {source} has no images.")
         for path in paths:
-            try:
-                yield Image.open(path).convert("RGB")
-            except (UnidentifiedImageError, OSError) as error:
-                raise ValueError(f"{path} is not a readable image: {error}") from error
+            yield open_image(path)
         return
     yield from _images_of_dataset(source, split, column)
 
@@ -78,10 +76,11 @@ def _images_of_dataset(source: str, split: str, column: str | None) -> Iterator[
     columns = [name for name, feature in (rows.features or {}).items() if isinstance(feature, datasets.Image)]
     if column is None and len(columns) != 1:
         raise ValueError(f"--column must name the images of {source}, which has {columns or 'no image columns'}.")
-    for row in rows:
-        image = row[column or columns[0]]
+    column = column or columns[0]
+    for number, row in enumerate(rows.cast_column(column, datasets.Image(decode=False))):
+        image = row[column]
         if image is not None:
-            yield image.convert("RGB")
+            yield open_image(image["bytes"] or image["path"], f"{column!r} in row {number} of {source}")
 
 
 @contextmanager

@@ -2,27 +2,33 @@
 
 The output is a Hub folder that loads through every Auto class and `pipeline` with `trust_remote_code=True`: the
 configuration, the code, the processor, a model card and the weights. A thin variant has no weights; it names the
-checkpoint that they are taken from, so that it is under 200 kB whatever the size of the model. What was written is
-loaded in a process of its own, and has to give the answer of the model in memory before it gets its name or is pushed;
-if anything fails, nothing is left behind.
+checkpoint that they are taken from, at its commit, so that it is under 250 kB whatever the size of the model. What was
+written is loaded in a process of its own, and has to give the answer of the model in memory before it gets its name or
+is pushed; if anything fails, nothing is left behind. What a killed run left, the next one beside it removes.
 
-Presets are the files of `configuration/`, by name, or a file that `calibrate.py` wrote; `--budget` overrides theirs.
+Presets are the files of `configuration/`, by name, or a file that `calibrate.py` wrote; `--budget` overrides theirs. A
+variant keeps its own settings where neither is given: so a thin one becomes one with weights, as engines need it.
 
 Examples:
     python scripts/convert.py llava-hf/llava-1.5-7b-hf --budget 64 --thin --output out/llava-64
     python scripts/convert.py llava-hf/llava-1.5-7b-hf --preset llava_1.5_128_release --output out/llava-128
     python scripts/convert.py llava-hf/llava-1.5-7b-hf --preset out/calibrated.json --thin --output out/dynamic \\
         --push-to-hub my-name/llava-1.5-7b-prunesid-dynamic --private
+    python scripts/convert.py out/llava-64 --output out/llava-64-full                   # of a thin variant, for vLLM
 """
 
 import argparse
+import fcntl
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +43,7 @@ from modeling_prunesid.generation_prunesid import CompressedGenerationMixin
 from modeling_prunesid.hub_prunesid import check_base_is_public, push_folder
 
 
+_STAGING = ".convert-"
 PRESETS = Path(__file__).resolve().parent.parent / "configuration"
 
 
@@ -75,9 +82,9 @@ def families() -> dict[str, type]:
     return {model.config_class.model_type.removeprefix("prunesid_"): model for model in models}
 
 
-def find_family(checkpoint: str, revision: str | None = None) -> type:
+def find_family(checkpoint: str, revision: str | None = None, keeps_settings: bool = False) -> type:
     """
-    Our class for a checkpoint, by the `model_type` in its config.json.
+    Our class for a checkpoint, by the `model_type` in its config.json; with `keeps_settings` a variant of ViTCoP too.
 
     Raises:
         `ValueError`: if the checkpoint is of no supported family.
@@ -88,6 +95,8 @@ def find_family(checkpoint: str, revision: str | None = None) -> type:
         raise OSError(f"{checkpoint} has no config.json.")
     model_type = str(fields.get("model_type"))
     supported = families()
+    if keeps_settings and model_type == modeling_prunesid.ViTCoPLlavaConfig.model_type:
+        return modeling_prunesid.ViTCoPLlavaForConditionalGeneration
     if model_type.startswith("mgm"):
         raise ValueError(
             f"{checkpoint} is a published checkpoint of Mini-Gemini (model_type {model_type!r}). Bring it into "
@@ -101,17 +110,67 @@ def find_family(checkpoint: str, revision: str | None = None) -> type:
     return supported[model_type.removeprefix("prunesid_")]
 
 
+def find_place(output: Path) -> tuple[Path, Path]:
+    """
+    The folder that `--output` stands for, links followed, and the nearest one above it that exists.
+
+    Raises:
+        `ValueError`: if it is no new or empty folder, or cannot become one.
+    """
+    for path in (output, *output.absolute().parents):
+        if os.path.lexists(path) and not path.is_dir():
+            kind = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "a file"
+            what = "" if path == output else f", but {path} is {kind}"
+            raise ValueError(
+                f"--output must be a new or an empty folder, got {output}{what or f', {kind}'}. Remove it or choose "
+                "another one."
+            )
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"--output must be a new or an empty folder, got {output}. Remove it or choose another one.")
+    output = output.resolve()
+    return output, next(parent for parent in output.parents if parent.is_dir())
+
+
+@contextmanager
+def staging_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` while the block runs. Folders that killed runs left there are removed first."""
+    with ExitStack() as stack:
+        with _lock(parent, is_patient=True):  # so that nobody takes a folder for left that is not locked yet
+            for left in parent.glob(f"{_STAGING}*"):
+                try:
+                    with _lock(left):
+                        print(f"removing {left}, which a killed run left", file=sys.stderr)
+                        shutil.rmtree(left, ignore_errors=True)
+                except OSError:  # in use, or another user's
+                    continue
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=_STAGING)))
+            stack.enter_context(_lock(folder))
+        yield folder
+
+
+@contextmanager
+def _lock(folder: Path, is_patient: bool = False) -> Iterator[None]:
+    """Hold a folder until the block or the process itself ends; an `OSError` if another process does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def convert(
     checkpoint: str,
     output: Path,
-    settings: dict[str, Any],
+    settings: dict[str, Any] | None,
     thin: bool = False,
     revision: str | None = None,
     push_to_hub: str | None = None,
     private: bool | None = None,
 ) -> dict[str, Any]:
     """
-    Write a variant to the folder `output`, verified, and push it where `push_to_hub` names a repo.
+    Write a variant to the folder `output`, verified, and push it where `push_to_hub` names a repo. Settings of None
+    are those of the checkpoint, which then is a variant.
 
     Returns:
         `dict`: what was written, for the last line of the script.
@@ -121,20 +180,18 @@ def convert(
             variant that does not give the answer of the model in memory.
         `OSError`: if the checkpoint cannot be read or the output not be written.
     """
-    model_class = find_family(checkpoint, revision)
+    model_class = find_family(checkpoint, revision, keeps_settings=settings is None)
     if thin and push_to_hub:
         check_base_is_public(checkpoint)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output must be a new or an empty folder, got {output}. Remove it or choose another one.")
-    existing = next(parent for parent in output.absolute().parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(dir=existing, prefix=".convert-") as staging:
-        folder = Path(staging, "variant")
+    target, existing = find_place(output)
+    with staging_folder(existing) as staging:
+        folder = staging / "variant"
         model, info = model_class.from_pretrained(
             checkpoint,
-            prunesid_config=settings,
             dtype="auto",
             device_map="auto",
             output_loading_info=True,
+            **({} if settings is None else {"prunesid_config": settings}),
             **({} if revision is None else {"revision": revision}),
         )
         if info["missing_keys"]:
@@ -148,11 +205,9 @@ def convert(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         verify(folder, expected, has_processor)
-        if output.exists():
-            output.rmdir()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder, output)
-        output.chmod(0o755)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, target)
+        target.chmod(0o755)
 
     report = {
         "model": checkpoint,
@@ -176,7 +231,7 @@ def convert(
 
 def verify(folder: Path, expected: list[int], has_processor: bool) -> None:
     """Raise a `ValueError` unless a clean process loads the folder without loss and answers `expected`."""
-    with tempfile.TemporaryDirectory() as modules:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as modules:
         script = str(Path(__file__).with_name("verify.py"))
         command = [sys.executable, "-I", script, str(folder), *([] if has_processor else ["--no-processor"])]
         environment = {**os.environ, "HF_MODULES_CACHE": modules, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -215,13 +270,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="publish the variant as this repo")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repo")
     arguments = parser.parse_args(argv)
-    if arguments.budget is None and arguments.preset is None:
-        parser.error("one of --budget and --preset is required")
     return arguments
 
 
-def read_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the arguments ask for, as fields of `PruneSIDConfig`."""
+def read_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """
+    The settings that the arguments ask for, as fields of `PruneSIDConfig`; None for those of a variant.
+
+    Raises:
+        `ValueError`: for invalid settings, or none of a checkpoint that has no own ones.
+    """
+    if arguments.budget is None and arguments.preset is None:
+        fields, _ = PretrainedConfig.get_config_dict(arguments.model, revision=arguments.revision)
+        if "prunesid_config" not in fields and "vitcop_config" not in fields:
+            raise ValueError(f"one of --budget and --preset is required: {arguments.model} has no settings of its own")
+        if arguments.dynamic or arguments.reference_information is not None:
+            raise ValueError("--dynamic and --reference-information change a budget; give --budget or --preset too")
+        return None
     settings = {} if arguments.preset is None else load_preset(arguments.preset)
     if arguments.budget is not None:
         settings["budget"] = arguments.budget

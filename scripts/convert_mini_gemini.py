@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from convert import find_place
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlavaImageProcessorPil
 
@@ -177,8 +178,7 @@ def convert(checkpoint: Path, vision_tower: Path, high_res_vision_tower: Path | 
             empty.
         `OSError`: if a checkpoint cannot be read.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output must be a new or an empty folder, got {output}. Remove it or choose another one.")
+    find_place(output)
     fields = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     weights = gather(checkpoint, [tower for tower in (vision_tower, high_res_vision_tower) if tower is not None])
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

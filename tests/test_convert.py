@@ -20,7 +20,11 @@ from tiny import IMAGE_SIZE, build
 from tiny_checkpoint import picture, save_checkpoint
 from transformers import BertConfig
 
-from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration
+from modeling_prunesid import (
+    PruneSIDConfig,
+    PruneSIDLlavaForConditionalGeneration,
+    ViTCoPLlavaForConditionalGeneration,
+)
 from modeling_prunesid.selection import information_budgets, redundancy
 
 
@@ -108,7 +112,7 @@ class TestConvert:
             "bytes": sum(path.stat().st_size for path in output.iterdir()),
         }
         if kind == "thin":
-            assert report["bytes"] < 200_000
+            assert report["bytes"] < 250_000
             assert not list(output.glob("*.safetensors"))
         else:
             assert (output / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
@@ -139,6 +143,56 @@ class TestConvert:
     def test_a_preset_of_vitcop_is_refused(self, base, tmp_path):
         message = refusal(base, "--preset", "llava_1.5_vitcop_64", "--output", tmp_path / "out")
         assert "got 'llava_1.5_vitcop_64'" in message and "ViTCoPLlavaForConditionalGeneration" in message
+
+    @pytest.mark.parametrize("place", ["link", "link/variant", "file/variant"])
+    def test_a_place_that_cannot_become_a_folder_is_refused_before_the_work(self, base, tmp_path, monkeypatch, place):
+        (tmp_path / "link").symlink_to(tmp_path / "gone")
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(PruneSIDLlavaForConditionalGeneration, "from_pretrained", None)
+        message = refusal(*arguments(base, tmp_path / place))
+        assert f"--output must be a new or an empty folder, got {tmp_path / place}" in message
+        assert ("a file" if "file" in place else f"a link to {tmp_path / 'gone'}, which does not exist") in message
+        assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+    def test_a_link_to_an_empty_folder_is_kept(self, base, tmp_path):
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "link").symlink_to("folder")
+        convert.main(arguments(base, tmp_path / "link", "--thin"))
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "config.json").exists()
+
+    def test_the_next_run_removes_what_a_killed_one_left(self, base, tmp_path, capsys):
+        command = [sys.executable, convert.__file__, *arguments(base, tmp_path / "out" / "variant")]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(tmp_path.glob(".convert-*/variant")):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        [left] = tmp_path.glob(".convert-*")
+        with convert.staging_folder(tmp_path) as running:  # of a run beside it, which is left alone
+            assert not left.exists()
+            convert.main(arguments(base, tmp_path / "out" / "variant", "--thin"))
+            assert running.exists()
+        assert f"removing {left}" in capsys.readouterr().err
+        assert os.listdir(tmp_path) == ["out"]
+
+    def test_a_thin_variant_becomes_a_full_one(self, base, tmp_path):
+        convert.main(arguments(base, tmp_path / "thin", "--thin"))
+        convert.main([str(tmp_path / "thin"), "--output", str(tmp_path / "full")])
+        assert (tmp_path / "full" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+        thin, full = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("thin", "full"))
+        assert thin["prunesid_config"].pop("base_model_name_or_path") == str(base)
+        assert full["prunesid_config"].pop("base_model_name_or_path") is None
+        assert full["prunesid_config"] == thin["prunesid_config"]
+
+    def test_a_variant_of_vitcop_becomes_a_full_one(self, base, tmp_path):
+        model = ViTCoPLlavaForConditionalGeneration.from_pretrained(base, vitcop_config={"budget": 8})
+        model.save_pretrained(tmp_path / "thin", thin=True)
+        convert.main([str(tmp_path / "thin"), "--output", str(tmp_path / "full")])
+        assert (tmp_path / "full" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+    def test_settings_are_required_of_a_checkpoint_without(self, base, tmp_path):
+        message = refusal(base, "--output", tmp_path / "out")
+        assert "one of --budget and --preset is required: " in message and "has no settings of its own" in message
 
     def test_nothing_is_left_behind_when_it_is_terminated(self, base, tmp_path):
         command = [sys.executable, convert.__file__, *arguments(base, tmp_path / "out" / "variant")]
@@ -281,6 +335,17 @@ class TestCalibrate:
     def test_no_images(self, base, tmp_path):
         message = refusal(base, tmp_path, "--budget", 12, "--output", tmp_path / "out.json", script=calibrate)
         assert f"The folder {tmp_path} has no images" in message
+
+    @pytest.mark.parametrize("broken", [b"no image", bytes(100)])
+    def test_unreadable_image_of_a_dataset(self, base, tmp_path, broken):
+        picture().save(tmp_path / "a.png")
+        rows = {"photo": [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": broken, "path": None}]}
+        features = datasets.Features({"photo": datasets.Image(decode=False)})
+        dataset = datasets.Dataset.from_dict(rows, features=features).cast_column("photo", datasets.Image())
+        dataset.save_to_disk(tmp_path / "dataset")
+        given = (base, tmp_path / "dataset", "--budget", 12, "--output", tmp_path / "out.json")
+        message = refusal(*given, script=calibrate)
+        assert f"'photo' in row 1 of {tmp_path / 'dataset'} is not a readable image" in message
 
     def test_unreadable_image(self, base, tmp_path):
         picture().save(tmp_path / "a.png")

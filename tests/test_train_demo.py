@@ -132,6 +132,54 @@ def write_cache(train, work, scene):
         generator.standard_normal((2, train.PATCHES, train.FEATURES)).astype(np.float16).tofile(work / f"{name}.f16")
 
 
+class Tower(torch.nn.Module):
+    """Stands for the vision tower: the features of each of four patches are the picture's mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Module()
+        self.encoder.layer = []
+
+    def embeddings(self, pixels):
+        return pixels.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 5, 384)
+
+
+def test_extraction_goes_on_behind_half_a_line(modules, scene, tmp_path, capsys, monkeypatch):
+    train, scenes = modules
+    monkeypatch.setattr(train, "PATCHES", 4)
+    monkeypatch.setattr(train, "ROW_BYTES", 4 * train.FEATURES * 2)
+    train.extract(Tower(), tmp_path, "val", 6, batch=2)
+    whole, features = (tmp_path / "val.jsonl").read_text(), (tmp_path / "val.f16").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    cut = "".join(lines[:2]) + lines[2][:30]
+    (tmp_path / "val.jsonl").write_text(cut)
+    (tmp_path / "val.f16").write_bytes(features[: 4 * train.ROW_BYTES - 5])
+    train.extract(Tower(), tmp_path, "val", 6, batch=2)
+    assert (tmp_path / "val.jsonl").read_text() == cut + "\n" + "".join(lines[3:])
+    assert (tmp_path / "val.f16").read_bytes() == features
+    cache = train.Cache(tmp_path, "val")
+    assert f"{tmp_path / 'val.jsonl'} line 3 is no record and is skipped" in capsys.readouterr().err
+    assert [scene.seed for scene in cache.scenes] == [0, 0, 1, 2, 2]
+    rows = np.frombuffer(features, np.float16).reshape(6, 4, -1)[[0, 1, 3, 4, 5]]
+    assert all(np.array_equal(cache.features[index], row) for index, row in enumerate(rows))
+    assert np.array_equal(cache.features[1:4], rows[1:4])
+
+
+def test_scenes_without_features_are_skipped_and_named(modules, scene, tmp_path, capsys):
+    train, _ = modules
+    write_cache(train, tmp_path, scene)
+    features = (tmp_path / "val.f16").read_bytes()
+    (tmp_path / "val.f16").write_bytes(features[:-1])
+    assert len(train.Cache(tmp_path, "val")) == 1
+    assert "val.f16 ends after 1 scenes; those of further lines are skipped" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="val.f16 has 1 of the 2 scenes in .*val.jsonl. Remove both"):
+        train.extract(Tower(), tmp_path, "val", 4)
+    assert (tmp_path / "val.f16").read_bytes() == features[:-1]
+    (tmp_path / "val.f16").unlink()
+    with pytest.raises(ValueError, match="has no whole 'val' scenes. Run `train_demo.py features"):
+        train.Cache(tmp_path, "val")
+
+
 def test_training_goes_on_where_it_was_stopped(modules, scene, tmp_path, capsys):
     train, _ = modules
     steps = {"align": 2, "read": 1, "part": 2, "full": 2}
