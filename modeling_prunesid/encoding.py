@@ -144,7 +144,9 @@ class TowerEncoding:
                 f"{self.tower.config.model_type} tower: it has no CLS token. Set it to 'full'."
             )
         if self.keeps_cls and not self.num_prefix:
-            raise ValueError("prunesid_config.method_settings has keep_cls=True, which needs a vision tower with a CLS token. Set it to False.")
+            raise ValueError(
+                "prunesid_config.method_settings has keep_cls=True, which needs a vision tower with a CLS token. Set it to False."
+            )
 
     @property
     def keeps_cls(self) -> bool:

@@ -18,11 +18,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
-from .compression_prunesid import CompressedModelMixin
+from .compression import CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, table_of
-from .generation_prunesid import CompressedGenerationMixin
-from .hub_prunesid import AutoModelMixin, HubModelMixin
-from .upstream_prunesid import like_upstream
+from .generation import CompressedGenerationMixin
+from .hub import AutoModelMixin, HubModelMixin
+from .upstream import like_upstream
 
 
 # In place of `num_visual_tokens`: all of them, where upstream's encoder of videos calls that of images.

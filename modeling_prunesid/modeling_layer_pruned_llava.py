@@ -8,13 +8,13 @@ import torch
 from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaProcessor
 
 from .budgets import Budgets
-from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .checks import resolve_budget
+from .co_pruning import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .configuration_prunesid import NestsPruneSIDConfig, PruneSIDConfig, is_budget
 from .encoding import TowerEncoding
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
 from .processing import PrunedProcessorMixin
-from .vitcop_prunesid import plan_counts, scaled_layers
+from .vitcop import plan_counts, scaled_layers
 
 
 class LayerPrunedConfig(PruneSIDConfig):

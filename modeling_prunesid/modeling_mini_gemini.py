@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mini_gemini import MiniGeminiConfig
-from .upstream_prunesid import like_upstream
+from .upstream import like_upstream
 
 
 class MiniGeminiPatchInfoMining(nn.Module):

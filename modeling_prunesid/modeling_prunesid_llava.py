@@ -45,4 +45,3 @@ class PruneSIDLlavaProcessor(PrunedProcessorMixin, LlavaProcessor):
 
 
 PruneSIDLlavaAutoModel = register_family(PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor)
-

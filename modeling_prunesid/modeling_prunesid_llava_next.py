@@ -75,4 +75,3 @@ class PruneSIDLlavaNextProcessor(PrunedProcessorMixin, LlavaNextProcessor):
 
 
 PruneSIDLlavaNextAutoModel = register_family(PruneSIDLlavaNextForConditionalGeneration, PruneSIDLlavaNextProcessor)
-

@@ -1,6 +1,12 @@
 """Qwen2.5-VL with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
 
-from transformers import GenerationMixin, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLProcessor
+from transformers import (
+    GenerationMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLProcessor,
+)
 
 from .family import PrunedGenerationMixin, register_family
 from .qwen_vl import GridConfigMixin, GridModelMixin, GridProcessorMixin
@@ -18,7 +24,9 @@ class PruneSIDQwen2_5_VLModel(GridModelMixin, Qwen2_5_VLModel):
     config_class = PruneSIDQwen2_5_VLConfig
 
 
-class PruneSIDQwen2_5_VLForConditionalGeneration(PrunedGenerationMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
+class PruneSIDQwen2_5_VLForConditionalGeneration(
+    PrunedGenerationMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin
+):
     """[`Qwen2_5_VLForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
 
     model_class = PruneSIDQwen2_5_VLModel

@@ -1,6 +1,12 @@
 """Qwen2-VL with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
 
-from transformers import GenerationMixin, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel, Qwen2VLProcessor
+from transformers import (
+    GenerationMixin,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLModel,
+    Qwen2VLProcessor,
+)
 
 from .family import PrunedGenerationMixin, register_family
 from .qwen_vl import GridConfigMixin, GridModelMixin, GridProcessorMixin

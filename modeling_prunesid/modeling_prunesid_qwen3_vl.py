@@ -1,6 +1,12 @@
 """Qwen3-VL with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
 
-from transformers import GenerationMixin, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLProcessor
+from transformers import (
+    GenerationMixin,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
+    Qwen3VLProcessor,
+)
 
 from .family import PrunedGenerationMixin, register_family
 from .qwen_vl import GridConfigMixin, GridModelMixin, GridProcessorMixin

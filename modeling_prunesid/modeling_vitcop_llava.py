@@ -11,8 +11,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from .co_pruning_prunesid import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .checks import resolve_budget
+from .co_pruning import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .configuration_prunesid import (
     NestedSettings,
     is_integer,
@@ -24,7 +24,7 @@ from .configuration_prunesid import (
 from .encoding import TowerEncoding
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
 from .processing import VariantProcessorMixin
-from .vitcop_prunesid import (
+from .vitcop import (
     cluster_tokens,
     count_of_share,
     default_shares,

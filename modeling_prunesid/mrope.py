@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .compression_prunesid import CompressedModelMixin
-from .prompts_prunesid import ShortPrompt
-from .upstream_prunesid import CACHE_NAME, cache_of
+from .compression import CompressedModelMixin
+from .prompts import ShortPrompt
+from .upstream import CACHE_NAME, cache_of
 
 
 class MRoPEModelMixin(CompressedModelMixin):

@@ -19,7 +19,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from .budgets import request_budgets, share_total
 from .configuration_prunesid import PruneSIDConfig
-from .hub_prunesid import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
+from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 
 
 _OF_VIDEOS = "num_visual_tokens_of_videos"
@@ -189,7 +189,9 @@ class PrunedProcessorMixin(VariantProcessorMixin):
     def _placeholder(self, modality: str) -> str:
         """The placeholder as text; some families begin an image in a prompt by another token."""
         token_id = getattr(self, f"{modality}_token_id", None)
-        return getattr(self, f"{modality}_token") if token_id is None else self.tokenizer.convert_ids_to_tokens(token_id)
+        return (
+            getattr(self, f"{modality}_token") if token_id is None else self.tokenizer.convert_ids_to_tokens(token_id)
+        )
 
     def _kept_of_views(self, views: list[int], num_visual_tokens: int | float | None) -> list[int] | None:
         """N of each view of one input; None where nothing is dropped."""
@@ -200,7 +202,9 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         budgets = request_budgets(settings, num_visual_tokens, [views], full_view)
         return None if budgets is None else share_total(budgets.totals[0], [1.0] * len(views), views)
 
-    def _shorten(self, text: str, modality: str, inputs: dict, index: int, num_visual_tokens: int | float | None) -> str:
+    def _shorten(
+        self, text: str, modality: str, inputs: dict, index: int, num_visual_tokens: int | float | None
+    ) -> str:
         """The text that stands for one input, with its runs of placeholders shortened."""
         token = self._placeholder(modality)
         pattern = f"(?:{re.escape(token)})+"
@@ -323,7 +327,9 @@ def _with_budget(upstream: Any) -> Any:
     fields = dict(upstream.__annotations__)
     for name, default in (("images_kwargs", ImagesKwargs), ("videos_kwargs", VideosKwargs)):
         own = fields.get(name, default)
-        fields[name] = TypedDict(own.__name__, {**own.__annotations__, "num_visual_tokens": int | float | None}, total=False)
+        fields[name] = TypedDict(
+            own.__name__, {**own.__annotations__, "num_visual_tokens": int | float | None}, total=False
+        )
     extended = TypedDict(upstream.__name__, fields, total=False)
     extended._defaults = getattr(upstream, "_defaults", {})
     return extended

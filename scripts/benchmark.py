@@ -61,7 +61,7 @@ from modeling_prunesid import (
 )
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.tower import run_tower
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
+from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -86,13 +86,13 @@ ROUNDS = 3
 METHOD_CODE = (  # all that can change an answer to given inputs
     "modeling_prunesid/modeling_prunesid_llava.py", "modeling_prunesid/modeling_vitcop_llava.py",
     "modeling_prunesid/configuration_prunesid.py", "modeling_prunesid/modeling_layer_pruned_llava.py",
-    "modeling_prunesid/*_pruning_prunesid.py", "modeling_prunesid/compression_prunesid.py",
+    "modeling_prunesid/*_pruning.py", "modeling_prunesid/compression.py",
     "modeling_prunesid/selection.py", "modeling_prunesid/components.py", "modeling_prunesid/similarity.py",
     "modeling_prunesid/exact.py", "modeling_prunesid/method*.py", "modeling_prunesid/tower.py",
-    "modeling_prunesid/upstream_prunesid.py", "modeling_prunesid/budgets.py", "modeling_prunesid/encoding.py",
-    "modeling_prunesid/generation_prunesid.py", "modeling_prunesid/prompts_prunesid.py",
+    "modeling_prunesid/upstream.py", "modeling_prunesid/budgets.py", "modeling_prunesid/encoding.py",
+    "modeling_prunesid/generation.py", "modeling_prunesid/prompts.py",
     "modeling_prunesid/family.py",
-    "modeling_prunesid/vitcop_prunesid.py",
+    "modeling_prunesid/vitcop.py",
     "scripts/baselines/*.py", "scripts/ablations.py", "scripts/evaluate.py", "scripts/tower_memo.py",
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_twin
 from tiny_vitcop import build_vitcop
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
+from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from modeling_prunesid.prompts_prunesid import ShortPrompt, mark_kept_placeholders
-from modeling_prunesid.upstream_prunesid import like_upstream
+from modeling_prunesid.prompts import ShortPrompt, mark_kept_placeholders
+from modeling_prunesid.upstream import like_upstream
 
 
 FILL = -7

@@ -22,7 +22,7 @@ from tiny import (
 )
 from transformers import CompileConfig, DynamicCache, StaticCache, Trainer, TrainingArguments
 
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
+from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
 IGNORED = -100
@@ -248,7 +248,7 @@ class TestOff:
 
         monkeypatch.setattr("modeling_prunesid.budgets.select_tokens", refuse)
         monkeypatch.setattr("modeling_prunesid.modeling_prunesid_llava.run_tower", refuse)
-        monkeypatch.setattr("modeling_prunesid.prompts_prunesid.ShortPrompt.from_keep_mask", refuse)
+        monkeypatch.setattr("modeling_prunesid.prompts.ShortPrompt.from_keep_mask", refuse)
         build(budget=None).generate(**full_batch(), max_new_tokens=2)
 
     def test_gradients_are_bit_identical(self, stock):

@@ -39,7 +39,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
+from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}

@@ -36,10 +36,10 @@ from modeling_prunesid import (
     PruneSIDLlavaNextProcessor,
 )
 from modeling_prunesid.anyres import NEWLINE, PackedImage
+from modeling_prunesid.budgets import share_total
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
-from modeling_prunesid.budgets import share_total
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
+from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
 CROP, PATCH, SIDE = VISION["image_size"], VISION["patch_size"], VISION["image_size"] // VISION["patch_size"]

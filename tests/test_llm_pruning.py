@@ -5,8 +5,8 @@ import torch
 from tiny import TEXT
 from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
-from modeling_prunesid.llm_pruning_prunesid import prune_layers, stack_rows
-from modeling_prunesid.upstream_prunesid import CACHE_NAME
+from modeling_prunesid.layer_pruning import prune_layers, stack_rows
+from modeling_prunesid.upstream import CACHE_NAME
 
 
 NUM_LAYERS, LENGTH = 4, 12

@@ -90,7 +90,7 @@ def plugin(metrics):
             module = ModuleType(name)
             vars(module).update(attributes)
             patch.setitem(sys.modules, name, module)
-        name = "modeling_prunesid.lmms_eval_prunesid"
+        name = "modeling_prunesid.lmms_eval"
         patch.delitem(sys.modules, name, raising=False)
         yield importlib.import_module(name)
         sys.modules.pop(name)
@@ -161,13 +161,11 @@ class TestEntryPoint:
         setup = ConfigParser()
         setup.read(ROOT / "setup.cfg")
         declared = setup["options.entry_points"]["lmms_eval.models"].split()
-        assert declared == ["prunesid", "=", "modeling_prunesid.lmms_eval_prunesid:manifest"]
+        assert declared == ["prunesid", "=", "modeling_prunesid.lmms_eval:manifest"]
         assert "lmms-eval==0.7.3" in setup["options.extras_require"]["lmms-eval"].split()
 
     def test_it_resolves_to_the_model(self, plugin):
-        entry = importlib.metadata.EntryPoint(
-            "prunesid", "modeling_prunesid.lmms_eval_prunesid:manifest", "lmms_eval.models"
-        )
+        entry = importlib.metadata.EntryPoint("prunesid", "modeling_prunesid.lmms_eval:manifest", "lmms_eval.models")
         found = entry.load()()
         assert found.model_id == "prunesid"
         module, name = found.chat_class_path.rsplit(".", 1)

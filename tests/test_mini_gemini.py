@@ -29,7 +29,7 @@ from modeling_prunesid import (
 from modeling_prunesid.modeling_mini_gemini import MiniGeminiPatchInfoMining
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import information_budgets, redundancy
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
+from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}

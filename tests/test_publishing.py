@@ -311,7 +311,7 @@ class TestProcessor:
 class TestCard:
     def test_metadata(self, model, tmp_path):
         model.config.prunesid_config.base_model_name_or_path = "owner/base"
-        from modeling_prunesid.card_prunesid import write_card
+        from modeling_prunesid.card import write_card
 
         write_card(tmp_path, model.config, "owner/base", thin=True, repo_id="me/variant", tags=["mine"])
         card = ModelCard.load(tmp_path / "README.md")
@@ -333,7 +333,7 @@ class TestCard:
         assert data.base_model is None
 
     def test_names_the_processors_budget_where_it_has_one(self, model, thin, tmp_path):
-        from modeling_prunesid.card_prunesid import write_card
+        from modeling_prunesid.card import write_card
 
         own = "and the processor with `num_visual_tokens=32`"
         assert own in (thin / "README.md").read_text()

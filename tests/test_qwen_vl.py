@@ -29,7 +29,7 @@ from tiny_qwen import (
 from transformers import DynamicCache, StaticCache
 
 from modeling_prunesid.select_tokens import select_tokens
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
+from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
 PRESETS = Path(__file__).resolve().parent.parent / "configuration"

@@ -17,11 +17,11 @@ from transformers import DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from modeling_prunesid import upstream_prunesid
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of, rename_cache
+from modeling_prunesid import upstream
+from modeling_prunesid.upstream import CACHE_NAME, cache_of, rename_cache
 
 
-SOURCES = sorted(Path(upstream_prunesid.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(upstream.__file__).parent.glob("*.py"))
 QWEN = ("qwen2_vl.modeling_qwen2_vl.Qwen2VL", "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VL")
 QWEN = (*QWEN, "qwen3_vl.modeling_qwen3_vl.Qwen3VL")
 STOCK = (

@@ -24,11 +24,11 @@ from modeling_prunesid import (
     PruneSIDVideoLlavaForConditionalGeneration,
     PruneSIDVideoLlavaModel,
 )
+from modeling_prunesid.budgets import share_total
 from modeling_prunesid.modeling_prunesid_video_llava import frame_information
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
-from modeling_prunesid.budgets import share_total
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, VIDEO_LLAVA_PIXELS, cache_of
+from modeling_prunesid.upstream import CACHE_NAME, VIDEO_LLAVA_PIXELS, cache_of
 
 
 VIDEO = 101

@@ -20,8 +20,8 @@ from tiny_vitcop import (
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaNextConfig, ViTCoPConfig
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
-from modeling_prunesid.vitcop_prunesid import (
+from modeling_prunesid.upstream import CACHE_NAME, cache_of
+from modeling_prunesid.vitcop import (
     cluster_quotas,
     cluster_tokens,
     count_of_share,

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import modeling_prunesid
-from modeling_prunesid.upstream_prunesid import cache_of
+from modeling_prunesid.upstream import cache_of
 
 
 PAD, EOS, VISION_START, VISION_END, IMAGE, VIDEO = 0, 2, 91, 92, 93, 94

@@ -10,9 +10,9 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_prunesid import PruneSIDConfig
-from modeling_prunesid.llm_pruning_prunesid import LayerInput, Reducer, prune_layers, stack_rows
+from modeling_prunesid.layer_pruning import LayerInput, Reducer, prune_layers, stack_rows
 from modeling_prunesid.selection import resolve_budget
-from modeling_prunesid.upstream_prunesid import CACHE_NAME, cache_of
+from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 from .encoder import replaced
 

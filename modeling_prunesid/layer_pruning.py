@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .upstream_prunesid import CACHE_NAME, cache_of
+from .upstream import CACHE_NAME, cache_of
 
 
 @dataclass

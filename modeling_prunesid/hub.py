@@ -25,7 +25,7 @@ from transformers.utils import (
     logging,
 )
 
-from .card_prunesid import write_card
+from .card import write_card
 
 
 logger = logging.get_logger(__name__)

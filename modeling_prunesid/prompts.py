@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .upstream_prunesid import CACHE_NAME
+from .upstream import CACHE_NAME
 
 
 IGNORED_LABEL = -100

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .llm_pruning_prunesid import CachedColumns, LayerInput, Reducer, hooked_output, prune_layers, stack_rows
-from .upstream_prunesid import cache_of
-from .vitcop_prunesid import keep_smallest
+from .layer_pruning import CachedColumns, LayerInput, Reducer, hooked_output, prune_layers, stack_rows
+from .upstream import cache_of
+from .vitcop import keep_smallest
 
 
 # What `visual_groups` holds of each column: the image, the token's cluster in it, and how many tokens of the image are

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .compression_prunesid import finish_forward
-from .prompts_prunesid import CachedPrompt, ShortPrompt
-from .upstream_prunesid import cache_of, rename_cache
+from .compression import finish_forward
+from .prompts import CachedPrompt, ShortPrompt
+from .upstream import cache_of, rename_cache
 
 
 class _CallersPrompt:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .prompts_prunesid import (
+from .prompts import (
     IGNORED_LABEL,
     CachedPrompt,
     ShortPrompt,
@@ -26,7 +26,7 @@ from .prompts_prunesid import (
     shorten_shifted_labels,
     without_answer,
 )
-from .upstream_prunesid import CACHE_NAME, cache_of
+from .upstream import CACHE_NAME, cache_of
 
 
 # The pixels that each modality is encoded from, by the names that Transformers uses.
