@@ -4,6 +4,7 @@ import importlib
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
+from .compress import compress
 from .configuration_mini_gemini import MiniGeminiConfig
 from .configuration_prunesid import PruneSIDConfig
 from .modeling_layer_pruned_llava import (
@@ -54,7 +55,14 @@ __all__ = [
     "ViTCoPLlavaForConditionalGeneration",
     "ViTCoPLlavaModel",
     "ViTCoPLlavaProcessor",
+    "compress",
 ]
+
+
+def family_class(stem: str) -> type:
+    """The class with a head of a declared family."""
+    module = importlib.import_module(f".modeling_prunesid_{stem}", __name__)
+    return getattr(module, f"PruneSID{FAMILIES[stem]}ForConditionalGeneration")
 
 
 def _register(config, auto_model, head, processor) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import logging
 
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
@@ -28,6 +29,8 @@ from .upstream import like_upstream
 # In place of `num_visual_tokens`: all of them, where upstream's encoder of videos calls that of images.
 _ALL_TOKENS = object()
 _OVERRIDES = ("forward", "get_image_features", "get_video_features")
+
+logger = logging.get_logger(__name__)
 
 NumVisualTokens = int | float | list[int] | torch.LongTensor | None
 
@@ -163,7 +166,17 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             is_nested = modality == "video" and _encodes_as_images(type(self))
             output = encode(**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {}))
             output = self.keep_tokens(modality, output, num_visual_tokens, inputs)
+        if vars(self).pop("_says_what_it_keeps", False):
+            self._say_what_is_kept(modality, output)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _say_what_is_kept(self, modality: str, output: Any) -> None:
+        sizes = output.get("num_placeholders")
+        if sizes:
+            kept = [len(own) for own in output["keep_indices"]]
+            logger.warning(f"PruneSID keeps {kept[0]} of {sizes[0]} visual tokens of the first {modality}.")
+        else:
+            logger.warning(f"PruneSID keeps all visual tokens of the first {modality}s: the budget is not below them.")
 
     def keep_tokens(self, modality: str, output: Any, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
         """Upstream's output with the kept rows alone, chosen by the features that enter the language model."""

@@ -1,0 +1,70 @@
+"""`compress`: PruneSID for a stock model that is loaded already, whatever it was loaded with."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .family import stock_class
+
+
+def compress(model: Any, budget: int | float | None = 64, **settings: Any) -> Any:
+    """
+    Gives a loaded stock model PruneSID's classes, in place. Its modules and weights stay as they are: quantised,
+    dispatched over devices, or wrapped by PEFT.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): of a declared family, with a language-modelling head.
+        budget (`int`, `float` or `None`, defaults to 64):
+            As in [`PruneSIDConfig`]. None gives the stock classes back.
+        settings: further fields of [`PruneSIDConfig`].
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        `ValueError`: for a model of no declared family, or invalid settings; the model is then as it was.
+
+    Example:
+        ```python
+        model = AutoModelForImageTextToText.from_pretrained("llava-hf/llava-1.5-7b-hf", dtype="auto")
+        compress(model, budget=64)
+        ```
+    """
+    head = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = getattr(head, "_orig_mod", head)  # of `torch.compile`
+    if budget is None:
+        if settings:
+            raise ValueError(f"budget=None gives the stock model back and takes no settings, got {settings}.")
+        if hasattr(type(head), "model_class"):
+            _swap(head, stock_class(type(head)), stock_class(type(head.model)))
+            vars(head.config).pop("prunesid_config", None)
+        return model
+
+    ours = type(head) if hasattr(type(head), "model_class") else _class_for(head)
+    prunesid_config = ours.config_class(prunesid_config={"budget": budget, **settings}).prunesid_config
+    _swap(head, ours, ours.model_class)
+    head.config.prunesid_config = prunesid_config
+    head.model._says_what_it_keeps = True
+    return model
+
+
+def _class_for(head: Any) -> type:
+    from . import FAMILIES, family_class
+
+    model_type = getattr(getattr(head, "config", None), "model_type", None)
+    ours = family_class(model_type) if model_type in FAMILIES else None
+    if ours is None or type(head) is not stock_class(ours):
+        raise ValueError(
+            f"model must be a stock model with a language-modelling head, of a declared family "
+            f"({', '.join(sorted(FAMILIES))}), got {type(head).__name__} (model_type={model_type!r})."
+        )
+    return ours
+
+
+def _swap(head: PreTrainedModel, head_class: type, model_class: type) -> None:
+    for module, cls in ((head, head_class), (head.model, model_class)):
+        module.__class__ = cls
+        if "_old_forward" in vars(module):  # Accelerate's hooks call this one
+            module._old_forward = cls.forward.__get__(module)
+    for config in (head.config, head.model.config):
+        config.__class__ = head_class.config_class
