@@ -227,11 +227,18 @@ class PruneSIDConfig(NestedSettings):
             )
 
 
+def ignored_at_inference(config_class: type) -> list[str]:
+    """The fields of outputs that `Trainer` leaves out of predictions, which it can only take where they are tensors."""
+    stock = getattr(config_class, "keys_to_ignore_at_inference", ["past_key_values", "cache"])
+    return list(dict.fromkeys([*stock, "keep_mask", "layer_visual_tokens", "image_outputs", "video_outputs"]))
+
+
 class NestsPruneSIDConfig:
     """Mixin of the model configurations: `prunesid_config` may be assigned as a dict, None or a `PruneSIDConfig`."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        cls.keys_to_ignore_at_inference = ignored_at_inference(cls)
         cls.sub_configs = {**getattr(cls, "sub_configs", {}), "prunesid_config": PruneSIDConfig}
 
     # Whether tokens may also be dropped inside the language model.

@@ -3,7 +3,14 @@
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PretrainedConfig
 
-from .configuration_prunesid import NestedSettings, is_integer, is_number, optional_count, optional_name
+from .configuration_prunesid import (
+    NestedSettings,
+    ignored_at_inference,
+    is_integer,
+    is_number,
+    optional_count,
+    optional_name,
+)
 
 
 def _optional_share():
@@ -75,6 +82,7 @@ class ViTCoPLlavaConfig(LlavaConfig):
     model_type = "vitcop_llava"
     attribute_map = {**LlavaConfig.attribute_map, "prunesid_config": "vitcop_config"}
     sub_configs = {**LlavaConfig.sub_configs, "vitcop_config": ViTCoPConfig}
+    keys_to_ignore_at_inference = ignored_at_inference(LlavaConfig)
 
     vitcop_config: dict | PretrainedConfig | None = None
 

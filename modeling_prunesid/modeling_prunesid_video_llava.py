@@ -249,7 +249,7 @@ class PruneSIDVideoLlavaModel(CompressedModelMixin, HubModelMixin, VideoLlavaMod
         )
 
     def _forward_joined(self, mm_encoder_outputs=None, **inputs):
-        """Upstream reads the features of a modality as one tensor `(views, tokens, hidden_size)`."""
+        """Upstream reads the features of a modality as one tensor: a row a view, or one row if they differ."""
         if mm_encoder_outputs is not None:
             mm_encoder_outputs = {modality: _join(output) for modality, output in mm_encoder_outputs.items()}
         return super().forward(mm_encoder_outputs=mm_encoder_outputs, **inputs)
@@ -344,7 +344,9 @@ def frame_information(frames: torch.Tensor) -> list[float]:
 def _join(output: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
     if isinstance(output.pooler_output, torch.Tensor):
         return output
-    return type(output)(**{**output, "pooler_output": torch.cat(list(output.pooler_output))[None]})
+    views = list(output.pooler_output)
+    joined = torch.stack(views) if len({len(view) for view in views}) == 1 else torch.cat(views)[None]
+    return type(output)(**{**output, "pooler_output": joined})
 
 
 # Stock checkpoints load by the stock conversions, which Transformers looks up by the name of the class.
