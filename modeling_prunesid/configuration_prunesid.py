@@ -228,7 +228,7 @@ class PruneSIDConfig(NestedSettings):
 
 
 def ignored_at_inference(config_class: type) -> list[str]:
-    """The fields of outputs that `Trainer` leaves out of predictions, which it can only take where they are tensors."""
+    """The fields of outputs that `Trainer` leaves out of predictions, for it takes tensors alone."""
     stock = getattr(config_class, "keys_to_ignore_at_inference", ["past_key_values", "cache"])
     return list(dict.fromkeys([*stock, "keep_mask", "layer_visual_tokens", "image_outputs", "video_outputs"]))
 
