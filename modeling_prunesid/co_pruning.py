@@ -140,6 +140,13 @@ class CoPrunedModelMixin:
         else:
             pruning.remember(cache_of(output))
             output["layer_visual_tokens"] = pruning.visual_tokens(groups[..., _IMAGE] >= 0)
+            if output.get("hidden_states") is not None:  # what went into the first layer, and what each returned
+                output["hidden_states"] = tuple(
+                    state
+                    if state is None or state.shape[1] == columns.shape[1]
+                    else pruning.in_prompt(state, index - 1)
+                    for index, state in enumerate(output["hidden_states"])
+                )
         return output
 
 

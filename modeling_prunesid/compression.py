@@ -17,8 +17,9 @@ from .prompts import (
     IGNORED_LABEL,
     CachedPrompt,
     ShortPrompt,
+    gather_columns,
     is_flat,
-    is_left_padded,
+    is_right_padded,
     mark_kept_placeholders,
     padding_of,
     run_lengths,
@@ -108,7 +109,10 @@ class CompressedModelMixin:
         repeats_cached = is_generation and (not is_flat(mask) or mask.shape[1] == columns.shape[1])
         start = 0
         if earlier is not None and not repeats_cached:
-            callers_mask = mask
+            callers_mask, added = mask, bool((earlier.prompt.source < 0).any())
+            if mask is None and added:  # the caller's rows had no padding
+                length = earlier.prompt.full_length + cached_length - earlier.prompt.length + columns.shape[1]
+                mask = callers_mask = torch.ones(len(columns), length, dtype=torch.long, device=columns.device)
             mask = shorten_cached_mask(callers_mask, earlier.prompt, cached_length, columns.shape[1])
             inputs["attention_mask"] = mask
             positions, moved = inputs.get("position_ids"), earlier.prompt.moved
@@ -127,18 +131,20 @@ class CompressedModelMixin:
             self._check_not_forgotten(inputs, start, seen, only_whole_views=True)
 
         keep_mask = self._mark_kept(inputs, start, seen)
-        padding_side = "left" if is_generation or is_left_padded(mask) else "right"
+        current = mask[:, -columns.shape[1] :] if is_flat(mask) else None
+        padding_side = "left" if is_generation or not is_right_padded(current) else "right"
+        if has_views and not is_generation:
+            inputs = self._ignore_placeholders(inputs)
         prompt = None
         if start:
             rest = torch.ones_like(input_ids, dtype=torch.bool) if keep_mask is None else keep_mask
             prompt = earlier.prompt.then(ShortPrompt.from_keep_mask(rest[:, start:], padding_side))
         elif keep_mask is not None:
             # Padding gives way to rows that lost less; a length that the caller pads to shrinks by what was dropped.
-            length = int(keep_mask.sum(1).min())
-            if is_flat(mask) and not (repeats_cached and cached_length):
-                current = mask[:, -keep_mask.shape[1] :]
-                keep_mask = keep_mask & ~padding_of(current, leading_only=is_generation)
-            prompt = ShortPrompt.from_keep_mask(keep_mask, padding_side, minimum_length=length)
+            padding, length = None, int(keep_mask.sum(1).min())
+            if current is not None and not (repeats_cached and cached_length):
+                padding = padding_of(current, leading_only=padding_side == "left") & ~self._placeholders(inputs)
+            prompt = ShortPrompt.from_keep_mask(keep_mask, padding_side, minimum_length=length, padding=padding)
         if prompt is not None:
             prompt.cached_before = 0 if repeats_cached else cached_length
             inputs = self._shorten(inputs, prompt)
@@ -156,14 +162,39 @@ class CompressedModelMixin:
         return inputs
 
     def forward_compressed(self, forward: Callable, input_ids: torch.LongTensor | None = None, **inputs):
-        """Upstream's `forward` on the shortened arguments."""
+        """Upstream's `forward` on the shortened arguments; what it returns has the caller's columns."""
         inputs, prompt = self.compress({"input_ids": input_ids, **inputs})
-        return finish_forward(forward(**inputs), input_ids, prompt)
+        return run_shortened(forward, inputs, input_ids, prompt, self.config)
 
     def _dropped_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The encoded modalities of which tokens were dropped, by name."""
         outputs = inputs.get("mm_encoder_outputs") or {}
         return {name: out for name, out in outputs.items() if getattr(out, "keep_indices", None) is not None}
+
+    def _placeholders(self, inputs: dict[str, Any]) -> torch.BoolTensor:
+        """Mask `(batch, length)` of the placeholders of all encoded views, whatever their modality."""
+        outputs = inputs.get("mm_encoder_outputs") or {}
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        masks = [self.find_placeholders(name, ids, embeds) for name, output in outputs.items() if output is not None]
+        return torch.stack(masks).any(0)
+
+    def _ignore_placeholders(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """
+        Labels of placeholders are ignored: how many of them are left is no matter of the loss. `num_items_in_batch`,
+        which counted them, is reduced by their share of the labels.
+        """
+        inputs, placeholders = dict(inputs), self._placeholders(inputs)
+        of_next = torch.nn.functional.pad(placeholders[:, 1:], (0, 1), value=False)
+        for name, ignored in (("labels", placeholders), ("shift_labels", of_next)):
+            labels = inputs.get(name)
+            if labels is None or labels.shape != ignored.shape:
+                continue
+            inputs[name] = labels.masked_fill(ignored.to(labels.device), IGNORED_LABEL)
+            given, counted = ((part != IGNORED_LABEL).sum() for part in (labels, inputs[name]))
+            is_used = name == "shift_labels" or inputs.get("shift_labels") is None
+            if is_used and inputs.get("num_items_in_batch") is not None and counted < given:
+                inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * (counted / given)
+        return inputs
 
     def _mark_kept(self, inputs: dict[str, Any], start: int, seen: int) -> torch.BoolTensor | None:
         """
@@ -239,12 +270,15 @@ class CompressedModelMixin:
         if inputs.get("shift_labels") is not None and inputs["shift_labels"].shape[1] == prompt.full_length:
             inputs["shift_labels"] = shorten_shifted_labels(inputs["shift_labels"], prompt)
         if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = self._shorten_positions(inputs["position_ids"], prompt)
+            is_token = None if mask is None else mask[:, -prompt.full_length :] != 0
+            inputs["position_ids"] = self._shorten_positions(inputs["position_ids"], prompt, is_token)
         return inputs
 
-    def _shorten_positions(self, position_ids: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
-        prompt.moved = prompt.moved_at_end(position_ids)
-        return prompt.take_positions(position_ids)
+    def _shorten_positions(
+        self, position_ids: torch.LongTensor, prompt: ShortPrompt, is_token: torch.BoolTensor | None
+    ) -> torch.LongTensor:
+        prompt.moved = prompt.moved_at_end(position_ids, is_token)
+        return prompt.take_positions(position_ids, is_token)
 
     def _padding_id(self) -> int:
         """An id for added padding that is no placeholder."""
@@ -287,13 +321,62 @@ def _take_wanted(views: list[torch.Tensor], wanted: list[torch.BoolTensor]) -> l
     return [view[rows.to(view.device)] for view, rows in zip(views, wanted) if rows.any()]
 
 
-def finish_forward(output: Any, input_ids: torch.LongTensor | None, prompt: ShortPrompt | None) -> Any:
-    """Record on an output, and on its cache, what became of the prompt."""
-    if prompt is not None and not isinstance(output, tuple):
-        cache = cache_of(output)
-        CachedPrompt(input_ids, prompt).behind(cache).remember(cache)
-        output["keep_mask"] = prompt.keep_mask
+def run_shortened(
+    forward: Callable,
+    inputs: dict[str, Any],
+    input_ids: torch.LongTensor | None,
+    prompt: ShortPrompt | None,
+    config: Any,
+) -> Any:
+    """
+    Upstream's `forward` on shortened arguments. Its logits and hidden states get the columns of the caller's prompt
+    `input_ids`; a tuple, where one is asked for, has what the stock class returns.
+    """
+    if prompt is None:
+        return forward(**inputs)
+    inputs = dict(inputs)
+    return_dict, keep = inputs.pop("return_dict", None), inputs.pop("logits_to_keep", 0)
+    columns = prompt.callers_columns()
+    wanted = _select(columns, keep)
+    logits_columns = wanted
+    if wanted is not columns:  # the head runs on the short columns that any row needs
+        needed, logits_columns = wanted.unique(return_inverse=True)
+        inputs["logits_to_keep"] = needed
+    output = forward(**inputs, return_dict=True)
+    cache = cache_of(output)
+    CachedPrompt(input_ids, prompt).behind(cache).remember(cache)
+    if output.get("logits") is not None:
+        output["logits"] = _gather_logits(output["logits"], logits_columns, keep)
+    if output.get("last_hidden_state") is not None:
+        output["last_hidden_state"] = gather_columns(output["last_hidden_state"], columns)
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = tuple(
+            state if state is None else gather_columns(state, columns) for state in output["hidden_states"]
+        )
+    if not (config.return_dict if return_dict is None else return_dict):
+        return tuple(output[field.name] for field in fields(output) if output.get(field.name) is not None)
+    output["keep_mask"] = prompt.keep_mask
     return output
+
+
+def _select(columns: torch.LongTensor, keep: int | torch.Tensor) -> torch.LongTensor:
+    """Of `columns` `(batch, length)` those that `logits_to_keep` asks for, in the forms that upstream takes."""
+    if isinstance(keep, int):
+        return columns[:, -keep:] if keep else columns
+    if isinstance(keep, torch.Tensor):
+        keep = keep.to(columns.device)
+        if keep.dim() == 2 and keep.dtype != torch.bool:
+            return columns.gather(1, keep % columns.shape[1])
+        if keep.dim() == 2:
+            return columns[keep]
+    return columns[:, keep]
+
+
+def _gather_logits(logits: torch.Tensor, columns: torch.LongTensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The `columns` of logits `(batch, length, vocabulary)`; a mask of columns gives `(columns, vocabulary)`."""
+    if columns.dim() == 1:
+        return logits[keep.nonzero()[:, 0].to(logits.device), columns.to(logits.device)]
+    return gather_columns(logits, columns)
 
 
 def _settle(output: Any, **changes: Any) -> Any:

@@ -234,6 +234,12 @@ class PruneSIDConfig(NestedSettings):
             )
 
 
+def ignored_at_inference(config_class: type) -> list[str]:
+    """The fields of outputs that `Trainer` leaves out of predictions, for it takes tensors alone."""
+    stock = getattr(config_class, "keys_to_ignore_at_inference", ["past_key_values", "cache"])
+    return list(dict.fromkeys([*stock, "keep_mask", "layer_visual_tokens", "image_outputs", "video_outputs"]))
+
+
 class NestsPruneSIDConfig:
     """
     Mixin of the model configurations, which gives them the field `prunesid_config` (`dict` or `PruneSIDConfig`,
@@ -257,6 +263,7 @@ class NestsPruneSIDConfig:
         super().__init_subclass__(**kwargs)
         strict(cls)
         cls.sub_configs = {**getattr(cls, "sub_configs", {}), "prunesid_config": cls._settings_class}
+        cls.keys_to_ignore_at_inference = ignored_at_inference(cls)
         register_class_names(cls)
 
     def __setattr__(self, name, value):

@@ -129,7 +129,9 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         for modality in outputs.keys() & set(self.pools_tensor):
             output = outputs[modality]
             if not isinstance(output.pooler_output, torch.Tensor):
-                joined = torch.cat(list(output.pooler_output))[None]
+                views = list(output.pooler_output)
+                is_equal = len({len(view) for view in views}) == 1
+                joined = torch.stack(views) if is_equal else torch.cat(views)[None]
                 outputs[modality] = type(output)(**{**output, "pooler_output": joined})
         return super().forward(mm_encoder_outputs=outputs or None, **inputs)
 

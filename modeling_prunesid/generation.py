@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .compression import finish_forward
+from .compression import run_shortened
 from .prompts import CachedPrompt, ShortPrompt
 from .upstream import cache_of, rename_cache
 
@@ -60,9 +60,9 @@ class CompressedGenerationMixin:
     """For a model with a language-modelling head whose `self.model` is a [`CompressedModelMixin`]."""
 
     def forward_compressed(self, forward: Callable, input_ids: torch.LongTensor | None = None, **inputs):
-        """Upstream's `forward` on the shortened arguments."""
+        """Upstream's `forward` on the shortened arguments; what it returns has the caller's columns."""
         inputs, prompt = self.model.compress({"input_ids": input_ids, **inputs})
-        return finish_forward(forward(**inputs), input_ids, prompt)
+        return run_shortened(forward, inputs, input_ids, prompt, self.config)
 
     @torch.no_grad()
     def generate(

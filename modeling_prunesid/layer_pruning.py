@@ -257,9 +257,14 @@ class LayerPruning:
         Hidden states of the whole prompt again, so that logits and labels match it: a dropped column gets those of the
         last column before it that is left, which predicts what follows.
         """
-        if not self.columns:
+        return self.in_prompt(hidden_states, len(self.decoder.layers) - 1)
+
+    def in_prompt(self, hidden_states: torch.Tensor, layer: int) -> torch.Tensor:
+        """What `layer` returned, `(batch, slots, hidden_size)`, in the columns of the prompt."""
+        columns = self._queries(layer)
+        if columns is None:
             return hidden_states
-        columns = self.columns[max(self.columns)].to(hidden_states.device)
+        columns = columns.to(hidden_states.device)
         num_padding = (columns < 0).sum(1, keepdim=True)
         counts = torch.zeros(self.batch, self.length + 1, dtype=torch.long, device=columns.device)
         counts.scatter_(1, torch.where(columns < 0, self.length, columns), 1)

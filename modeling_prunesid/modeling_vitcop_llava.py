@@ -15,6 +15,7 @@ from .checks import resolve_budget
 from .co_pruning import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .configuration_prunesid import (
     NestedSettings,
+    ignored_at_inference,
     is_integer,
     is_number,
     optional_count,
@@ -104,6 +105,7 @@ class ViTCoPLlavaConfig(LlavaConfig):
     model_type = "vitcop_llava"
     attribute_map = {**LlavaConfig.attribute_map, "prunesid_config": "vitcop_config"}
     sub_configs = {**LlavaConfig.sub_configs, "vitcop_config": ViTCoPConfig}
+    keys_to_ignore_at_inference = ignored_at_inference(LlavaConfig)
 
     vitcop_config: dict | PretrainedConfig | None = None
 

@@ -168,13 +168,15 @@ class MRoPEModelMixin(CompressedModelMixin):
             inputs = {**inputs, "mm_token_type_ids": torch.nn.functional.pad(types, (0, missing))}
         return super()._shorten(inputs, prompt)
 
-    def _shorten_positions(self, position_ids: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
+    def _shorten_positions(
+        self, position_ids: torch.LongTensor, prompt: ShortPrompt, is_token: torch.BoolTensor | None
+    ) -> torch.LongTensor:
         """The caller's own positions `(batch, length)` or `(3 or 4, batch, length)`: every token keeps its own."""
         if position_ids.dim() == 2:
             return prompt.take(position_ids.expand(len(prompt.source), -1), fill=0)
         rows = [prompt.take(row.expand(len(prompt.source), -1), fill=0) for row in position_ids]
         if len(rows) == 4:  # the first are the positions in the sequence, by which packed sequences are told apart
-            rows[0] = prompt.take_positions(position_ids[0])
+            rows[0] = prompt.take_positions(position_ids[0], is_token)
         return torch.stack(rows)
 
 

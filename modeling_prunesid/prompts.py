@@ -24,6 +24,9 @@ class ShortPrompt:
             of a batch lost different numbers of columns.
         keep_mask (`torch.BoolTensor` of shape `(batch, full_length)`):
             The columns of the full prompt that remain.
+        dropped (`torch.BoolTensor` of shape `(batch, full_length)`, *optional*):
+            The columns that were dropped. The others that do not remain are padding, which gave way. Default: all that
+            do not remain.
         moved (`torch.LongTensor` of shape `(batch, 1)`, *optional*):
             By how much the positions that the caller gave were moved up at the end of the prompt.
         cached_before (`int`): columns of a cache that come before the prompt.
@@ -31,15 +34,29 @@ class ShortPrompt:
 
     source: torch.LongTensor
     keep_mask: torch.BoolTensor
+    dropped: torch.BoolTensor | None = None
     moved: torch.LongTensor | None = None
     cached_before: int = 0
 
+    def __post_init__(self):
+        if self.dropped is None:
+            self.dropped = ~self.keep_mask
+
     @classmethod
-    def from_keep_mask(cls, keep_mask: torch.BoolTensor, padding_side: str, minimum_length: int = 0) -> "ShortPrompt":
+    def from_keep_mask(
+        cls,
+        keep_mask: torch.BoolTensor,
+        padding_side: str,
+        minimum_length: int = 0,
+        padding: torch.BoolTensor | None = None,
+    ) -> "ShortPrompt":
         """
         The columns that `keep_mask` `(batch, full_length)` marks, moved together. Rows shorter than the longest one,
-        or than `minimum_length`, are filled up on the `padding_side`, `"left"` or `"right"`.
+        or than `minimum_length`, are filled up on the `padding_side`, `"left"` or `"right"`. The columns `padding`
+        `(batch, full_length)` give way.
         """
+        dropped = ~keep_mask
+        keep_mask = keep_mask if padding is None else keep_mask & ~padding
         lengths = keep_mask.sum(1)
         length = max(int(lengths.max()), minimum_length)
         # A stable sort moves the kept columns to the front and leaves them in order.
@@ -48,8 +65,8 @@ class ShortPrompt:
         if padding_side == "left":
             columns = columns - (length - lengths)[:, None]
             source = source.gather(1, columns.clamp(min=0))
-            return cls(source.masked_fill(columns < 0, -1), keep_mask)
-        return cls(source.masked_fill(columns >= lengths[:, None], -1), keep_mask)
+            return cls(source.masked_fill(columns < 0, -1), keep_mask, dropped)
+        return cls(source.masked_fill(columns >= lengths[:, None], -1), keep_mask, dropped)
 
     @classmethod
     def whole(cls, batch: int, length: int, device: torch.device) -> "ShortPrompt":
@@ -72,34 +89,67 @@ class ShortPrompt:
         index = source.clamp(min=0).view(shape).expand(-1, -1, *columns.shape[2:])
         return columns.gather(1, index).masked_fill((source < 0).view(shape), fill)
 
-    def take_positions(self, position_ids: torch.LongTensor) -> torch.LongTensor:
+    def callers_columns(self) -> torch.LongTensor:
+        """
+        For each column of the full prompt, the short column whose value it carries, `(batch, full_length)`: its own,
+        or that of the last column before it that remains, or of the first where none is before it.
+        """
+        is_own = self.source >= 0
+        columns = torch.arange(self.length, device=self.source.device).expand_as(self.source)
+        # One column more takes what has no place in the full prompt.
+        found = torch.full_like(self.keep_mask, -1, dtype=torch.long)
+        found = torch.nn.functional.pad(found, (0, 1), value=-1)
+        found = found.scatter(1, torch.where(is_own, self.source, self.full_length), columns)[:, :-1]
+        first = columns.masked_fill(~is_own, self.length - 1).amin(1, keepdim=True)
+        return torch.maximum(found.cummax(1).values, first)
+
+    def expand(self, states: torch.Tensor) -> torch.Tensor:
+        """States `(batch, short_length, ...)` in the columns of the full prompt."""
+        return gather_columns(states, self.callers_columns())
+
+    def take_positions(self, position_ids: torch.LongTensor, is_token: torch.Tensor | None = None) -> torch.LongTensor:
         """
         Positions `(batch, full_length)` of the remaining columns, moved up to be contiguous. A sequence packed behind
-        another one in the same row, where positions start anew, is moved within itself.
+        another one in the same row, where positions start anew, is moved within itself. Columns that `is_token`
+        `(batch, full_length)` does not mark have no place among the others, and keep what they have.
         """
-        keep_mask = self.keep_mask.to(position_ids.device)
-        position_ids = position_ids.expand(keep_mask.shape[0], -1)
-        return self.take(position_ids - self._dropped_before(position_ids), fill=0)
+        position_ids = position_ids.expand(len(self.keep_mask), -1)
+        return self.take(position_ids - self._dropped_before(position_ids, is_token), fill=0)
 
-    def moved_at_end(self, position_ids: torch.LongTensor) -> torch.LongTensor:
+    def moved_at_end(self, position_ids: torch.LongTensor, is_token: torch.Tensor | None = None) -> torch.LongTensor:
         """By how much [`take_positions`] moves what follows each row's last position, of shape `(batch, 1)`."""
-        position_ids = position_ids.expand(self.keep_mask.shape[0], -1)
+        position_ids = position_ids.expand(len(self.keep_mask), -1)
         # Positions of padding behind a row do not rise.
         rises = torch.nn.functional.pad(position_ids.diff(dim=1) > 0, (1, 0), value=True)
+        rises = rises if is_token is None else is_token.to(rises.device).bool()
         columns = torch.arange(self.full_length, device=position_ids.device)
         last = columns.masked_fill(~rises, 0).amax(1, keepdim=True)
-        dropped = (~self.keep_mask.to(position_ids.device)).long()
-        return (self._dropped_before(position_ids) + dropped).gather(1, last)
+        counted = self._counted(position_ids, is_token)
+        return (self._dropped_before(position_ids, is_token) + counted).gather(1, last)
 
-    def _dropped_before(self, position_ids: torch.LongTensor) -> torch.LongTensor:
+    def _counted(self, position_ids: torch.LongTensor, is_token: torch.Tensor | None) -> torch.LongTensor:
+        """1 for each dropped column that positions `(batch, full_length)` count, which masked ones may not."""
+        dropped = self.dropped.to(position_ids.device)
+        if is_token is not None:
+            rises = torch.nn.functional.pad(position_ids.diff(dim=1) == 1, (1, 0), value=False)
+            dropped = dropped & (is_token.to(dropped.device).bool() | rises)
+        return dropped.long()
+
+    def _dropped_before(self, position_ids: torch.LongTensor, is_token: torch.Tensor | None) -> torch.LongTensor:
         """How many columns were dropped before each column of its sequence: `(batch, full_length)`."""
-        keep_mask = self.keep_mask.to(position_ids.device)
-        dropped = (~keep_mask).cumsum(1) - (~keep_mask).long()
-        starts = torch.ones_like(keep_mask)
-        starts[:, 1:] = position_ids.diff(dim=1) != 1
+        counted = self._counted(position_ids, is_token)
+        before = counted.cumsum(1) - counted
         columns = torch.arange(self.full_length, device=position_ids.device).expand_as(position_ids)
+        if is_token is None:
+            starts = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+            return before - before.gather(1, columns.masked_fill(~starts, 0).cummax(1).values)
+        # A sequence starts at the first token, and where positions do not rise from one token to the next.
+        is_token = is_token.to(position_ids.device).bool()
+        seen = columns.masked_fill(~is_token, -1).cummax(1).values
+        last = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)
+        starts = is_token & ((last < 0) | (position_ids <= position_ids.gather(1, last.clamp(min=0))))
         first = columns.masked_fill(~starts, 0).cummax(1).values
-        return dropped - dropped.gather(1, first)
+        return (before - before.gather(1, first)) * is_token
 
     def then(self, rest: "ShortPrompt") -> "ShortPrompt":
         """This prompt continued by the columns of `rest`."""
@@ -108,6 +158,7 @@ class ShortPrompt:
         return ShortPrompt(
             torch.cat([self.source, shifted], dim=1),
             torch.cat([self.keep_mask, rest.keep_mask], dim=1),
+            torch.cat([self.dropped, rest.dropped], dim=1),
             sum(moved) if moved else None,
         )
 
@@ -116,6 +167,7 @@ class ShortPrompt:
         return ShortPrompt(
             self.source.repeat_interleave(times, 0),
             self.keep_mask.repeat_interleave(times, 0),
+            self.dropped.repeat_interleave(times, 0),
             None if self.moved is None else self.moved.repeat_interleave(times, 0),
         )
 
@@ -244,6 +296,12 @@ def mark_kept_placeholders(
     return keep_mask
 
 
+def gather_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
+    """The `columns` `(batch, n)` of states `(batch, length, ...)`."""
+    columns = columns.to(states.device).view(*columns.shape, *[1] * (states.dim() - 2))
+    return states.gather(1, columns.expand(-1, -1, *states.shape[2:]))
+
+
 def is_flat(mask: Any) -> bool:
     """Whether a mask has the shape `(batch, length)`. Upstream also takes `(batch, 1, queries, keys)` and dicts."""
     return isinstance(mask, torch.Tensor) and mask.dim() == 2
@@ -252,7 +310,8 @@ def is_flat(mask: Any) -> bool:
 def shorten_shifted_labels(shift_labels: torch.LongTensor, prompt: ShortPrompt) -> torch.LongTensor:
     """`shift_labels` holds at each column the label of the next one; in the short prompt, of the next that remains."""
     labels = torch.nn.functional.pad(shift_labels[:, :-1], (1, 0), value=IGNORED_LABEL)
-    return torch.cat([prompt.take(labels, IGNORED_LABEL)[:, 1:], shift_labels[:, -1:]], dim=1)
+    labels = torch.nn.functional.pad(prompt.take(labels, IGNORED_LABEL)[:, 1:], (0, 1), value=IGNORED_LABEL)
+    return torch.where(prompt.source.to(labels.device) == prompt.full_length - 1, shift_labels[:, -1:], labels)
 
 
 def without_answer(placeholders: torch.BoolTensor, start: int, seen: int) -> torch.BoolTensor:
@@ -281,8 +340,9 @@ def padding_of(mask: torch.Tensor, leading_only: bool) -> torch.BoolTensor:
     return padding if leading_only else padding | (mask.flip(1).cumsum(1) == 0).flip(1)
 
 
-def is_left_padded(mask: Any) -> bool:
-    return is_flat(mask) and bool((mask[:, 0] == 0).any())
+def is_right_padded(mask: Any) -> bool:
+    """Whether rows of a batch are padded on the right alone."""
+    return is_flat(mask) and bool((mask[:, 0] != 0).all() & (mask[:, -1] == 0).any())
 
 
 def shorten_cached_mask(mask: Any, prompt: ShortPrompt, cached_length: int, new_length: int) -> Any:

@@ -338,7 +338,7 @@ class TestForward:
         )
         expected = ours(**{**inputs, **short}, labels=short_labels)
         torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(output.logits, expected.logits)
+        torch.testing.assert_close(output.logits[output.keep_mask], expected.logits[short["attention_mask"].bool()])
         for row, length in enumerate(short["attention_mask"].sum(1).tolist()):
             columns = output.keep_mask[row].nonzero()[:, 0]
             assert torch.equal(inputs["input_ids"][row, columns], short["input_ids"][row, :length])
@@ -347,7 +347,7 @@ class TestForward:
         with torch.no_grad():
             hidden = ours.model(**full_batch()).last_hidden_state
             assert torch.equal(ours.lm_head(hidden), ours(**full_batch()).logits)
-        assert hidden.shape[1] == max(map(len, rows(BUDGET, FRAMES * BUDGET)))
+        assert hidden.shape[:2] == full_batch()["input_ids"].shape
 
     def test_gradients_reach_projector_language_model_and_both_towers(self, ours):
         inputs = full_batch("right")

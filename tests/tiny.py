@@ -124,3 +124,11 @@ def image_features_of(output):
     outputs = output.get("image_outputs")  # from Transformers 5.24 on
     features = output.image_hidden_states if outputs is None else outputs.pooler_output
     return features if isinstance(features, torch.Tensor) else torch.cat(list(features))
+
+
+def of_kept(states, keep_mask, side="left", fill=0):
+    """The kept columns of `(batch, length, ...)` rows, padded to the longest."""
+    rows = [row[kept] for row, kept in zip(states, keep_mask)]
+    if side == "right":
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    return torch.nn.utils.rnn.pad_sequence([row.flip(0) for row in rows], batch_first=True, padding_value=fill).flip(1)
