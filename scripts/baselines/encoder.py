@@ -134,17 +134,18 @@ def question_method(choose: Callable[[View, torch.Tensor, int], Kept]) -> Callab
         prompt: dict[str, torch.Tensor | None] = {"input_ids": None, "attention_mask": None}
         stock = model.generate
 
-        def remember(arguments: dict[str, Any]) -> None:
-            if arguments.get("input_ids") is not None:
-                prompt.update({name: arguments.get(name) for name in prompt})
+        def remember(pixel_values=None, input_ids=None, attention_mask=None, **others) -> None:
+            comes = pixel_values is not None  # not with the tokens of an answer
+            prompt.update(input_ids=input_ids if comes else None, attention_mask=attention_mask if comes else None)
 
         @functools.wraps(stock)
         def generate(inputs=None, **kwargs):
-            remember({"input_ids": inputs, **kwargs})
+            remember(**{"input_ids": inputs, **kwargs})
             return stock(inputs, **kwargs)
 
         def encode(base_model: Any, pixel_values: torch.Tensor, layers: list[int], count: int) -> list[Kept]:
             words = _words_of_images(model, num_patches(base_model.vision_tower, pixel_values), **prompt)
+            remember()  # another call brings its own prompt
             if len(words) != len(pixel_values):
                 raise ValueError(
                     f"input_ids must hold the whole prompts of all {len(pixel_values)} images for a method that reads "
@@ -158,7 +159,10 @@ def question_method(choose: Callable[[View, torch.Tensor, int], Kept]) -> Callab
             numbers = (torch.tensor(is_new).cumsum(0) - 1).tolist()
             return [choose(views[number], question, count) for number, question in zip(numbers, words)]
 
-        handle = model.register_forward_pre_hook(lambda module, args, kwargs: remember(kwargs), with_kwargs=True)
+        handle = model.register_forward_pre_hook(
+            lambda module, args, kwargs: remember(**{"input_ids": args[0] if args else None, **kwargs}),
+            with_kwargs=True,
+        )
         try:
             with replaced(model, "generate", generate), encoder_method(encode)(model, budget):
                 yield
