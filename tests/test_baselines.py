@@ -281,8 +281,9 @@ def test_hiprune_reads_the_attention_that_patches_receive_in_two_layers(vision, 
         attentions = tower(images, output_attentions=True).attentions
     for row, (objects, all_over, columns, budget) in enumerate(seen):
         assert (columns, budget) == (7, BUDGET)
-        torch.testing.assert_close(objects, attentions[1][row].mean((0, 1))[1:], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(all_over, attentions[2][row].mean((0, 1))[1:], rtol=1e-4, atol=1e-6)
+        received = [attentions[layer][row].double().mean((0, 1))[1:] for layer in (1, 2)]
+        torch.testing.assert_close(objects.double(), received[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(all_over.double(), received[1], rtol=1e-4, atol=1e-6)
 
 
 def test_grids_have_whole_counts_in_the_shape_of_the_picture():
@@ -295,18 +296,18 @@ def test_grids_have_whole_counts_in_the_shape_of_the_picture():
 
 @pytest.mark.parametrize("vision", [{}, DINOV2], ids=["clip", "dinov2"])
 def test_a_smaller_picture_is_read_by_the_tower_at_its_size(vision):
-    model, images = build(vision=vision), pixels(2)
+    model, images, near = build(vision=vision), pixels(2), {"rtol": 1e-4, "atol": 1e-5}
     found = features_of(model, "downsample-image", images, 16)
     small = nn.functional.interpolate(images, (16, 16), mode="bicubic", antialias=True)
     takes = {} if vision else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         states = model.model.vision_tower(small, output_hidden_states=True, **takes).hidden_states[-2][:, 1:]
-        torch.testing.assert_close(torch.stack(found.pooler_output), model.model.multi_modal_projector(states))
+        torch.testing.assert_close(torch.stack(found.pooler_output), model.model.multi_modal_projector(states), **near)
         large = nn.functional.interpolate(small, (28, 28), mode="bicubic", antialias=True)
         states = model.model.vision_tower(large, output_hidden_states=True).hidden_states[-2][:, 1:]
         expected = model.model.multi_modal_projector(states)
     torch.testing.assert_close(
-        torch.stack(features_of(model, "downsample-enlarged", images, 16).pooler_output), expected
+        torch.stack(features_of(model, "downsample-enlarged", images, 16).pooler_output), expected, **near
     )
 
 
@@ -321,7 +322,7 @@ def test_features_are_averaged_over_cells():
         ]
         expected = model.model.multi_modal_projector(torch.stack(cells))
     found = features_of(model, "downsample-features", images, 16)
-    torch.testing.assert_close(found.pooler_output[0], expected)
+    torch.testing.assert_close(found.pooler_output[0], expected, rtol=1e-4, atol=1e-5)
     assert found.keep_indices[0][:3].tolist() == [9, 11, 13]
 
 
@@ -883,8 +884,9 @@ def test_dart_ranks_keys_as_the_cache_holds_them():
         return row.keep(row.visual[:setting])
 
     with torch.no_grad(), llm_method(lambda budget, patches: {2: budget}, rule)(model, BUDGET):
-        cache = model(**inputs, pixel_values=pixels(2), use_cache=True).past_key_values
-    torch.testing.assert_close(torch.stack(found), cache.layers[0].keys.transpose(1, 2))
+        output = model(**inputs, pixel_values=pixels(2), use_cache=True)
+    cache = output.get("cache") or output.past_key_values  # its name from Transformers 5.24 on
+    torch.testing.assert_close(torch.stack(found), cache.layers[0].keys.transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 def run_together_and_alone(name, model, images):
