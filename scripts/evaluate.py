@@ -7,11 +7,14 @@ Accuracy is the mean over the question types. Beside it stand
 - the share of full: accuracy / accuracy with all tokens;
 - the share above the prior: the same for what pictures add to the best answer from the question alone, which is learnt
   on training scenes without their pictures (`answer_statistics.py`);
+- the share of the hard questions, where `downsample-image` takes part: those that all tokens answer and the smaller
+  picture does not;
 - 95% intervals of a bootstrap over scenes, paired: all methods are drawn on the same scenes.
 
 The tower runs once for each picture: what it computed is looked up when another method gives it the same input
 (`tower_memo.py`), and the questions of several scenes are answered as one batch. ToMe alone shortens the tower for
-each budget anew, for half the time of a run of the tower each; MustDrop runs it once more. Answers are appended to
+each budget anew, for half the time of a run of the tower each; MustDrop runs it once more, and downsampling reads
+other pictures. Answers are appended to
 `OUT/answers.jsonl` under a hash of weights, code, scenes and settings; a run that was stopped goes on from there.
 Dynamic budgets (`-dyn`) have the fixed ones' mean: their reference is the mean information of the same pictures, as in
 the paper, and no question or answer plays a part in it. Time and memory are those of one question about one picture,
@@ -25,12 +28,13 @@ tower included, measured as in `demo.py`.
 
 `docs/` holds what the following writes: `cp out/docs/accuracy* docs/`. The methods that cannot keep to a small budget
 in a shallow language model stand on a page of their own, at two budgets. Roughly, on one core of an AMD EPYC: an hour
-for the first page, a quarter more for the second, an hour and a half for `--all`; half of it in two processes.
+and a half for the first page, a quarter of an hour more for the second; half of it in two processes.
 
-    inside="fastv dart sparsevlm mustdrop"
-    before="tome prumerge prumerge+ hired divprune visionzip visionzip-dyn random uniform"
+    inside="fastv dart sparsevlm-v1.5 mustdrop"
+    before="tome prumerge prumerge+ hired divprune visionzip visionzip-dyn vispruner hiprune dpp cdpruner"
+    fewer="random uniform downsample-image downsample-features downsample-enlarged"
     own="prunesid-paper prunesid-release prunesid-spread prunesid-auto prunesid-dyn prunesid-llm vitcop"
-    python scripts/evaluate.py --out out/docs --methods $own $before
+    python scripts/evaluate.py --out out/docs --methods $own $before $fewer
     python scripts/evaluate.py --out out/docs --page accuracy_inside_llm --budgets 192 64 --methods $inside \
         prunesid-release prunesid-spread prunesid-llm vitcop divprune tome
 
@@ -39,7 +43,7 @@ answered; the times on the pages are measured by that last run alone:
 
     export OMP_NUM_THREADS=1
     python scripts/evaluate.py --out out/a --methods $own &
-    python scripts/evaluate.py --out out/b --methods $before & wait
+    python scripts/evaluate.py --out out/b --methods $before $fewer & wait
     mkdir -p out/docs && cat out/a/answers.jsonl out/b/answers.jsonl > out/docs/answers.jsonl
 """
 
@@ -157,13 +161,21 @@ def repeat_views(encoded, rows: list[int]) -> BaseModelOutputWithPooling:
 
 
 @torch.inference_mode()
-def answer(model, processor, chunk: Chunk) -> list[str]:
-    """The model's answer to each question; every picture is encoded once for all its questions."""
-    encoded = model.get_image_features(pixel_values=chunk.inputs["pixel_values"], return_dict=True)
+def answer(model, processor, chunk: Chunk, reads_question: bool = False) -> list[str]:
+    """
+    The model's answer to each question. Every picture is encoded once for all its questions, but where the method
+    reads them.
+    """
     prompt = {name: value for name, value in chunk.inputs.items() if name != "pixel_values"}
+    pixel_values = chunk.inputs["pixel_values"]
+    if reads_question:
+        visual = {"pixel_values": pixel_values[chunk.rows]}
+    else:
+        encoded = model.get_image_features(pixel_values=pixel_values, return_dict=True)
+        visual = {"mm_encoder_outputs": {"image": repeat_views(encoded, chunk.rows)}}
     output = model.generate(
         **prompt,
-        mm_encoder_outputs={"image": repeat_views(encoded, chunk.rows)},
+        **visual,
         max_new_tokens=LONGEST_ANSWER,
         do_sample=False,
     )
@@ -257,7 +269,7 @@ def _ask(model, processor, case: tuple[str, int], chunk: Chunk, known: Answers) 
     key = known.key(method, budget, chunk)
     if key not in known.records:
         with applied(model, method, budget) as run:
-            answers = answer(model, processor, chunk)
+            answers = answer(model, processor, chunk, METHODS[method].reads_question)
         record = {"key": key, "method": method, "budget": budget, "chunk": chunk.number}
         known.add({**record, "tokens": run.measured_tokens, "answers": answers})
     return known.records[key]

@@ -18,14 +18,14 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def ranged(interval: dict[str, float | None]) -> str:
+def ranged(interval: dict[str, float | None] | None) -> str:
     """Value and 95% interval in percent."""
-    if interval["value"] is None:
+    if interval is None or interval["value"] is None:
         return "-"
     return f"{percent(interval['value'])} ({percent(interval['low'])} to {percent(interval['high'])})"
 
 
-def columns(row: dict) -> dict[str, str]:
+def columns(row: dict, with_hard: bool) -> dict[str, str]:
     """What a table shows of a row of `answer_statistics.summarise`, in percent, times and memory apart."""
     shown = {
         "method": row["method"],
@@ -35,6 +35,7 @@ def columns(row: dict) -> dict[str, str]:
         **{kind: percent(row["by_type"][kind]) for kind in KINDS},
         "F1": percent(row["presence_f1"]),
         "accuracy": percent(row["accuracy"]["value"]),
+        **({"hard": ranged(row["hard"])} if with_hard else {}),
         "share of full": ranged(row["share_of_full"]),
         "above prior": ranged(row["share_above_prior"]),
         "to the best": ranged(row["behind_best"]),
@@ -52,7 +53,7 @@ def prior_columns(result: dict) -> dict[str, str]:
 
 def table(result: dict) -> list[str]:
     """The lines of the terminal's table, best of each budget first; the variants stand on the page alone."""
-    shown = [columns(row) for row in ordered(result["rows"])]
+    shown = [columns(row, bool(result["hard_questions"])) for row in ordered(result["rows"])]
     names = [name for name in shown[0] if name not in VARIANTS]
     shown.append(prior_columns(result))
     widths = {name: max(len(name), *(len(row.get(name, "")) for row in shown)) for name in names}
@@ -86,7 +87,7 @@ def winners(rows: list[dict]) -> list[dict[str, str]]:
                     "scenes": scenes,
                     "best": best,
                     "share of full": ranged(shares[best]),
-                    "not worse beyond chance (to the best)": ", ".join(f"{n} ({ranged(behind[n])})" for n in equal),
+                    "level with the best (to the best)": ", ".join(f"{n} ({ranged(behind[n])})" for n in equal),
                 }
             )
     return lines
@@ -107,13 +108,26 @@ def grid(rows: list[dict[str, str]]) -> list[str]:
 
 def markdown(result: dict, page: str) -> str:
     """The text of the page with the name `page`, under the title that its words make."""
-    shown = [columns(row) for row in ordered(result["rows"])]
+    shown = [columns(row, bool(result["hard_questions"])) for row in ordered(result["rows"])]
     won = winners(result["rows"])
     calibrated = []
     if "reference_information" in result:
         calibrated = [
             "Dynamic methods (`-dyn`) give N tokens to a picture with the mean information score of these scenes, "
             f"{result['reference_information']:.4f}; `tokens` is what they kept.",
+            "",
+        ]
+    hard = []
+    if result["hard_questions"]:
+        counts = [f"{count} at {budget}" for budget, count in result["hard_questions"].items()]
+        hard = [
+            "`hard`: of the questions that all tokens answer rightly and a picture made smaller (`downsample-image`, "
+            "at the same budget) wrongly, the share answered rightly, whatever their type. These are "
+            f"{', '.join(counts)} tokens. The column leaves out what a few pixels answer, or what is guessed from "
+            "them. It is no score by itself: its ends are chosen (100% for all tokens, 0% for the small picture), the "
+            "questions are others at each budget, and answers of few choices can be guessed here too. The small "
+            "picture fails by its coarse grid of patches as well as by its pixels: `downsample-enlarged` is the same "
+            "small picture, enlarged again and read with all tokens.",
             "",
         ]
     lines = [
@@ -129,6 +143,7 @@ def markdown(result: dict, page: str) -> str:
         "to the budget.",
         "",
         *calibrated,
+        *hard,
         f"Measured on {result['machine']}.",
         "",
         *grid([shown[0], prior_columns(result), *shown[1:]]),
@@ -140,8 +155,8 @@ def markdown(result: dict, page: str) -> str:
         lines += [
             "## Who wins where",
             "",
-            "Among the methods whose tokens keep to the budget, on all scenes and on each variant. Not worse beyond "
-            "chance are those whose interval of the difference reaches 0.",
+            "Among the methods whose tokens keep to the budget, on all scenes and on each variant. Level with "
+            "the best are those whose 95% interval of the difference reaches 0.",
             "",
             *grid(won),
             "",

@@ -21,9 +21,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from baselines import (
     METHODS,
     applied,
+    cdpruner,
     dart,
     divprune,
+    downsample,
+    dpp,
     fastv,
+    hiprune,
     hired,
     mustdrop,
     prumerge,
@@ -32,6 +36,7 @@ from baselines import (
     tome,
     uniform,
     visionzip,
+    vispruner,
 )
 from baselines.encoder import View, encoder_method, top
 from baselines.llm import Row, llm_method, scaled_layer
@@ -44,13 +49,20 @@ CHOOSERS = {
     "uniform": uniform.choose,
     "hired": hired.choose,
     "divprune": divprune.choose,
+    "dpp": dpp.choose,
+    "vispruner": vispruner.choose,
     "prumerge": prumerge.choose,
     "prumerge+": prumerge.choose_plus,
     "visionzip": visionzip.choose,
 }
-PRUNING = ("random", "uniform", "hired", "divprune")
-ENCODER_SIDE = [name for name, method in METHODS.items() if method.place == "encoder"]
-LLM_SIDE = ("fastv", "dart", "sparsevlm", "mustdrop")
+PRUNING = ("random", "uniform", "hired", "divprune", "dpp", "vispruner")
+ENCODER_SIDE = [name for name, method in METHODS.items() if method.place == "encoder" and not method.reads_question]
+GRIDS = {
+    "downsample-image": 9,
+    "downsample-features": 9,
+    "downsample-enlarged": 49,
+}  # tokens at a budget of 8 of 7 x 7
+LLM_SIDE = ("fastv", "dart", "sparsevlm-v1.5", "mustdrop")
 DINOV2 = {"model_type": "dinov2"}
 
 
@@ -70,6 +82,7 @@ def make_view(tokens, seed=0, **changes):
         "compared": random(tokens, DIM),
         "reference_information": 0.9,
         "num_heads": HEADS,
+        "num_columns": 1,
         "cls_attention": random(tokens).softmax(0),
         "queries": random(1 + tokens, WIDTH),
         "keys": random(1 + tokens, WIDTH),
@@ -174,6 +187,143 @@ def test_divprune_compares_projected_tokens():
     expected = divprune.most_diverse(view.project(view.features), 9)
     assert torch.equal(divprune.choose(view, 9).indices, expected)
     assert not torch.equal(divprune.most_diverse(view.features, 9), expected)
+
+
+def log_volume(kernel, chosen):
+    return float(torch.linalg.slogdet(kernel[chosen][:, chosen]).logabsdet)
+
+
+def test_dpp_takes_the_token_that_adds_the_largest_volume():
+    for seed, (tokens, budget) in enumerate(random_cases(30)):
+        budget = min(budget, DIM)  # as many tokens as span the space
+        features = torch.randn(tokens, DIM, generator=torch.Generator().manual_seed(seed))
+        kernel = dpp.similarities(features)
+        chosen = []
+        while len(chosen) < budget:
+            rest = [token for token in range(tokens) if token not in chosen]
+            gains = {token: log_volume(kernel, [*chosen, token]) for token in rest}
+            chosen.append(max(rest, key=lambda token: round(gains[token], 9)))
+        assert dpp.likeliest(kernel, budget).tolist() == sorted(chosen)
+
+
+def test_dpp_begins_with_the_lower_tokens_where_all_are_spanned():
+    features = torch.eye(3).repeat(4, 1)
+    assert dpp.likeliest(dpp.similarities(features), 5).tolist() == [0, 1, 2, 3, 4]
+    assert dpp.likeliest(dpp.similarities(features.flip(0)[:, [0, 2, 1]]), 3).tolist() == [0, 1, 2]
+    assert dpp.likeliest(torch.zeros(4, 4, dtype=torch.double), 2).tolist() == [0, 1]
+
+
+def test_dpp_compares_projected_tokens():
+    view = make_view(30)
+    projected = dpp.likeliest(dpp.similarities(view.project(view.features)), 5)
+    assert torch.equal(dpp.choose(view, 5).indices, projected)
+    assert not torch.equal(dpp.likeliest(dpp.similarities(view.features), 5), projected)
+
+
+def test_cdpruner_weighs_the_kernel_by_relevance():
+    for seed in range(20):
+        view = make_view(20 + seed, seed)
+        words = torch.randn(1 + seed % 5, WIDTH, generator=torch.Generator().manual_seed(seed))
+        projected = view.project(view.features)
+        means = [sum(float(torch.cosine_similarity(t, w, dim=0)) for w in words) / len(words) for t in projected]
+        relevance = [(mean - min(means)) / (max(means) - min(means)) for mean in means]
+        found = cdpruner.relevance(projected, words)
+        assert found.tolist() == pytest.approx(relevance, abs=1e-4)
+        unit = nn.functional.normalize(view.features.double(), dim=-1) * found[:, None]
+        assert cdpruner.choose(view, words, 5).indices.tolist() == dpp.likeliest(unit @ unit.T, 5).tolist()
+    assert cdpruner.relevance(projected, words[:0]).tolist() == [1.0] * len(projected)
+
+
+def test_vispruner_keeps_the_important_half_and_removes_duplicates_of_the_rest():
+    for seed, (tokens, budget) in enumerate(random_cases(60)):
+        view = make_view(tokens, seed)
+        ranked = sorted(range(tokens), key=lambda token: -float(view.cls_attention[token]))
+        important, rest = ranked[: budget // 2], ranked[budget // 2 :]
+        while len(rest) > budget - budget // 2:
+            removed = min(8, len(rest) - (budget - budget // 2))
+            even, odd = rest[::2], rest[1::2]
+
+            cosines = torch.cosine_similarity(view.features[even][:, None], view.features[odd][None], dim=-1)
+            closest = dict(zip(even, cosines.max(1).values.tolist()))
+            rest = sorted(even, key=lambda token, closest=closest: -closest[token])[removed:] + odd
+        assert vispruner.choose(view, budget).indices.tolist() == sorted(important + rest)
+
+
+def test_hiprune_keeps_anchors_their_neighbours_and_registers():
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        rows, columns = 3 + seed % 9, 4 + seed % 7
+        tokens = rows * columns
+        budget = 1 + seed * (tokens - 1) // 40
+        objects, all_over = (torch.rand(tokens, generator=generator) for _ in range(2))
+        ranked = sorted(range(tokens), key=lambda token: -float(objects[token]))
+        kept = set()
+        for anchor in ranked[: round(0.1 * budget / 5)]:
+            for neighbour in (anchor, anchor - 1, anchor + 1, anchor - columns, anchor + columns):
+                kept.add(min(max(neighbour, 0), tokens - 1))
+        others = sorted(set(range(tokens)) - kept, key=lambda token: -float(all_over[token]))
+        expected = sorted([*kept, *others[: budget - len(kept)]])
+        assert hiprune.select(objects, all_over, columns, budget).tolist() == expected
+        assert len(expected) == budget
+
+
+@pytest.mark.parametrize("vision", [{}, DINOV2], ids=["clip", "dinov2"])
+def test_hiprune_reads_the_attention_that_patches_receive_in_two_layers(vision, monkeypatch):
+    """The 2nd of 4 layers, and that of layer -2; mean over heads and queries of eager attention."""
+    model, images = build(vision=vision), pixels(2)
+    seen = []
+    select = hiprune.select
+    monkeypatch.setattr(hiprune, "select", lambda *given: seen.append(given) or select(*given))
+    features_of(model, "hiprune", images)
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = tower(images, output_attentions=True).attentions
+    for row, (objects, all_over, columns, budget) in enumerate(seen):
+        assert (columns, budget) == (7, BUDGET)
+        received = [attentions[layer][row].double().mean((0, 1))[1:] for layer in (1, 2)]
+        torch.testing.assert_close(objects.double(), received[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(all_over.double(), received[1], rtol=1e-4, atol=1e-6)
+
+
+def test_grids_have_whole_counts_in_the_shape_of_the_picture():
+    counts = [math.prod(downsample.coarse_grid((24, 24), budget)) for budget in (192, 128, 64, 32, 16, 1)]
+    assert counts == [196, 121, 64, 36, 16, 1]
+    assert downsample.coarse_grid((12, 48), 36) == (3, 12)
+    assert downsample.centres((7, 7), (3, 3)).tolist() == [8, 10, 12, 22, 24, 26, 36, 38, 40]
+    assert downsample.centres((7, 7), (7, 7)).tolist() == list(range(49))
+
+
+@pytest.mark.parametrize("vision", [{}, DINOV2], ids=["clip", "dinov2"])
+def test_a_smaller_picture_is_read_by_the_tower_at_its_size(vision):
+    model, images, near = build(vision=vision), pixels(2), {"rtol": 1e-4, "atol": 1e-5}
+    found = features_of(model, "downsample-image", images, 16)
+    small = nn.functional.interpolate(images, (16, 16), mode="bicubic", antialias=True)
+    takes = {} if vision else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        states = model.model.vision_tower(small, output_hidden_states=True, **takes).hidden_states[-2][:, 1:]
+        torch.testing.assert_close(torch.stack(found.pooler_output), model.model.multi_modal_projector(states), **near)
+        large = nn.functional.interpolate(small, (28, 28), mode="bicubic", antialias=True)
+        states = model.model.vision_tower(large, output_hidden_states=True).hidden_states[-2][:, 1:]
+        expected = model.model.multi_modal_projector(states)
+    torch.testing.assert_close(
+        torch.stack(features_of(model, "downsample-enlarged", images, 16).pooler_output), expected, **near
+    )
+
+
+def test_features_are_averaged_over_cells():
+    model, images = build(vision={"image_size": 32}), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        states = model.model.vision_tower(images, output_hidden_states=True).hidden_states[-2][0, 1:].view(8, 8, -1)
+        cells = [
+            states[top : top + 2, left : left + 2].reshape(4, -1).mean(0)
+            for top in (0, 2, 4, 6)
+            for left in (0, 2, 4, 6)
+        ]
+        expected = model.model.multi_modal_projector(torch.stack(cells))
+    found = features_of(model, "downsample-features", images, 16)
+    torch.testing.assert_close(found.pooler_output[0], expected, rtol=1e-4, atol=1e-5)
+    assert found.keep_indices[0][:3].tolist() == [9, 11, 13]
 
 
 def test_visionzip_of_dominant_tokens_alone_is_top_attention():
@@ -349,7 +499,7 @@ def test_a_batch_is_its_single_images(model, name):
         torch.testing.assert_close(together.pooler_output[row], alone.pooler_output[0], rtol=1e-4, atol=1e-4)
         assert together.num_placeholders[row] == NUM_PATCHES
         if not name.endswith("-dyn"):
-            assert len(together.pooler_output[row]) == BUDGET
+            assert len(together.pooler_output[row]) == GRIDS.get(name, BUDGET)
 
 
 @pytest.mark.parametrize("name", ENCODER_SIDE)
@@ -439,6 +589,44 @@ def test_errors_name_what_is_wrong():
         features_of(model, "tome", pixels(1))
 
 
+def cdpruner_alone(model, image, words):
+    """The tokens that CDPruner keeps of one image for the ids of one question."""
+    with torch.no_grad():
+        tower = model.model.vision_tower(image[None], output_hidden_states=True)
+        view = make_view(
+            NUM_PATCHES, features=tower.hidden_states[-2][0, 1:], project=model.model.multi_modal_projector
+        )
+        return cdpruner.choose(view, model.get_input_embeddings()(torch.tensor(words)), BUDGET)
+
+
+def test_cdpruner_reads_the_question_of_each_prompt(model):
+    """Padded rows with other questions about the same picture, with two pictures, and with none."""
+    images, settings = pixels(3)[[0, 0, 1, 2]], {"max_new_tokens": 4, "do_sample": False}
+    texts = ([7, 8], [9, 10, 11], [12, 13], [14, 15])
+    pictures = ([0], [1], [2, 3], [])
+    rows = [prompt([NUM_PATCHES] * len(own), text) for own, text in zip(pictures, texts)]
+    expected = [cdpruner_alone(model, images[i], text) for own, text in zip(pictures, texts) for i in own]
+    features = [model.model.multi_modal_projector(kept.features) for kept in expected]
+    assert expected[0].indices.tolist() != expected[1].indices.tolist()
+    short = batch([prompt([BUDGET] * len(own), text) for own, text in zip(pictures, texts)])
+    encoded = BaseModelOutputWithPooling(pooler_output=features)
+    with torch.no_grad():
+        logits = stock_twin(model)(**short, mm_encoder_outputs={"image": encoded}).logits[:, -1]
+    answers = stock_twin(model).generate(**short, mm_encoder_outputs={"image": encoded}, **settings)[:, -4:]
+    full = batch(rows)
+    with applied(model, "cdpruner", BUDGET) as run, torch.no_grad():
+        torch.testing.assert_close(model(**full, pixel_values=images).logits[:, -1], logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model.generate(**full, pixel_values=images, **settings)[:, -4:], answers)
+        ids = full.pop("input_ids")
+        torch.testing.assert_close(model(ids, **full, pixel_values=images).logits[:, -1], logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model.generate(ids, **full, pixel_values=images, **settings)[:, -4:], answers)
+        with pytest.raises(
+            ValueError, match="input_ids must hold the whole prompts of all 1 images .*, got those of 0"
+        ):
+            model.get_image_features(pixel_values=images[:1])
+    assert run.measured_tokens == BUDGET
+
+
 def make_row(visual, text, seed=0, num_images=1):
     """A random prompt: 3 words, `visual` visual tokens and `text` words in front of a layer."""
     generator = torch.Generator().manual_seed(seed)
@@ -447,7 +635,7 @@ def make_row(visual, text, seed=0, num_images=1):
     return Row(
         hidden_states=torch.randn(length, DIM, generator=generator),
         normed=torch.randn(length, DIM, generator=generator),
-        keys=torch.randn(length, 2, 5, generator=generator),
+        rotated_keys=torch.randn(length, 2, 5, generator=generator),
         visual=torch.arange(3, 3 + visual),
         text=torch.arange(3 + visual, length),
         is_key=torch.rand(visual, generator=generator) < 0.1,
@@ -463,6 +651,7 @@ def test_settings_inside_the_language_model_are_the_papers():
         assert [method.plan(budget, 576) for budget in (192, 128, 64)] == [{2: 166}, {2: 98}, {2: 30}]
     assert sparsevlm.plan(192, 576) == {3: 300, 7: 200, 16: 110}
     assert sparsevlm.plan(128, 576) == {3: 303, 7: 110, 16: 36}
+    assert sparsevlm.plan(96, 576) == {3: 238, 7: 48, 16: 26}
     assert sparsevlm.plan(64, 576) == {3: 66, 7: 30, 16: 17}
     for budget, thresholds in ((192, (0.001, 0.001)), (128, (0.0012, 0.001)), (64, (0.011, 0.01))):
         planned = mustdrop.plan(budget, 576)
@@ -473,7 +662,7 @@ def test_settings_inside_the_language_model_are_the_papers():
 
 
 def test_other_budgets_lie_between_the_published_ones():
-    assert sparsevlm.plan(96, 576) == {3: 184, 7: 70, 16: 26}
+    assert sparsevlm.plan(112, 576) == {3: 270, 7: 79, 16: 31}
     assert sparsevlm.plan(32, 576) == {3: 33, 7: 15, 16: 8}
     assert sparsevlm.plan(16, 144) == {3: 16, 7: 8, 16: 4}
     assert sparsevlm.plan(1, 576) == {3: 1, 7: 1, 16: 1}
@@ -496,7 +685,7 @@ def test_fastv_keeps_the_order_of_what_the_last_token_attends_to_most():
 @pytest.mark.parametrize(("tokens", "text", "count"), [(60, 9, 20), (60, 2, 29), (30, 4, 28), (40, 6, 3), (12, 5, 12)])
 def test_dart_takes_what_is_least_similar_to_each_pivot_in_turn(tokens, text, count):
     row = make_row(tokens, text)
-    norms = row.keys.abs().sum((1, 2)).tolist()
+    norms = row.rotated_keys.abs().sum((1, 2)).tolist()
     images = sorted(row.visual.tolist(), key=lambda place: -norms[place])[:4]
     texts = sorted(row.text.tolist(), key=lambda place: -norms[place])[:4]
     pool, kept, each = set(row.visual.tolist()) - set(images), set(images), max(round((count - 4) / 8), 0)
@@ -559,6 +748,20 @@ def test_sparsevlm_takes_for_peaks_what_is_dense_and_far_from_any_denser_token()
             score.append(density[i] * min((d for d, denser in zip(row, is_denser) if denser), default=farthest))
         expected = sorted(range(len(tokens)), key=lambda i: -score[i])[:count]
         assert sparsevlm.cluster_means(tokens, count)[1].tolist() == expected
+
+
+def test_sparsevlm_ranks_densities_that_float32_cannot_hold():
+    """Tokens so far apart that a third of the densities are 0 in float32: the peaks are those of float64."""
+    tokens = torch.randn(30, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    distances = 15 * torch.cdist(tokens, tokens) / DIM**0.5
+    density = (-distances.topk(3, largest=False).values.square().mean(1)).exp()
+    assert (density.float() == 0).sum() >= 10 and (density > 0).all()
+    score = [
+        float(density[i]) * min((float(distances[i, j]) for j in range(30) if density[j] > density[i]), default=1e9)
+        for i in range(30)
+    ]
+    expected = sorted(range(30), key=lambda i: -score[i])[:3]
+    assert sparsevlm.cluster_means((15 * tokens).float(), 3)[1].tolist() == expected
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 7), (3, 8), (6, 9), (2, 9)])
@@ -670,6 +873,22 @@ def test_the_rows_of_attention_are_those_of_eager_attention(grouped):
     torch.testing.assert_close(torch.stack(found).double(), expected[:, :, -2:].mean(1), rtol=1e-4, atol=1e-6)
 
 
+def test_dart_ranks_keys_as_the_cache_holds_them():
+    """Rotation keeps L2 norms and changes L1 norms, so that other tokens become pivots."""
+    model = build()
+    inputs = batch([prompt([NUM_PATCHES], [7, 8, 9]), prompt([NUM_PATCHES], [9, 10, 11, 12])])
+    found = []
+
+    def rule(row, setting):
+        found.append(row.rotated_keys)
+        return row.keep(row.visual[:setting])
+
+    with torch.no_grad(), llm_method(lambda budget, patches: {2: budget}, rule)(model, BUDGET):
+        output = model(**inputs, pixel_values=pixels(2), use_cache=True)
+    cache = output.get("cache") or output.past_key_values  # its name from Transformers 5.24 on
+    torch.testing.assert_close(torch.stack(found), cache.layers[0].keys.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
 def run_together_and_alone(name, model, images):
     """The answers and tokens of a left-padded batch, one row with two images and one with none, and of its rows."""
     settings = {"max_new_tokens": 4, "do_sample": False}
@@ -705,7 +924,7 @@ def test_tokens_dropped_inside_the_language_model_are_measured_over_its_layers(n
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("fastv", [192, 128, 64]), ("sparsevlm", [206, 145, 82]), ("mustdrop", [192, None, None])],
+    [("fastv", [192, 128, 64]), ("sparsevlm-v1.5", [206, 145, 82]), ("mustdrop", [192, None, None])],
 )
 def test_means_in_the_depth_that_settings_are_stated_for(name, expected):
     """The figures of methods.md for 576 patches and 32 layers. MustDrop's key tokens alone are more than 128."""

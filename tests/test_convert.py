@@ -23,6 +23,8 @@ from transformers import BertConfig
 from modeling_prunesid import (
     PruneSIDConfig,
     PruneSIDLlavaForConditionalGeneration,
+    PruneSIDLlavaNextConfig,
+    PruneSIDQwen2VLConfig,
     ViTCoPLlavaForConditionalGeneration,
 )
 from modeling_prunesid.selection import information_budgets, redundancy
@@ -82,6 +84,33 @@ class TestPresets:
         with applied(model, "prunesid-spread", budget):
             of_tables = model.config.prunesid_config.to_dict()
         assert PruneSIDConfig(**convert.load_preset(f"llava_1.5_{budget}_spread")).to_dict() == of_tables
+
+    @pytest.mark.parametrize("name", ["640_128", "320_64", "160_32"])
+    def test_the_release_for_llava_next_is_that_of_llava_for_each_crop(self, name):
+        crop = int(name.split("_")[1])
+        release = {**convert.load_preset("llava_1.5_64_release"), "budget": crop, "budget_scope": "view"}
+        assert convert.load_preset(f"llava_next_{name}_per_crop_release") == release
+        PruneSIDLlavaNextConfig(prunesid_config=release)
+
+    @pytest.mark.parametrize(("percent", "published"), [(11, 64), (22, 128), (33, 192)])
+    def test_the_release_for_qwen_vl_has_its_threshold_but_for_a_share_of_the_diagonal(self, percent, published):
+        """
+        The release: lambda = max(N / (n / 18), 1), and rho is the mean over n x n of the upper triangle with the
+        diagonal in it, which is rho / 2 + (1 - rho / 2) / n.
+        """
+        preset = convert.load_preset(f"qwen_vl_{percent}_percent_release")
+        tokens = 576
+        units = torch.nn.functional.normalize(torch.randn(tokens, 8, dtype=torch.double) + 1, dim=1)
+        similarity = units @ units.T
+        scale = max(published / (tokens / 18), 1)
+        tau = scale * similarity.triu().mean()
+        rho = similarity.triu(1).sum() / (tokens * (tokens - 1) / 2)
+        assert preset["budget"] == pytest.approx(published / 576)
+        assert tau - preset["nms_lambda"] * rho == pytest.approx(float(scale / tokens * (1 - rho / 2)))
+        assert scale / tokens < 0.011
+        fixed = {"min_budget": 16, "budget_scope": "view", "center": "features", "quota": "bounded"}
+        assert preset == {**fixed, "budget": preset["budget"], "nms_lambda": scale / 2}
+        PruneSIDQwen2VLConfig(prunesid_config=preset)
 
     def test_unknown_name_lists_the_known_ones(self):
         with pytest.raises(ValueError, match=r"one of llava_1.5_128, .*, got 'llava_1.5_65'"):

@@ -185,6 +185,28 @@ def test_a_checkpoint_and_its_variants_answer_at_every_budget(tmp_path, capsys, 
     ]
 
 
+def test_models_are_timed_beside_each_other(monkeypatch, capsys):
+    """The second model of the first command: times of each budget, and a speed-up against its own stock class."""
+    twin = build()
+    processor = SimpleNamespace(num_visual_tokens=BUDGET)
+    inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7, 8])]), "pixel_values": pixels(1)}
+    monkeypatch.setattr(assemble, "assemble", lambda budget: (twin, processor))
+    monkeypatch.setattr(demo, "ask", lambda *given: inputs)
+    times, weights = demo.time_assembled(picture(), "what?", [8, 3])
+    assert processor.num_visual_tokens is None
+    assert list(times) == ["stock class", "PruneSID off", "PruneSID 8", "PruneSID 3"]
+    assert min(times.values()) > 0
+    untied = sum(weight.numel() for part in (twin.model.language_model, twin.lm_head) for weight in part.parameters())
+    assert weights == untied
+    twin.lm_head.weight = twin.model.language_model.embed_tokens.weight
+    assert demo.count_weights(twin) == untied - twin.lm_head.weight.numel()
+    fixed = {"stock class": 300.0, "PruneSID off": 301.0, "PruneSID 8": 150.0, "PruneSID 3": 100.0}
+    demo.print_speeds({"small": fixed, "larger": {name: 10 * value for name, value in fixed.items()}}, 49, [8, 3])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].split() == ["first", "token", "49", "tokens", "8", "tokens", "3", "tokens"]
+    assert lines[2].split() == ["larger", "3000", "ms", "1.00x", "1500", "ms", "2.00x", "1000", "ms", "3.00x"]
+
+
 def test_another_model_is_refused(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(

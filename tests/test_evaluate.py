@@ -218,6 +218,34 @@ def test_answers_are_compared_in_any_case_and_without_a_full_stop(modules, naive
     assert naive.summarise(found, lambda _: "Yes.") == expected
 
 
+def test_hard_questions_are_those_that_the_smaller_picture_loses(modules, naive):
+    found = found_at_random(modules, random.Random(0))
+    assert all(row["hard"] is None for row in naive.summarise(found, lambda _: "yes")["rows"])
+    found["answers"]["downsample-image", 8] = found["answers"].pop(("bad", 8))
+    found["tokens"]["downsample-image", 8] = found["tokens"].pop(("bad", 8))
+    result = naive.summarise(found, lambda _: "yes")
+    full, small = found["answers"]["full", 49], found["answers"]["downsample-image", 8]
+    hard = [i for i, q in enumerate(found["questions"]) if full[i] == q.answer != small[i]]
+    good = found["answers"]["good", 8]
+    share = sum(good[i] == found["questions"][i].answer for i in hard) / len(hard)
+    rows = {row["method"]: row["hard"] for row in result["rows"]}
+    assert result["hard_questions"] == {"8": len(hard)}
+    assert rows["full"] is None
+    assert rows["downsample-image"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert (
+        rows["good"]["value"] == pytest.approx(share, abs=1e-4) and rows["good"]["low"] < share < rows["good"]["high"]
+    )
+
+
+def test_the_page_has_a_column_of_hard_questions_and_says_what_it_is(run, tmp_path):
+    options = ("--quick", "--budgets", "8")
+    run(tmp_path, *options, "--methods", "random")
+    assert "hard" not in (tmp_path / "accuracy.md").read_text()
+    run(tmp_path, *options, "--methods", "random", "downsample-image", "cdpruner")
+    page, result = (tmp_path / "accuracy.md").read_text(), json.loads((tmp_path / "accuracy.json").read_text())
+    assert " | hard | " in page and f"These are {result['hard_questions']['8']} at 8 tokens." in page
+
+
 def test_what_full_never_gets_right_has_no_share(modules, naive):
     found = found_at_random(modules, random.Random(0))
     found["answers"]["full", 49] = ["?"] * len(found["questions"])
@@ -250,6 +278,8 @@ def test_questions_take_a_type_before_they_repeat_one(modules, evaluate):
         "fastv",
         "mustdrop",
         "vitcop",
+        "cdpruner",
+        "downsample-image",
     ],
 )
 def test_answers_are_those_of_plain_generate(modules, evaluate, loaded, method):
@@ -262,7 +292,7 @@ def test_answers_are_those_of_plain_generate(modules, evaluate, loaded, method):
             with evaluate.applied(model, other, 8):
                 evaluate.answer(model, processor, chunk)
         with evaluate.applied(model, method, 8) as run:
-            answers = evaluate.answer(model, processor, chunk)
+            answers = evaluate.answer(model, processor, chunk, evaluate.METHODS[method].reads_question)
     plain = []
     with evaluate.applied(model, method, 8) as alone:
         for row, asked in zip(chunk.rows, chunk.questions):
@@ -417,7 +447,7 @@ def test_all_runs_every_method(run, evaluate, tmp_path):
     line = run(tmp_path, "--all", "--quick", "--budgets", "24")
     assert set(line["share_of_full"]) == set(evaluate.METHODS) - {"full"}
     places = {row["method"]: row["place"] for row in json.loads((tmp_path / "accuracy.json").read_text())["rows"]}
-    assert {places[name] for name in ("fastv", "dart", "sparsevlm")} == {"llm"}
+    assert {places[name] for name in ("fastv", "dart", "sparsevlm-v1.5")} == {"llm"}
     assert {places[name] for name in ("mustdrop", "vitcop", "prunesid-llm")} == {"both"}
 
 

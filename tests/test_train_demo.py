@@ -1,5 +1,6 @@
 """Training of the demo's model: what its patches are told, and questions packed into one sequence."""
 
+import copy
 import importlib
 import json
 import random
@@ -244,3 +245,63 @@ def test_every_trained_weight_has_one_optimizer(modules):
     held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     trained = [p for name, p in model.named_parameters() if "vision_tower" not in name]
     assert sorted(map(id, held)) == sorted(map(id, trained))
+
+
+def test_bfloat16_is_used_where_the_cpu_has_it_alone(modules, monkeypatch):
+    train, _ = modules
+    for known, expected in (
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False, "cpu_name": "some"}, False),
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"neon": True, "arm_bf16": True}, True),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        assert train.computes_in_bfloat16() is expected
+        kind = torch.optim.Muon if expected else train.FloatMuon
+        assert type(train.build_optimizers(train.build_model(112))[0]) is kind
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not train.computes_in_bfloat16()
+
+
+def test_without_bfloat16_nothing_is_computed_in_it(modules, scene, monkeypatch):
+    """A stage of questions and a step of each optimizer, watched call by call."""
+    train, scenes = modules
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    tokenizer = train.build_tokenizer()
+    model = train.build_model(len(tokenizer))
+    packed = train.pack(tokenizer, [scenes.ask(scene)], 20)
+    seen = set()
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            seen.add(getattr(result, "dtype", None))
+            return result
+
+    with Watch():
+        with torch.autocast("cpu", torch.bfloat16, enabled=train.computes_in_bfloat16()):
+            logits, wanted = train.answer_logits(model, torch.randn(1, 20, train.FEATURES), packed)
+        torch.nn.functional.cross_entropy(logits, wanted).backward()
+        for optimizer in train.build_optimizers(model):
+            optimizer.step()
+    assert torch.float32 in seen and torch.bfloat16 not in seen
+
+
+def test_muon_in_float32_is_muon(modules, monkeypatch):
+    """That of PyTorch, made to stay in the precision of the gradients, step by step from one state."""
+    train, _ = modules
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 6), (3, 11), (11, 3))
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape, dtype=torch.double)) for shape in shapes] for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [train.FloatMuon(ours, **settings), torch.optim.Muon(theirs, **settings)]
+    for step in range(4):
+        if step == 2:
+            optimizers[0].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+        for one, other in zip(ours, theirs):
+            one.grad = torch.randn(one.shape, dtype=torch.double, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for one, other in zip(ours, theirs):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

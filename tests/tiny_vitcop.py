@@ -67,11 +67,13 @@ def naive_merge(states, norms, labels, count):
     else:
         others, free = n - num_clusters, count - num_clusters
         quotas = [min(round((len(m) - 1) / others * free), len(m) - 1) for m in clusters]
-        while sum(quotas) != free:
-            for c, members in enumerate(clusters):
-                if sum(quotas) < free and quotas[c] < len(members) - 1:
+        while sum(quotas) < free:  # round after round, the clusters of smallest sums of norms first
+            for c in sorted(range(num_clusters), key=lambda c: sum(norms[i] for i in clusters[c])):
+                if sum(quotas) < free and quotas[c] < len(clusters[c]) - 1:
                     quotas[c] += 1
-                elif sum(quotas) > free and quotas[c] > 0:
+        while sum(quotas) > free:  # those of largest sums first
+            for c in sorted(range(num_clusters), key=lambda c: -sum(norms[i] for i in clusters[c])):
+                if sum(quotas) > free and quotas[c] > 0:
                     quotas[c] -= 1
         kept, groups = [], []
         for members, quota in zip(clusters, quotas):
@@ -80,7 +82,7 @@ def naive_merge(states, norms, labels, count):
             groups.append([i for i in members if i not in best])
     left = {i: states[i] for i in kept}
     for group in groups:
-        middle = sorted(group)[(len(group) - 1) // 2]
+        middle = sorted(group)[len(group) // 2]
         left[middle] = states[middle] + torch.stack([states[i] for i in group]).mean(0)
     return torch.stack([left[i] for i in sorted(left)]), sorted(left)
 

@@ -21,9 +21,13 @@ from typing import Any
 from modeling_prunesid import PruneSIDConfig
 
 from . import (
+    cdpruner,
     dart,
     divprune,
+    downsample,
+    dpp,
     fastv,
+    hiprune,
     hired,
     mustdrop,
     prumerge,
@@ -32,9 +36,10 @@ from . import (
     tome,
     uniform,
     visionzip,
+    vispruner,
     vitcop,
 )
-from .encoder import encoder_method, from_views, replaced
+from .encoder import encoder_method, from_views, question_method, replaced
 from .llm import llm_method
 
 
@@ -47,11 +52,13 @@ class Method:
             Where tokens are dropped: `"nowhere"`, `"encoder"` (before the language model), `"llm"` or `"both"`.
         install: called with the model and the budget, a context in which the model runs with the method. It yields the
             list of what was measured, if this is not simply the tokens of the encoded images.
+        reads_question (`bool`): whether the tokens of an image depend on its prompt.
     """
 
     title: str
     place: str
     install: Callable[[Any, int | float], AbstractContextManager]
+    reads_question: bool = False
 
 
 @dataclass
@@ -143,9 +150,18 @@ METHODS: dict[str, Method] = {
     "visionzip-dyn": Method(
         "VisionZip-Dyn", "encoder", encoder_method(from_views(visionzip.choose_dynamic, "compared"))
     ),
+    "dpp": Method("DPP", "encoder", encoder_method(from_views(dpp.choose))),
+    "vispruner": Method("VisPruner", "encoder", encoder_method(from_views(vispruner.choose, "compared"))),
+    "hiprune": Method("HiPrune", "encoder", encoder_method(hiprune.encode)),
+    "cdpruner": Method("CDPruner", "encoder", question_method(cdpruner.choose), reads_question=True),
+    "downsample-image": Method("Smaller picture", "encoder", encoder_method(downsample.encode_small)),
+    "downsample-features": Method("Averaged features", "encoder", encoder_method(downsample.encode_cells)),
+    "downsample-enlarged": Method(
+        "Smaller picture, enlarged again", "nowhere", encoder_method(downsample.encode_enlarged)
+    ),
     "fastv": Method("FastV", "llm", llm_method(fastv.plan, fastv.choose)),
     "dart": Method("DART", "llm", llm_method(dart.plan, dart.choose)),
-    "sparsevlm": Method("SparseVLM", "llm", llm_method(sparsevlm.plan, sparsevlm.choose)),
+    "sparsevlm-v1.5": Method("SparseVLM v1.5", "llm", llm_method(sparsevlm.plan, sparsevlm.choose)),
     "mustdrop": Method(
         "MustDrop", "both", llm_method(mustdrop.plan, mustdrop.choose, encoder_method(mustdrop.encode))
     ),

@@ -1,7 +1,8 @@
 """DART, duplication-aware reduction of tokens, https://arxiv.org/abs/2502.11494.
 
 In front of layer 2 of 32 the 4 visual tokens and the 4 text tokens behind them whose keys of the layer before have the
-largest L1 norm become pivots. Each pivot in turn takes the visual tokens least similar to it, the same number each.
+largest L1 norm, rotated for their positions as the cache holds them, become pivots. Each pivot in turn takes the
+visual tokens least similar to it, the same number each.
 
 Similarity is the cosine of hidden states behind the decoder's last norm. 4 + 8 * k visual tokens stay, in order and
 with their original positions: with that whole number k they come closest to what FastV keeps in the same place. A
@@ -25,10 +26,10 @@ def plan(budget: int, patches: int) -> dict[int, int]:
 def choose(row: Row, setting: int) -> tuple[torch.Tensor, torch.LongTensor]:
     """
     Args:
-        row (`Row`): for its keys and hidden states.
+        row (`Row`): for its rotated keys and hidden states.
         setting (`int`): how many visual tokens of an image stay, about.
     """
-    norms = row.keys.float().flatten(1).abs().sum(1)
+    norms = row.rotated_keys.float().flatten(1).abs().sum(1)
     images, texts = (largest(norms, places) for places in (row.visual, row.text))
     units = torch.nn.functional.normalize(row.normed.float(), dim=-1)
     each = max(round((setting * row.num_images - PIVOTS) / (2 * PIVOTS)), 0)

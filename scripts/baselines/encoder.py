@@ -1,5 +1,6 @@
 """Where methods that compress before the language model plug in: what they see of an image and what they return."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class View:
         compared (`torch.Tensor` of shape `(T, width)`): hidden states of `config.prunesid_config.layer`.
         reference_information (`float`, *optional*): `config.prunesid_config.reference_information`.
         num_heads (`int`): of the tower.
+        num_columns (`int`): patches in a row of the image.
         cls_attention (`torch.Tensor` of shape `(T,)`, *optional*):
             Weights of the CLS token's attention in the layer that the method asked for, summed over the heads.
         queries, keys (`torch.Tensor` of shape `(P + T, width)`, *optional*):
@@ -38,6 +40,7 @@ class View:
     compared: torch.Tensor
     reference_information: float | None
     num_heads: int
+    num_columns: int
     cls_attention: torch.Tensor | None = None
     queries: torch.Tensor | None = None
     keys: torch.Tensor | None = None
@@ -71,6 +74,34 @@ def top(scores: torch.Tensor, count: int) -> torch.LongTensor:
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
+def views_of(base_model: Any, pixel_values: torch.Tensor, layers: list[int], attention: str | None) -> list[View]:
+    """The view of each picture, see [`from_views`]."""
+    tower, settings = base_model.vision_tower, base_model.config.prunesid_config
+    num_layers = tower.config.num_hidden_layers
+    compared = resolve_layer(settings.layer, num_layers, "prunesid_config.layer")
+    attention_layer = {None: None, "compared": compared, "last": num_layers}[attention]
+    states = run_tower(tower, pixel_values, [*layers, compared], cls_attention_layer=attention_layer)
+    features = torch.cat([states.hidden_states[layer] for layer in layers], dim=-1)
+    num_prefix = features.shape[1] - num_patches(tower, pixel_values)
+    views = []
+    for row, pixels in enumerate(pixel_values):
+        view = View(
+            pixels=pixels,
+            features=features[row, num_prefix:],
+            cls_feature=features[row, 0],
+            project=base_model.multi_modal_projector,
+            compared=states.hidden_states[compared][row, num_prefix:],
+            reference_information=settings.reference_information,
+            num_heads=tower.config.num_attention_heads,
+            num_columns=pixel_values.shape[-1] // tower.config.patch_size,
+        )
+        if attention is not None:
+            view.cls_attention = states.cls_attention[row, num_prefix:]
+            view.queries, view.keys = states.queries[row], states.keys[row]
+        views.append(view)
+    return views
+
+
 def from_views(choose: Callable[[View, int], Kept], attention: str | None = None) -> Callable:
     """
     The encoder of a method that looks at one finished image at a time.
@@ -83,31 +114,76 @@ def from_views(choose: Callable[[View, int], Kept], attention: str | None = None
     """
 
     def encode(base_model: Any, pixel_values: torch.Tensor, layers: list[int], budget: int) -> list[Kept]:
-        tower, settings = base_model.vision_tower, base_model.config.prunesid_config
-        num_layers = tower.config.num_hidden_layers
-        compared = resolve_layer(settings.layer, num_layers, "prunesid_config.layer")
-        attention_layer = {None: None, "compared": compared, "last": num_layers}[attention]
-        states = run_tower(tower, pixel_values, [*layers, compared], cls_attention_layer=attention_layer)
-        features = torch.cat([states.hidden_states[layer] for layer in layers], dim=-1)
-        num_prefix = features.shape[1] - num_patches(tower, pixel_values)
-        kept = []
-        for row, pixels in enumerate(pixel_values):
-            view = View(
-                pixels=pixels,
-                features=features[row, num_prefix:],
-                cls_feature=features[row, 0],
-                project=base_model.multi_modal_projector,
-                compared=states.hidden_states[compared][row, num_prefix:],
-                reference_information=settings.reference_information,
-                num_heads=tower.config.num_attention_heads,
-            )
-            if attention is not None:
-                view.cls_attention = states.cls_attention[row, num_prefix:]
-                view.queries, view.keys = states.queries[row], states.keys[row]
-            kept.append(choose(view, budget))
-        return kept
+        return [choose(view, budget) for view in views_of(base_model, pixel_values, layers, attention)]
 
     return encode
+
+
+def question_method(choose: Callable[[View, torch.Tensor, int], Kept]) -> Callable:
+    """
+    The context in which a model encodes its images for the question of their prompt.
+
+    Args:
+        choose:
+            From a view, the embeddings `(words, hidden_size)` of the text behind the last image of its prompt, and
+            N < T to the tokens kept.
+    """
+
+    @contextmanager
+    def install(model: Any, budget: int | float) -> Iterator[None]:
+        prompt: dict[str, torch.Tensor | None] = {"input_ids": None, "attention_mask": None}
+        stock = model.generate
+
+        def remember(pixel_values=None, input_ids=None, attention_mask=None, **others) -> None:
+            comes = pixel_values is not None  # not with the tokens of an answer
+            prompt.update(input_ids=input_ids if comes else None, attention_mask=attention_mask if comes else None)
+
+        @functools.wraps(stock)
+        def generate(inputs=None, **kwargs):
+            remember(**{"input_ids": inputs, **kwargs})
+            return stock(inputs, **kwargs)
+
+        def encode(base_model: Any, pixel_values: torch.Tensor, layers: list[int], count: int) -> list[Kept]:
+            words = _words_of_images(model, num_patches(base_model.vision_tower, pixel_values), **prompt)
+            remember()  # another call brings its own prompt
+            if len(words) != len(pixel_values):
+                raise ValueError(
+                    f"input_ids must hold the whole prompts of all {len(pixel_values)} images for a method that reads "
+                    f"the question, got those of {len(words)}. Pass images and full prompts to generate or forward."
+                )
+            # A picture that several questions in a row are asked about goes through the tower once.
+            is_new = [
+                row == 0 or not torch.equal(pixel_values[row], pixel_values[row - 1]) for row in range(len(words))
+            ]
+            views = views_of(base_model, pixel_values[torch.tensor(is_new)], layers, None)
+            numbers = (torch.tensor(is_new).cumsum(0) - 1).tolist()
+            return [choose(views[number], question, count) for number, question in zip(numbers, words)]
+
+        handle = model.register_forward_pre_hook(
+            lambda module, args, kwargs: remember(**{"input_ids": args[0] if args else None, **kwargs}),
+            with_kwargs=True,
+        )
+        try:
+            with replaced(model, "generate", generate), encoder_method(encode)(model, budget):
+                yield
+        finally:
+            handle.remove()
+
+    return install
+
+
+def _words_of_images(
+    model: Any, patches: int, input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """For each image of the prompts `(batch, length)`, the embeddings of the text behind the last one of its row."""
+    words = []
+    for row, ids in enumerate([] if input_ids is None else input_ids):
+        is_image = ids == model.config.image_token_id
+        is_text = (is_image.flip(0).cumsum(0) == 0).flip(0)
+        if attention_mask is not None:
+            is_text = is_text & attention_mask[row].bool()
+        words += [model.get_input_embeddings()(ids[is_text])] * (int(is_image.sum()) // patches)
+    return words
 
 
 def num_patches(tower: Any, pixel_values: torch.Tensor) -> int:

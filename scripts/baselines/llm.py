@@ -32,7 +32,7 @@ class Row:
     Args:
         hidden_states (`torch.Tensor` of shape `(length, hidden_size)`).
         normed (`torch.Tensor` of shape `(length, hidden_size)`): the same behind the decoder's last norm.
-        keys (`torch.Tensor` of shape `(length, key_heads, head_dim)`): of the layer before, as projected.
+        rotated_keys (`torch.Tensor` of shape `(length, key_heads, head_dim)`): of the layer before, as in its cache.
         visual (`torch.LongTensor` of shape `(num_visual,)`): places of the visual tokens.
         text (`torch.LongTensor` of shape `(num_text,)`): places of the text behind them.
         is_key (`torch.BoolTensor` of shape `(num_visual,)`): the visual tokens that the tower wants kept.
@@ -46,7 +46,7 @@ class Row:
 
     hidden_states: torch.Tensor
     normed: torch.Tensor
-    keys: torch.Tensor
+    rotated_keys: torch.Tensor
     visual: torch.LongTensor
     text: torch.LongTensor
     is_key: torch.BoolTensor
@@ -230,7 +230,7 @@ def _reducer(
                 row = Row(
                     hidden_states=hidden_states,
                     normed=decoder.norm(hidden_states),
-                    keys=keys,
+                    rotated_keys=apply_rotary_pos_emb(keys, keys, cos, sin, unsqueeze_dim=1)[1],
                     visual=visual,
                     text=text,
                     is_key=groups[number, columns[visual], _IS_KEY] > 0,
