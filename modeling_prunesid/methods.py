@@ -20,6 +20,7 @@ METHODS: dict[str, Callable] = {
     "release": release,
     "spread": spread,
 }
+DEFAULT_METHOD = next(iter(METHODS))
 
 
 def method_of(name: str, field: str = "prunesid_config.method") -> Callable:

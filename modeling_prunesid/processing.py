@@ -23,6 +23,7 @@ from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 
 
 _OF_VIDEOS = "num_visual_tokens_of_videos"
+_TYPED_DICT: Any = TypedDict
 
 
 def _locate(name: str | os.PathLike, is_trusted: bool, kwargs: dict[str, Any]) -> tuple[Any, dict, dict]:
@@ -165,7 +166,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
 
     @classmethod
     def validate_init_kwargs(cls, processor_config, valid_kwargs):
-        """Upstream's, for the arguments that `__init__` takes; upstream reads them from code that only passes them on."""
+        """Upstream's, for the arguments in the signature; upstream reads them from code that only passes them on."""
         return super().validate_init_kwargs(processor_config, [*inspect.signature(cls.__init__).parameters][1:-1])
 
     def view_lengths(self, modality: str, inputs: dict, index: int, runs: list[int]) -> list[int]:
@@ -327,9 +328,9 @@ def _with_budget(upstream: Any) -> Any:
     fields = dict(upstream.__annotations__)
     for name, default in (("images_kwargs", ImagesKwargs), ("videos_kwargs", VideosKwargs)):
         own = fields.get(name, default)
-        fields[name] = TypedDict(
+        fields[name] = _TYPED_DICT(
             own.__name__, {**own.__annotations__, "num_visual_tokens": int | float | None}, total=False
         )
-    extended = TypedDict(upstream.__name__, fields, total=False)
+    extended = _TYPED_DICT(upstream.__name__, fields, total=False)
     extended._defaults = getattr(upstream, "_defaults", {})
     return extended

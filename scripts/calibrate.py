@@ -38,7 +38,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from modeling_prunesid import PruneSIDConfig
-from modeling_prunesid.selection import information_budgets, redundancy, resolve_budget
+from modeling_prunesid.checks import resolve_budget
+from modeling_prunesid.selection import information_budgets, redundancy
 
 
 INK, MUTED, FILL = "#1f2430", "#6b7280", "#3b6fb6"

@@ -40,7 +40,7 @@ from verify import answer
 import modeling_prunesid
 from modeling_prunesid import PruneSIDConfig
 from modeling_prunesid.generation import CompressedGenerationMixin
-from modeling_prunesid.hub import check_base_is_public, push_folder
+from modeling_prunesid.publishing import check_base_is_public, push_folder
 
 
 _STAGING = ".convert-"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_prunesid.selection import resolve_budget
+from modeling_prunesid.checks import resolve_budget
 from modeling_prunesid.tower import resolve_layer, run_tower
 
 

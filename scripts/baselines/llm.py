@@ -10,8 +10,8 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_prunesid import PruneSIDConfig
+from modeling_prunesid.checks import resolve_budget
 from modeling_prunesid.layer_pruning import LayerInput, Reducer, prune_layers, stack_rows
-from modeling_prunesid.selection import resolve_budget
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 from .encoder import replaced
