@@ -47,6 +47,37 @@ class Budgets:
     rule: str
 
 
+class Merged(NamedTuple):
+    """
+    Features in place of those of kept tokens, of methods that merge the dropped ones into them.
+
+    Args:
+        views (`list[int]`), counts (`list[int]`): which views have them, and N of each.
+        indices (`torch.LongTensor` of shape `(views, largest N)`): the tokens that they stand for.
+        features (`torch.Tensor` of shape `(views, largest N, dim)`).
+    """
+
+    views: list[int]
+    counts: list[int]
+    indices: torch.LongTensor
+    features: torch.Tensor
+
+
+class Chosen(NamedTuple):
+    """
+    What was chosen of the tokens of several views.
+
+    Args:
+        indices (`torch.LongTensor` of shape `(views, largest N)`): ascending, padded with the number of tokens.
+        counts (`list[int]`): N of each view.
+        merged ([`Merged`], *optional*).
+    """
+
+    indices: torch.LongTensor
+    counts: list[int]
+    merged: Merged | None = None
+
+
 def listed_budgets(
     num_visual_tokens: int | float | Sequence[int] | torch.Tensor | None, num_inputs: int
 ) -> list | None:
@@ -190,8 +221,9 @@ def choose_tokens(
     lambda_of_share: bool = False,
     cls_attention: torch.Tensor | None = None,
     projected: torch.Tensor | None = None,
+    keys: torch.Tensor | None = None,
     information: Callable = view_information,
-) -> tuple[torch.LongTensor, list[int]]:
+) -> Chosen:
     """
     The kept tokens of all views of several inputs.
 
@@ -204,10 +236,8 @@ def choose_tokens(
         lambda_of_share (`bool`): lambda is 18 N/T where `settings` have none, in place of N/32.
         cls_attention (`torch.Tensor` of shape `(views, tokens)`, *optional*): for methods that read it.
         projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*): for methods that read it.
+        keys (`torch.Tensor` of shape `(views, tokens, dim)`, *optional*): for methods that read them.
         information (`Callable`): the scores that a total is shared by with rule `"information"`.
-
-    Returns:
-        Ascending indices `(views, largest N)` into the tokens of each view, padded with `tokens`, and N of each view.
     """
     settings.check()
     all_tokens = list(itertools.chain(*num_tokens))
@@ -226,6 +256,7 @@ def choose_tokens(
     chosen = [view for view, (count, length) in enumerate(zip(counts, lengths)) if 0 < count < length]
     most, device = max(counts), views.device
     indices = torch.arange(most, device=device).expand(len(views), -1)
+    merged = None
     if chosen:
         everything = len(chosen) == len(views)
         rows = None if everything else torch.tensor(chosen).to(device, non_blocking=True)
@@ -241,11 +272,14 @@ def choose_tokens(
             lambda_of_share=lambda_of_share,
             cls_attention=part(cls_attention),
             projected=part(projected),
+            keys=part(keys),
         )
         selection = method_of(settings.method)(part(views), counts_on(device, chosen_counts), settings, context)
         kept = torch.nn.functional.pad(selection.indices, (0, most - selection.indices.shape[1]))
         indices = kept if everything else indices.index_copy(0, rows, kept)
-    return indices, counts
+        if selection.merged is not None:
+            merged = Merged(chosen, chosen_counts, selection.indices, selection.merged)
+    return Chosen(indices, counts, merged)
 
 
 def _shares(

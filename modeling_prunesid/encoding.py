@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .budgets import View, choose_tokens, request_budgets, view_information
+from .budgets import Merged, View, choose_tokens, request_budgets, view_information
 from .methods import needs_of, options_of
 from .tower import TowerStates, count_prefix, project_rows, resolve_layer, watch_tower
 
@@ -43,6 +43,11 @@ def rows_of(table: torch.LongTensor, indices: torch.LongTensor, counts: list[int
         return chosen
     slots = torch.cat([torch.arange(count) + view * width for view, count in enumerate(counts)])
     return chosen[slots.to(device, non_blocking=True)]
+
+
+def rows_of_features(features: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """The leading `counts` of the rows `(views, rows, dim)` of each view, one view behind the other."""
+    return torch.cat([own[:count] for own, count in zip(features, counts)])
 
 
 def keep_rows(features: list[torch.Tensor], rows: torch.LongTensor, counts: list[int], cls=None):
@@ -160,8 +165,8 @@ class TowerEncoding:
 
     @property
     def needs_cls_attention(self) -> bool:
-        """Whether tokens are ranked by the attention that the CLS token pays."""
-        return "cls_attention" in needs_of(self.settings)
+        """Whether the attention that the CLS token pays is read, or the keys of that layer."""
+        return bool({"cls_attention", "keys"} & needs_of(self.settings))
 
     @property
     def compares_projected(self) -> bool:
@@ -210,12 +215,12 @@ class TowerEncoding:
         The rows that are projected, of all views' features `(views, tokens, dim)`, with the CLS tokens before them if
         these are kept and upstream left them out.
         """
-        compared, attention = features[:, self.num_fed :], None
+        compared, attention, keys = features[:, self.num_fed :], None, None
         if self.tower is not None:
             states: TowerStates = self.states
             compared = states.hidden_states[self.selection_layer][:, self.num_prefix :]
             if states.cls_attention is not None:
-                attention = states.cls_attention[:, self.num_prefix :]
+                attention, keys = states.cls_attention[:, self.num_prefix :], states.keys[:, self.num_prefix :]
             if self.has_own_cls:
                 cls = torch.cat([states.hidden_states[layer][:, :1] for layer in self.feature_layers], dim=-1)
                 features = torch.cat([cls, features], dim=1)
@@ -225,12 +230,16 @@ class TowerEncoding:
                 # One view at a time, because matrix products round differently in other batch sizes.
                 patches = features[:, -compared.shape[1] :].split(1)
                 projected = torch.cat([self.projector(view) for view in patches])
-        self._choose(compared, attention, projected)
+        merged = self._choose(compared, attention, projected, keys)
 
         views, length = list(itertools.chain(*self.views)), features.shape[1]
         starts = [view * length for view in range(len(views))]
         table = table_of([view.patches + start + self.num_prefix_rows for view, start in zip(views, starts)])
         rows = [rows_of(table, self.indices, self.counts)]
+        if merged is not None:
+            places = rows_of(table[merged.views], merged.indices, merged.counts)
+            values = rows_of_features(merged.features, merged.counts)
+            features = features.flatten(0, 1).index_copy(0, places, values.to(features.dtype)).view_as(features)
         whole_of_view = [whole for own, whole in zip(self.views, self.is_whole) for _ in own]
         first_extra = [self.has_own_cls if whole else 0 for whole in whole_of_view]
         extra = [
@@ -248,7 +257,7 @@ class TowerEncoding:
         """How many rows of the projector's features come before the patches of a view."""
         return self.num_fed + self.has_own_cls
 
-    def _choose(self, compared: Any, attention: Any = None, projected: Any = None) -> None:
+    def _choose(self, compared: Any, attention: Any = None, projected: Any = None, keys: Any = None) -> Merged | None:
         """Chooses the patches of each view, from what is compared of all patches `(views, patches, dim)`."""
         views: list[Any] = list(itertools.chain(*self.views))
         lengths = [len(view.patches) for view in views]
@@ -258,7 +267,8 @@ class TowerEncoding:
             compared = compared[view_ids, table]
             attention = None if attention is None else attention[view_ids, table]
             projected = None if projected is None else projected[view_ids, table]
-        self.indices, self.counts = choose_tokens(
+            keys = None if keys is None else keys[view_ids, table]
+        self.indices, self.counts, merged = choose_tokens(
             self.settings,
             compared,
             lengths,
@@ -269,10 +279,12 @@ class TowerEncoding:
             lambda_of_share=self.lambda_of_share,
             cls_attention=attention,
             projected=projected,
+            keys=keys,
             information=self.information,
         )
         all_whole = [whole for own, whole in zip(self.views, self.is_whole) for _ in own]
         self.counts = [length if whole else count for length, count, whole in zip(lengths, self.counts, all_whole)]
+        return merged
 
     def _finish(self, output: Any, projected_cls: torch.Tensor | None) -> Any:
         """Takes the kept rows, and the CLS tokens `(views, hidden_size)`, out of upstream's output."""

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
 from .compression import CompressedModelMixin
-from .encoding import TowerEncoding, as_views, keep_rows, rows_of, table_of
+from .encoding import TowerEncoding, as_views, keep_rows, rows_of, rows_of_features, table_of
 from .generation import CompressedGenerationMixin
 from .hub import AutoModelMixin, HubModelMixin
 from .upstream import like_upstream
@@ -194,7 +194,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         rows = [view.rows + start for own, start in zip(views, starts) for view in own]
         table, lengths = table_of(rows), [len(own) for own in rows]
         compared = torch.cat(features).detach()
-        indices, counts = choose_tokens(
+        indices, counts, merged = choose_tokens(
             settings,
             compared[table.to(compared.device, non_blocking=True)],
             lengths,
@@ -203,6 +203,11 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             lambda_of_share=self.lambda_of_share,
             information=self.video_information if modality == "video" else view_information,
         )
+        if merged is not None:
+            places = rows_of(table[merged.views], merged.indices, merged.counts)
+            values = rows_of_features(merged.features, merged.counts)
+            whole = torch.cat(features)
+            features = whole.index_copy(0, places, values.to(whole.dtype)).split(sizes)
         kept = iter(counts)
         of_inputs = [sum(next(kept) for _ in own) for own in views]
         rows = rows_of(table, indices, counts)

@@ -132,15 +132,14 @@ class _SalientEncoding(TowerEncoding):
         self.grid = torch.cartesian_prod(torch.arange(rows) / rows, torch.arange(columns) / columns)
         self.is_whole = [False] * len(self.is_whole)
 
-    def _choose(self, compared, attention=None, projected=None):
+    def _choose(self, compared, attention=None, projected=None, keys=None):
         num_layers, layers = len(self.model.language_model.layers), self.model.pruning_layers()
         grid, kept = self.grid.to(compared.device), []
         self.groups = []
         for image, total in enumerate(self.budgets.totals):
             count, num_centers = self.model.plan_tower(total, len(grid))
             patches = select_salient(attention[image], count)
-            keys = self.states.keys[image, self.num_prefix :][patches]
-            clusters = cluster_tokens(keys, grid[patches], num_centers)
+            clusters = cluster_tokens(keys[image][patches], grid[patches], num_centers)
             kept.append(patches)
             self.groups.append(describe_tokens(image, clusters, plan_counts(total, count, num_layers, *layers)))
         self.indices, self.counts = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True), list(map(len, kept))
