@@ -92,6 +92,8 @@ class CompressedModelMixin:
         Raises:
             `ValueError`: if placeholders and views do not match.
         """
+        stated = inputs.get("num_visual_tokens")
+        is_stated = isinstance(stated, (list, tuple, torch.Tensor))
         inputs = self.encode_views(inputs)
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         columns = input_ids if input_ids is not None else inputs_embeds
@@ -119,8 +121,9 @@ class CompressedModelMixin:
             # Positions along a mask of the short prompt are upstream's own.
             if positions is not None and moved is not None and (mask is None or mask is not callers_mask):
                 inputs["position_ids"] = positions - moved.to(positions.device)
-        elif earlier is not None and earlier.starts(input_ids):
-            start = earlier.prompt.full_length
+        elif earlier is not None:
+            earlier.check_followed_by(input_ids)
+            start = earlier.prompt.full_length if earlier.starts(input_ids) else 0
         # What follows the earlier prompt in the cache is its answer, where an id of a placeholder is a word.
         seen = cached_length if repeats_cached else 0
         if start:
@@ -130,8 +133,13 @@ class CompressedModelMixin:
         elif cache is None and not is_generation:
             self._check_not_forgotten(inputs, start, seen, only_whole_views=True)
 
-        keep_mask = self._mark_kept(inputs, start, seen)
         current = mask[:, -columns.shape[1] :] if is_flat(mask) else None
+        keep_mask = self._mark_kept(inputs, start, seen, current, is_stated)
+        if keep_mask is not None and not bool(keep_mask[:, start:seen].all()):
+            raise ValueError(
+                f"{CACHE_NAME} was filled by another prompt: input_ids have every placeholder of views in the cache, "
+                "which were not shortened there. Pass the cache that belongs to the conversation, or an empty one."
+            )
         padding_side = "left" if is_generation or not is_right_padded(current) else "right"
         if has_views and not is_generation:
             inputs = self._ignore_placeholders(inputs)
@@ -148,6 +156,13 @@ class CompressedModelMixin:
         if prompt is not None:
             prompt.cached_before = 0 if repeats_cached else cached_length
             inputs = self._shorten(inputs, prompt)
+        if repeats_cached and cached_length and (has_views or prompt is not None):
+            length = columns.shape[1] if prompt is None else prompt.length
+            if length <= cached_length:
+                raise ValueError(
+                    f"{CACHE_NAME} holds {cached_length} columns, and the prompt has no more ({length}), so that "
+                    "nothing is left to answer. Pass the whole conversation of the cache, or an empty cache."
+                )
         inputs = self.place(inputs, is_generation)
         outputs = inputs.get("mm_encoder_outputs") or {}
         settled = {modality: _settle(output) for modality, output in self._dropped_tokens(inputs).items()}
@@ -196,7 +211,9 @@ class CompressedModelMixin:
                 inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * (counted / given)
         return inputs
 
-    def _mark_kept(self, inputs: dict[str, Any], start: int, seen: int) -> torch.BoolTensor | None:
+    def _mark_kept(
+        self, inputs: dict[str, Any], start: int, seen: int, mask: torch.Tensor | None, is_stated: bool
+    ) -> torch.BoolTensor | None:
         """
         The columns that remain, None for all. Those before `start` were shortened with the cache, and those before
         `seen` are in it.
@@ -204,14 +221,20 @@ class CompressedModelMixin:
         keep_mask = None
         for modality, output in self._dropped_tokens(inputs).items():
             placeholders = self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
-            new = placeholders
+            new = None
             if seen:
                 placeholders = without_answer(placeholders, start, seen)
                 new = placeholders & (torch.arange(placeholders.shape[1], device=placeholders.device) >= seen)
-                # Either the new views alone are passed, or those of the whole conversation again.
-                counts = (sum(output.num_placeholders), sum(len(kept) for kept in output.keep_indices))
-                new = new if int(new.sum()) in counts else placeholders
-            kept = mark_kept_placeholders(new, output.num_placeholders, output.keep_indices, modality)
+            # Either the views of the whole conversation are passed again, or the new ones alone.
+            kept = mark_kept_placeholders(
+                placeholders,
+                output.num_placeholders,
+                output.keep_indices,
+                modality,
+                new=new,
+                is_token=mask,
+                is_stated=is_stated,
+            )
             if kept is not None:
                 keep_mask = kept if keep_mask is None else keep_mask & kept
         return keep_mask

@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .compression import run_shortened
 from .prompts import CachedPrompt, ShortPrompt
-from .upstream import cache_of, rename_cache
+from .upstream import CACHE_NAME, cache_of, rename_cache
 
 
 class _CallersPrompt:
@@ -94,6 +94,11 @@ class CompressedGenerationMixin:
         callers_ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
         if callers_ids is not None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._mask_padding(callers_ids, generation_config, kwargs)
+        if getattr(cache, "_prunesid_interrupted", False) and cache.get_seq_length():
+            raise ValueError(
+                f"{CACHE_NAME} was left by a call of generate that did not finish, so that it is unknown what it "
+                "holds. Start from an empty cache, or from a copy that was made before that call."
+            )
         kwargs, prompt = self.model.compress(kwargs, is_generation=True)
         arguments = {
             "generation_config": generation_config,
@@ -123,7 +128,11 @@ class CompressedGenerationMixin:
         if streamer is not None:
             arguments["streamer"] = _StreamsCallersPrompt(streamer, callers_prompt)
 
+        if cache is not None:
+            cache._prunesid_interrupted = True
         output = super().generate(inputs, **arguments, **kwargs)
+        if cache is not None:
+            cache._prunesid_interrupted = False
         if isinstance(output, torch.Tensor):
             sequences, output = output, callers_prompt.restore(output)
         else:

@@ -227,6 +227,22 @@ class CachedPrompt:
         input_ids = cached.input_ids if cached.input_ids is None else cached.input_ids.repeat_interleave(times, 0)
         return CachedPrompt(input_ids, cached.prompt.repeat_rows(times))
 
+    def check_followed_by(self, input_ids: torch.LongTensor | None) -> None:
+        """
+        Raises:
+            `ValueError`: if `input_ids` `(batch, length)`, the whole conversation for `generate`, begin neither with
+                this prompt nor with its short form.
+        """
+        if self.input_ids is None or input_ids is None or self.starts(input_ids):
+            return
+        short = self.prompt.take(self.input_ids, fill=-1).to(input_ids.device)
+        length = short.shape[1]
+        if input_ids.shape[1] < length or not bool(((input_ids[:, :length] == short) | (short < 0)).all()):
+            raise ValueError(
+                f"{CACHE_NAME} was filled by another prompt than input_ids begin with. Pass the whole conversation "
+                "of the cache, or an empty cache."
+            )
+
     def starts(self, input_ids: torch.LongTensor | None) -> bool:
         """Whether `input_ids` `(batch, length)` begin with this prompt, as those of a whole conversation do."""
         length = self.prompt.full_length
@@ -236,11 +252,65 @@ class CachedPrompt:
         return bool(((input_ids[:, :length] == expected) | (expected < 0)).all())
 
 
+class Reading:
+    """
+    Placeholders `(batch, length)`, read as T of each view (`is_full`) or as N of each.
+
+    Args:
+        placeholders (`torch.BoolTensor` of shape `(batch, length)`): visual placeholders, in the order of the views.
+        num_placeholders, num_kept (`list[int]`): T and N of each view.
+        is_full (`bool`).
+    """
+
+    def __init__(
+        self, placeholders: torch.BoolTensor, num_placeholders: list[int], num_kept: list[int], is_full: bool
+    ):
+        self.placeholders, self.is_full = placeholders, is_full
+        self.num_placeholders, self.counts = num_placeholders, num_placeholders if is_full else num_kept
+        self.view_ends = torch.tensor([0, *self.counts]).cumsum(0).tolist()
+        self.row_ends = placeholders.sum(1).cumsum(0).tolist()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the rows hold whole views, and all of them."""
+        return self.row_ends[-1] == self.view_ends[-1] and set(self.row_ends) <= set(self.view_ends)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Where the runs of adjacent placeholders start and end, counted in placeholders."""
+        flat = torch.nn.functional.pad(self.placeholders, (1, 1)).flatten()
+        counted, edges = flat.cumsum(0), flat.long().diff()
+        return list(zip(counted[:-1][edges == 1].tolist(), counted[:-1][edges == -1].tolist()))
+
+    @property
+    def ends_runs_with_views(self) -> bool:
+        return {end for _, end in self.runs()} <= set(self.view_ends)
+
+    def is_doubtful(self, is_token: torch.Tensor | None) -> bool:
+        """
+        Whether a prompt of T placeholders a view, with fewer views or cut at its end, has the same ids: a run of N of
+        several views that is as long as T of fewer of them, or the last token of a row is a placeholder.
+        """
+        if self.is_full or self.counts == self.num_placeholders:
+            return False
+        for start, end in self.runs():
+            inside = [view for view, last in enumerate(self.view_ends[1:]) if start < last <= end]
+            full = torch.tensor([self.num_placeholders[view] for view in inside[:-1]]).cumsum(0).tolist()
+            if end - start in full:
+                return True
+        columns = torch.arange(self.placeholders.shape[1], device=self.placeholders.device)
+        is_token = torch.ones_like(self.placeholders) if is_token is None else is_token.to(columns.device).bool()
+        last = columns.masked_fill(~is_token, 0).amax(1, keepdim=True)
+        return bool((self.placeholders & is_token).gather(1, last).any())
+
+
 def mark_kept_placeholders(
     placeholders: torch.BoolTensor,
     num_placeholders: list[int],
     keep_indices: list[torch.LongTensor],
     modality: str = "image",
+    new: torch.BoolTensor | None = None,
+    is_token: torch.Tensor | None = None,
+    is_stated: bool = True,
 ) -> torch.BoolTensor | None:
     """
     Marks the columns of a prompt that remain.
@@ -251,36 +321,58 @@ def mark_kept_placeholders(
         keep_indices (`list[torch.LongTensor]`): the kept of these, N of each view. -1 stands for a token that has no
             placeholder of its own (the CLS token) and takes the view's first free one.
         modality (`str`): named in errors.
+        new (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
+            The placeholders that are in no cache yet, if the views may be those of these alone.
+        is_token (`torch.Tensor` of shape `(batch, length)`, *optional*): what is no padding.
+        is_stated (`bool`): N was passed along with the prompt, as our processor does, which dispels any doubt.
 
     Returns:
         A mask of the shape of `placeholders`, or None if the prompt has N placeholders for each view already.
 
     Raises:
-        `ValueError`: if the prompt has neither T nor N placeholders for each view.
+        `ValueError`: if the prompt has neither T nor N placeholders for each view, or may be read either way.
     """
-    full, short = sum(num_placeholders), sum(len(kept) for kept in keep_indices)
+    num_kept = [len(kept) for kept in keep_indices]
+    full, short = sum(num_placeholders), sum(num_kept)
     # A compiled graph cannot count; a prompt too short for T placeholders is checked by upstream inside the graph.
     if torch.compiler.is_compiling() and placeholders.numel() < full:
         return None
-    rows = placeholders.sum(1).tolist()
-    found = sum(rows)
+    candidates = [placeholders, *([] if new is None else [new])]
+    readings = [
+        Reading(candidate, num_placeholders, num_kept, is_full)
+        for candidate in candidates
+        for is_full in (True, False)
+    ]
+    readings = [reading for reading in readings if reading.fits]
     label = modality.capitalize()
-    if found not in (full, short):
-        raise ValueError(
-            f"{label} features and {modality} tokens do not match, tokens: {found}, features: {short}. A prompt holds "
-            f"either every placeholder that the stock processor writes ({full} for these {len(num_placeholders)} "
-            f"{modality}s) or one for each kept token ({short}); build it with the model's processor."
-        )
-
-    counts = [len(kept) for kept in keep_indices] if found == short else num_placeholders
-    ends = set(torch.tensor([0, *counts]).cumsum(0).tolist())
-    for row, end in enumerate(torch.tensor(rows).cumsum(0).tolist()):
-        if end not in ends:
+    if not readings:
+        rows = candidates[-1].sum(1).tolist()
+        found = sum(rows)
+        if found not in (full, short):
             raise ValueError(
-                f"{label} features and {modality} tokens do not match, tokens: {rows[row]} in row {row}, which is no "
-                f"whole number of {modality}s of {counts} tokens; build the prompt with the model's processor."
+                f"{label} features and {modality} tokens do not match, tokens: {found}, features: {short}. A prompt "
+                f"holds either every placeholder that the stock processor writes ({full} for these "
+                f"{len(num_placeholders)} {modality}s) or one for each kept token ({short}); build it with the "
+                "model's processor."
             )
-    if found == short:
+        counts = num_kept if found == short else num_placeholders
+        ends = set(torch.tensor([0, *counts]).cumsum(0).tolist())
+        row = next(row for row, end in enumerate(torch.tensor(rows).cumsum(0).tolist()) if end not in ends)
+        raise ValueError(
+            f"{label} features and {modality} tokens do not match, tokens: {rows[row]} in row {row}, which is no "
+            f"whole number of {modality}s of {counts} tokens; build the prompt with the model's processor."
+        )
+    clear = readings if is_stated else [reading for reading in readings if not reading.is_doubtful(is_token)]
+    if not clear:
+        raise ValueError(
+            f"{label} features and {modality} tokens do not match for certain, tokens: {readings[0].row_ends[-1]}, "
+            f"features: {short}: the prompt may have one placeholder for each kept token, or be a full one with fewer "
+            f"{modality}s or cut at its end. Build it with the model's processor and pass its num_visual_tokens, or "
+            "pass the full prompt."
+        )
+    # The runs of a whole conversation tell apart what their sum does not.
+    reading = next((reading for reading in clear if reading.ends_runs_with_views), clear[0])
+    if not reading.is_full or full == short:
         return None
 
     flags = []
@@ -292,7 +384,7 @@ def mark_kept_placeholders(
             flag[(~flag).nonzero()[:without_place, 0]] = True
         flags.append(flag)
     keep_mask = torch.ones_like(placeholders)
-    keep_mask[placeholders] = torch.cat(flags)
+    keep_mask[reading.placeholders] = torch.cat(flags)
     return keep_mask
 
 
