@@ -13,7 +13,7 @@ import torch
 
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
 from .methods import needs_of, options_of
-from .tower import TowerStates, count_prefix, project_rows, resolve_layer, watch_tower
+from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
 
 
 def as_views(views: list[int] | list[View]) -> list[View]:
@@ -109,11 +109,6 @@ class TowerEncoding:
         self.budgets: Any = request_budgets(
             self.settings, num_visual_tokens, self.num_tokens, self.full_view, self.num_extra
         )
-        # An input that keeps all of its tokens keeps those of no view as well.
-        self.is_whole = [
-            self.budgets is not None and self.budgets.rule != "reference" and total >= sum(own)
-            for own, total in zip(self.num_tokens, self.budgets.totals if self.budgets is not None else ())
-        ]
 
     def _lay_out(self, views: list[int] | list[View]) -> list[View]:
         """Views given by their patches, each behind the tokens before them, as [`View`]s."""
@@ -140,6 +135,8 @@ class TowerEncoding:
         layers = model.config.vision_feature_layer if layers is None else layers
         layers = [layers] if isinstance(layers, int) else layers
         self.feature_layers = [resolve_layer(layer, num_layers, "vision_feature_layer") for layer in layers]
+        if self.needs_cls_attention:
+            check_has_cls(self.tower)
         self.num_prefix = self.num_fed = count_prefix(self.tower)
         strategy = self.inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
         if strategy == "default" and modality == "image":
@@ -154,6 +151,12 @@ class TowerEncoding:
                 "prunesid_config.method_settings has keep_cls=True, which needs a vision tower with a CLS token. Set "
                 "it to False."
             )
+
+    @property
+    def is_whole(self) -> list[bool]:
+        """Which inputs keep all of their tokens, and with them those of no view."""
+        is_known = self.budgets.rule != "reference"
+        return [is_known and total >= sum(own) for own, total in zip(self.num_tokens, self.budgets.totals)]
 
     @property
     def keeps_cls(self) -> bool:

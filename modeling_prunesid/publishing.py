@@ -151,12 +151,13 @@ def carry_own_method(model: Any, folder: str | os.PathLike) -> None:
     package = type(model).__module__.rpartition(".")[0]
     settings = model.config.prunesid_config
     path = Path(folder, "methods.py")
-    if not hasattr(settings, "method") or not path.exists():
+    if not path.exists():
         return
     methods = importlib.import_module(f"{package}.methods")
+    method = getattr(settings, "method", methods.DEFAULT_METHOD)  # ViTCoP has none
     own = f"{type(model).__module__.rpartition('.')[2]}.py"
     copied = files_imported_by(own, Path(folder))
-    path.write_text(methods.carried_source(settings.method), encoding="utf-8")
+    path.write_text(methods.carried_source(method), encoding="utf-8")
     for name in copied - files_imported_by(own, Path(folder)):
         Path(folder, name).unlink()
 
