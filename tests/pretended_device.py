@@ -41,15 +41,68 @@ class _Backend(backend_registration._DummyBackendModule):
 NAME = "pretended"
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 VIEWS = set(
-    """view _unsafe_view reshape t transpose slice select expand unsqueeze squeeze permute split split_with_sizes detach
-    alias as_strided unbind diagonal view_as unfold lift_fresh _reshape_alias chunk movedim real is_same_size squeeze_
-    unsqueeze_ t_ transpose_ sym_size size stride numel dim is_pinned""".split()
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "t",
+        "transpose",
+        "slice",
+        "select",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "permute",
+        "split",
+        "split_with_sizes",
+        "detach",
+        "alias",
+        "as_strided",
+        "unbind",
+        "diagonal",
+        "view_as",
+        "unfold",
+        "lift_fresh",
+        "_reshape_alias",
+        "chunk",
+        "movedim",
+        "real",
+        "is_same_size",
+        "squeeze_",
+        "unsqueeze_",
+        "t_",
+        "transpose_",
+        "sym_size",
+        "size",
+        "stride",
+        "numel",
+        "dim",
+        "is_pinned",
+    ]
 )
-ALLOCATIONS = set("empty empty_like new_empty empty_strided new_empty_strided empty_permuted resize_".split())
+ALLOCATIONS = set(
+    ["empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "resize_"]
+)
 # What CUDA has to tell the host before it can go on.
 READS = set(
-    """_local_scalar_dense nonzero masked_select equal unique_consecutive _unique2 bincount unique_dim is_nonzero item
-    _linalg_eigh linalg_eigh linalg_qr linalg_svd _linalg_svd linalg_cholesky""".split()
+    [
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "unique_consecutive",
+        "_unique2",
+        "bincount",
+        "unique_dim",
+        "is_nonzero",
+        "item",
+        "_linalg_eigh",
+        "linalg_eigh",
+        "linalg_qr",
+        "linalg_svd",
+        "_linalg_svd",
+        "linalg_cholesky",
+    ]
 )
 READS -= {"linalg_qr"}
 
@@ -121,7 +174,9 @@ class Pretended(TorchDispatchMode):
         frame = sys._getframe(1)
         while frame is not None and not _is_ours(frame.f_code.co_filename):
             frame = frame.f_back
-        place = "?" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        place = (
+            "?" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        )
         self.waits[f"{what} {place}"] += 1
 
     def _from_list(self, data, *args, device=None, **kwargs):
