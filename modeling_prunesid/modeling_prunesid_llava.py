@@ -179,7 +179,7 @@ class PruneSIDLlavaForConditionalGeneration(
     """
     Modifications:
         - `forward` and `generate` shorten the prompt at their entrance, labels included.
-        - the output of `forward` has `keep_mask`, which maps its logits to the columns of the full prompt.
+        - the output of `forward` has the caller's columns, and `keep_mask`, which tells those that remain.
     """
 
     config: PruneSIDLlavaConfig
@@ -214,7 +214,7 @@ class PruneSIDLlavaForConditionalGeneration(
         **inputs,
     ):
         r"""
-        Upstream's `forward` on the shortened prompt; logits have its length.
+        Upstream's `forward` on the shortened prompt; logits and hidden states have the caller's columns.
 
         Args:
             num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
@@ -224,8 +224,8 @@ class PruneSIDLlavaForConditionalGeneration(
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain. In a batch whose rows lost different numbers of columns,
-            padding was added on the side where the batch is padded, on the right where it is not. With
+            the columns of the caller's prompt that remain. A column that was dropped has the logits and hidden states of
+            the last one before it that remains. Attentions and caches have the short length. With
             `prunesid_config.llm_budget` it has `layer_visual_tokens`, of shape `(batch, layers)`: how many visual
             tokens each layer saw.
 

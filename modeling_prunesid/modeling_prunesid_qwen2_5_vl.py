@@ -113,7 +113,7 @@ class PruneSIDQwen2_5_VLForConditionalGeneration(
     """
     Modifications:
         - `forward` and `generate` shorten the prompt at their entrance, labels included.
-        - the output of `forward` has `keep_mask`, which maps its logits to the columns of the full prompt.
+        - the output of `forward` has the caller's columns, and `keep_mask`, which tells those that remain.
     """
 
     config: PruneSIDQwen2_5_VLConfig
@@ -149,7 +149,7 @@ class PruneSIDQwen2_5_VLForConditionalGeneration(
     @like_upstream(Qwen2_5_VLForConditionalGeneration.forward)
     def forward(self, *, num_visual_tokens: int | float | list[int] | torch.LongTensor | None = None, **inputs):
         r"""
-        Upstream's `forward` on the shortened prompt; logits have its length.
+        Upstream's `forward` on the shortened prompt; logits and hidden states have the caller's columns.
 
         Args:
             num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_views,)`, *optional*):
@@ -158,8 +158,8 @@ class PruneSIDQwen2_5_VLForConditionalGeneration(
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain. In a batch whose rows lost different numbers of columns,
-            padding was added on the side where the batch is padded, on the right where it is not.
+            the columns of the caller's prompt that remain. A column that was dropped has the logits and hidden states of
+            the last one before it that remains. Attentions and caches have the short length.
 
         Raises:
             `ValueError`: if the prompt has neither T nor N placeholders for each image and video.

@@ -191,7 +191,7 @@ class ViTCoPLlavaForConditionalGeneration(
     """
     Modifications:
         - `forward` and `generate` shorten the prompt at their entrance, labels included.
-        - the output of `forward` has `keep_mask`, which maps its logits to the columns of the full prompt.
+        - the output of `forward` has the caller's columns, and `keep_mask`, which tells those that remain.
     """
 
     config: ViTCoPLlavaConfig
@@ -226,7 +226,7 @@ class ViTCoPLlavaForConditionalGeneration(
         **inputs,
     ):
         r"""
-        Upstream's `forward` on the shortened prompt; logits have its length.
+        Upstream's `forward` on the shortened prompt; logits and hidden states have the caller's columns.
 
         Args:
             num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
@@ -237,8 +237,8 @@ class ViTCoPLlavaForConditionalGeneration(
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain. In a batch whose rows lost different numbers of columns,
-            padding was added on the side where the batch is padded, on the right where it is not. It also has
+            the columns of the caller's prompt that remain. A column that was dropped has the logits and hidden states of
+            the last one before it that remains. Attentions and caches have the short length. It also has
             `layer_visual_tokens`, of shape `(batch, layers)`: how many visual tokens each layer saw. A column dropped
             inside the language model has the logits of the last column before it that is left.
 
