@@ -143,7 +143,7 @@ class CoPrunedModelMixin:
             if output.get("hidden_states") is not None:  # what went into the first layer, and what each returned
                 output["hidden_states"] = tuple(
                     state
-                    if state is None or state.shape[1] == columns.shape[1]
+                    if state is None or index == 0 or state is output["last_hidden_state"]
                     else pruning.in_prompt(state, index - 1)
                     for index, state in enumerate(output["hidden_states"])
                 )

@@ -111,13 +111,13 @@ class CompressedModelMixin:
         repeats_cached = is_generation and (not is_flat(mask) or mask.shape[1] == columns.shape[1])
         start = 0
         if earlier is not None and not repeats_cached:
+            positions, moved = inputs.get("position_ids"), earlier.prompt.moved
             callers_mask, added = mask, bool((earlier.prompt.source < 0).any())
-            if mask is None and added:  # the caller's rows had no padding
+            if mask is None and added:  # the caller's rows have no padding
                 length = earlier.prompt.full_length + cached_length - earlier.prompt.length + columns.shape[1]
-                mask = callers_mask = torch.ones(len(columns), length, dtype=torch.long, device=columns.device)
+                callers_mask = torch.ones(len(columns), length, dtype=torch.long, device=columns.device)
             mask = shorten_cached_mask(callers_mask, earlier.prompt, cached_length, columns.shape[1])
             inputs["attention_mask"] = mask
-            positions, moved = inputs.get("position_ids"), earlier.prompt.moved
             # Positions along a mask of the short prompt are upstream's own.
             if positions is not None and moved is not None and (mask is None or mask is not callers_mask):
                 inputs["position_ids"] = positions - moved.to(positions.device)
@@ -176,8 +176,19 @@ class CompressedModelMixin:
         """Gives a family the shortened arguments to add positions to that upstream cannot find from them."""
         return inputs
 
-    def forward_compressed(self, forward: Callable, input_ids: torch.LongTensor | None = None, **inputs):
-        """Upstream's `forward` on the shortened arguments; what it returns has the caller's columns."""
+    def forward_compressed(
+        self,
+        forward: Callable,
+        input_ids: torch.LongTensor | None = None,
+        is_shortened: bool = False,
+        **inputs,
+    ):
+        """
+        Upstream's `forward` on the shortened arguments; what it returns has the caller's columns. The head, which has
+        shortened them already (`is_shortened`), gets the short ones.
+        """
+        if is_shortened:
+            return forward(input_ids=input_ids, **inputs)
         inputs, prompt = self.compress({"input_ids": input_ids, **inputs})
         return run_shortened(forward, inputs, input_ids, prompt, self.config)
 

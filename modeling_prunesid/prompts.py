@@ -111,7 +111,8 @@ class ShortPrompt:
         """
         Positions `(batch, full_length)` of the remaining columns, moved up to be contiguous. A sequence packed behind
         another one in the same row, where positions start anew, is moved within itself. Columns that `is_token`
-        `(batch, full_length)` does not mark have no place among the others, and keep what they have.
+        `(batch, full_length)` does not mark are moved along where their positions go on from those before them, and
+        otherwise keep what they have.
         """
         position_ids = position_ids.expand(len(self.keep_mask), -1)
         return self.take(position_ids - self._dropped_before(position_ids, is_token), fill=0)
@@ -147,9 +148,10 @@ class ShortPrompt:
         is_token = is_token.to(position_ids.device).bool()
         seen = columns.masked_fill(~is_token, -1).cummax(1).values
         last = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)
-        starts = is_token & ((last < 0) | (position_ids <= position_ids.gather(1, last.clamp(min=0))))
+        previous = position_ids.gather(1, last.clamp(min=0))
+        starts = is_token & ((last < 0) | (position_ids <= previous))
         first = columns.masked_fill(~starts, 0).cummax(1).values
-        return (before - before.gather(1, first)) * is_token
+        return (before - before.gather(1, first)) * (is_token | ((last >= 0) & (position_ids >= previous)))
 
     def then(self, rest: "ShortPrompt") -> "ShortPrompt":
         """This prompt continued by the columns of `rest`."""
