@@ -41,8 +41,8 @@ def published(model, name):
     else:
         settings = {"budget": BUDGET + BUDGET // 2, "llm_budget": BUDGET, "nms_lambda": "auto"}
         twin = LayerPrunedLlavaForConditionalGeneration(LayerPrunedLlavaConfig(**fields, prunesid_config=settings))
-    twin.load_state_dict(model.state_dict())
-    return twin.to(model.dtype).eval()
+    twin.to(model.dtype).load_state_dict(model.state_dict())
+    return twin.eval()
 
 
 @pytest.mark.parametrize("name", NAMES)
