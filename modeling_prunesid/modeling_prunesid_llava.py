@@ -224,7 +224,7 @@ class PruneSIDLlavaForConditionalGeneration(
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain. A column that was dropped has the logits and hidden states of
+            the columns of the caller's prompt that remain. A dropped column has the logits and hidden states of
             the last one before it that remains. Attentions and caches have the short length. With
             `prunesid_config.llm_budget` it has `layer_visual_tokens`, of shape `(batch, layers)`: how many visual
             tokens each layer saw.

@@ -229,7 +229,7 @@ class PruneSIDLlavaNextForConditionalGeneration(
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain. A column that was dropped has the logits and hidden states of
+            the columns of the caller's prompt that remain. A dropped column has the logits and hidden states of
             the last one before it that remains. Attentions and caches have the short length.
 
         Raises:

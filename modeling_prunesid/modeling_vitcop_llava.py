@@ -237,7 +237,7 @@ class ViTCoPLlavaForConditionalGeneration(
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain. A column that was dropped has the logits and hidden states of
+            the columns of the caller's prompt that remain. A dropped column has the logits and hidden states of
             the last one before it that remains. Attentions and caches have the short length. It also has
             `layer_visual_tokens`, of shape `(batch, layers)`: how many visual tokens each layer saw. A column dropped
             inside the language model has the logits of the last column before it that is left.
