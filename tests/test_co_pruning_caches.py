@@ -134,3 +134,11 @@ def test_a_compiled_forward_gives_the_same_logits(one):
 
 def test_an_assistant_gives_the_greedy_answer(model, one):
     assert torch.equal(answer(model, one, assistant_model=copy.deepcopy(model)), answer(model, one))
+
+
+@pytest.mark.parametrize("label", ["llm_budget", "vitcop"])
+def test_a_stock_assistant_proposes_what_the_model_answers(label):
+    model = build_vitcop() if label == "vitcop" else build(16, llm_budget=8, text={"num_hidden_layers": 4})
+    inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7, 8, 9])]), "pixel_values": pixels(1)}
+    assistant = stock_twin(build())
+    assert torch.equal(answer(model, inputs, assistant_model=assistant), answer(model, inputs))
