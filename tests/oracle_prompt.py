@@ -16,11 +16,10 @@ from typing import Any
 import torch
 import transformers
 from tiny import BOS, EOS, IMAGE, PAD, TEXT, VISION, stock_config
+from tiny_qwen import PATCH_DIM
 from tiny_qwen import build as build_qwen
-from tiny_qwen import pixels as qwen_pixels
 from tiny_qwen import prompt as qwen_prompt
 from tiny_qwen import stock_twin as stock_qwen
-from tiny_qwen import tokens_of
 from tiny_vitcop import build_vitcop
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -302,7 +301,7 @@ class Qwen(Family):
         for modality, suffix in (("image", ""), ("video", "_videos")):
             of_kind = [view for view in views if view.modality == modality]
             if of_kind:
-                inputs[f"pixel_values{suffix}"] = torch.cat([qwen_pixels([v.size], v.seed).double() for v in of_kind])
+                inputs[f"pixel_values{suffix}"] = torch.cat([_noise(v.seed, v.size[0] * v.size[1] * v.size[2], PATCH_DIM) for v in of_kind])
                 inputs[f"{modality}_grid_thw"] = torch.tensor([view.size for view in of_kind])
         if self.name == "Qwen2_5_VL" and "video_grid_thw" in inputs:
             inputs["second_per_grid_ts"] = torch.full((len(inputs["video_grid_thw"]),), 1.5)
@@ -391,7 +390,7 @@ def _finish(model):
 
 
 def _noise(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # Rows
@@ -563,5 +562,4 @@ __all__ = [
     "naive_loss",
     "random_words",
     "short_positions",
-    "tokens_of",
 ]

@@ -40,6 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 _MODELS: dict = {}
+_TOLD = [""]  # what the prompt is that runs
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,7 @@ def run_forward(family, seed):
     kinds = ["plain", "keep", "labels", "labels", "hidden_states", "tuple", "base", "short"]
     kind = rng.choice(kinds)
     story = f"{kind}, positions {rule if 'position_ids' in inputs else None}, mask {use_mask}: {describe(parts)}"
+    _TOLD[0] = story
     problems: list[str] = []
 
     single = [alone(family, ours, stock, row, rule, output_hidden_states=True) for row in rows]
@@ -342,6 +344,7 @@ def run_cached(family, seed):
         positions = torch.cat([family.full_positions(stock, row) for row in rows], dim=1)
     first = 0
     story += "" if positions is None else ", own positions"
+    _TOLD[0] = story
     for number, segment in enumerate(segments):
         last = first + sum(map(length_of, segment[0]))
         input_ids = torch.tensor([row.ids[first:last] for row in rows])
@@ -378,7 +381,7 @@ def run_generate(family, seed, turns=None):
     rng = random.Random(seed)
     ours, stock = models(family)
     batch, num_turns = rng.choice([1, 1, 2]), rng.choice([1, 1, 2, 3])
-    has_cache, passes = rng.random() < 0.8, rng.choice(["all", "new"])
+    has_cache, passes = rng.random() < 0.8, rng.choice(["all", "new", "ids"])
     static = has_cache and rng.random() < 0.2
     history: list[list] = [[] for _ in range(batch)]
     cache = DynamicCache(config=ours.config.get_text_config())
@@ -394,17 +397,23 @@ def run_generate(family, seed, turns=None):
         new = pad(rng, new, "left")
         history = [row + part for row, part in zip(history, new)]
         story += " | " + describe(new)
+        _TOLD[0] = story
         rows = make_rows(family, ours, history)
         inputs = inputs_of(family, rows)
-        if has_cache and passes == "new":
+        if has_cache and passes != "all":
             pixels = inputs_of(family, make_rows(family, ours, new))
             inputs = {name: value for name, value in inputs.items() if "pixel" not in name and "grid" not in name}
             inputs.pop("image_sizes", None)
             inputs |= {n: v for n, v in pixels.items() if n not in ("input_ids", "attention_mask", "mm_token_type_ids")}
         kwargs = {CACHE: cache} if has_cache else {}
+        if turn and has_cache and passes == "ids":  # the last token of an answer is not in the cache
+            inputs["input_ids"] = inputs["input_ids"][:, -sum(map(length_of, new[0])) - 1 :]
+            inputs |= family.types(inputs["input_ids"])
+        before = [row.ids[: len(row.ids) - inputs["input_ids"].shape[1]] for row in rows]
         with torch.no_grad():
             output = ours.generate(**inputs, max_new_tokens=3, do_sample=False, disable_compile=True, **kwargs)
         length = len(rows[0].ids)
+        output = torch.cat([torch.tensor(before, dtype=torch.long), output], dim=1)
         if output[:, :length].tolist() != [row.ids for row in rows]:
             problems.append(f"turn {turn}: the output does not begin with the caller's prompt")
         for index, row in enumerate(rows):
@@ -427,7 +436,7 @@ def run_all(run, family, seeds):
                 problems, story = run(family, seed)
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            problems, story = [f"{type(error).__name__}: {str(error)[:200]} ({where.name}:{where.lineno})"], "raised"
+            problems, story = [f"{type(error).__name__}: {str(error)[:200]} ({where.name}:{where.lineno})"], _TOLD[0]
         if problems:
             failures.append(f"seed {seed}: {problems[0]}\n      {story}")
     if failures:
@@ -453,3 +462,148 @@ def test_several_forwards_on_one_cache(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generate_answers_as_without_a_cache(name):
     run_all(run_generate, FAMILIES[name], share(0.15))
+
+
+# A picture a turn, all of them passed again: at turn k the T new placeholders are as many as the N of k pictures
+
+DIVISORS = {
+    "LLaVA": ({"image_size": 24}, 36, [18, 12, 9]),
+    "LLaVA-NeXT": ({}, 49 * 2 + 7, [21]),
+    "Video-LLaVA": ({"image_size": 24}, 36, [18, 12, 9]),
+    "Mini-Gemini": ({}, 49, [7]),
+    "ViTCoP": ({"image_size": 24}, 36, [9, 6]),
+    "LLaVA with llm_budget": ({"image_size": 24}, 36, [18, 12, 9]),
+    "Qwen2VL": ({}, 36, [1 / 2, 1 / 3, 1 / 4]),
+    "Qwen2_5_VL": ({}, 36, [1 / 2, 1 / 3, 1 / 4]),
+    "Qwen3VL": ({}, 36, [1 / 2, 1 / 3, 1 / 4]),
+}
+CHATS = [(name, vision, total, budget) for name, (vision, total, budgets) in DIVISORS.items() for budget in budgets]
+
+
+@pytest.mark.parametrize("passes", ["all", "new"])
+@pytest.mark.parametrize("name, vision, total, budget", CHATS)
+def test_a_chat_with_a_picture_a_turn(name, vision, total, budget, passes):
+    family = type(FAMILIES[name]).__new__(type(FAMILIES[name]))
+    family.__dict__.update(FAMILIES[name].__dict__, vision=vision, budget=budget)
+    ours = family.build()
+    stock = family.stock(ours) if family.has_stock else None
+    cache = DynamicCache(config=ours.config.get_text_config())
+    history, views, kept = [BOS], [], None
+    for turn in range(7 if total == 49 else 4):
+        view = equal_view(family, turn)
+        views, history = [*views, view], [*history, 20 + turn, view, 30 + turn, 31]
+        rows = make_rows(family, ours, [history])
+        kept = len(rows[0].kept[view])
+        inputs = inputs_of(family, rows) if passes == "all" else only_pixels(family, ours, history, view)
+        with torch.no_grad():
+            output = ours.generate(**inputs, max_new_tokens=3, do_sample=False, **{CACHE: cache})
+        answer = output[0, -3:].tolist()
+        assert answer == answer_naively(family, ours, stock, rows[0], 3), f"turn {turn + 1}, {kept} of {total} kept"
+        history = history + answer
+    assert total % kept == 0 or not family.has_stock
+
+
+def equal_view(family, seed):
+    """A view of as many tokens at every turn."""
+    rng = random.Random(seed)
+    if family.is_qwen:
+        return family.view_of("image", (1, 12, 12), seed)
+    while True:
+        view = family.view(rng)
+        if view.modality == "image" and (family.name != "LLaVA-NeXT" or view.size == (60, 30)):
+            return view
+
+
+def only_pixels(family, ours, history, view):
+    """The ids of the whole conversation with the pixels of its last view alone."""
+    inputs = inputs_of(family, make_rows(family, ours, [history]))
+    inputs = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    return {**inputs, **family.types(inputs["input_ids"]), **family.pixels([view])}
+
+
+# Caches that do not fit, prompts that fit two readings
+
+
+def one_turn(family, *words):
+    view = equal_view(family, words[0])
+    return [BOS, words[0], view, *words[1:]]
+
+
+@pytest.mark.parametrize("passes", ["all", "new"])
+@pytest.mark.parametrize("second", [(12, 30, 31), (12, 30, 31, 32, 33, 34, 35), (11, 30, 31, 32)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_of_another_conversation_is_an_error(name, second, passes):
+    family = FAMILIES[name]
+    ours, _ = models(family)
+    cache = DynamicCache(config=ours.config.get_text_config())
+    settings = {"max_new_tokens": 3, "do_sample": False, CACHE: cache}
+    ours.generate(**inputs_of(family, make_rows(family, ours, [one_turn(family, 11, 20, 21)])), **settings)
+    history = one_turn(family, *second)
+    if passes == "new":
+        history += [40, equal_view(family, 5), 41]
+    rows = make_rows(family, ours, [history])
+    inputs = inputs_of(family, rows) if passes == "all" else only_pixels(family, ours, history, history[-2])
+    with pytest.raises(ValueError):
+        ours.generate(**inputs, **settings)
+
+
+class Interrupts:
+    def __init__(self, puts):
+        self.puts = puts
+
+    def put(self, value):
+        self.puts -= 1
+        if self.puts < 0:
+            raise KeyboardInterrupt
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("puts", [1, 2, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_that_an_interrupted_call_left_is_an_error_or_right(name, puts):
+    family = FAMILIES[name]
+    ours, stock = models(family)
+    cache = DynamicCache(config=ours.config.get_text_config())
+    settings = {"max_new_tokens": 4, "do_sample": False, CACHE: cache}
+    rows = make_rows(family, ours, [one_turn(family, 11, 20, 21)])
+    with pytest.raises(KeyboardInterrupt):
+        ours.generate(**inputs_of(family, rows), streamer=Interrupts(puts), **settings)
+    for history in (one_turn(family, 11, 20, 21), one_turn(family, 11, 20, 21) + [22, 23, 24, 25, 26]):
+        rows = make_rows(family, ours, [history])
+        try:
+            output = ours.generate(**inputs_of(family, rows), **settings)
+        except ValueError:
+            continue
+        assert output[0, -4:].tolist() == answer_naively(family, ours, stock, rows[0], 4)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_full_prompt_cut_to_as_many_placeholders_as_are_kept_is_an_error(name, call):
+    family = FAMILIES[name]
+    ours, _ = models(family)
+    row = make_rows(family, ours, [[BOS, 5, equal_view(family, 3)]])[0]
+    inputs = inputs_of(family, [row])
+    (view, columns), = row.views
+    cut = columns[len(row.kept[view])][0]
+    for along in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if along in inputs:
+            inputs[along] = inputs[along][:, :cut]
+    with pytest.raises(ValueError), torch.no_grad():
+        ours(**inputs) if call == "forward" else ours.generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("name", ["LLaVA", "Video-LLaVA", "LLaVA with llm_budget"])
+def test_one_full_run_for_two_pictures_is_an_error(name, call):
+    """T = 2N: one picture's placeholders as the stock processor writes them, or two pictures' as ours does."""
+    family = type(FAMILIES[name]).__new__(type(FAMILIES[name]))
+    family.__dict__.update(FAMILIES[name].__dict__, vision={"image_size": 24}, budget=18)
+    ours = family.build()
+    views = [equal_view(family, 1), equal_view(family, 2)]
+    inputs = inputs_of(family, make_rows(family, ours, [[BOS, 5, views[0], 20, 21]]))
+    inputs |= family.pixels(views)
+    with pytest.raises(ValueError), torch.no_grad():
+        ours(**inputs) if call == "forward" else ours.generate(**inputs, max_new_tokens=2)
