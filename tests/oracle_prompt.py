@@ -194,8 +194,10 @@ class LlavaNext(Family):
         return PackedImage.from_size(size, self.grids, 28, 4)
 
     def view(self, rng):
-        size = rng.choice(self.sizes)
-        return View("image", size, rng.randrange(1000), (IMAGE,) * len(self.packed(size).placeholders))
+        return self.view_of(rng.choice(self.sizes), rng.randrange(1000))
+
+    def view_of(self, size, seed):
+        return View("image", size, seed, (IMAGE,) * len(self.packed(size).placeholders))
 
     def pixels(self, views):
         if not views:
@@ -420,25 +422,30 @@ class Row:
         self.short_ids = [self.ids[column] for column in self.short_source]
         self.short_mask = [self.mask[column] for column in self.short_source]
 
-    def is_padding(self, column: int) -> bool:
-        """Masked, before the first or behind the last that is not; a placeholder is never padding."""
-        filled = [bool(value) or placeholder for value, placeholder in zip(self.mask, self.is_placeholder)]
-        return not filled[column] and not (any(filled[:column]) and any(filled[column:]))
-
-    def is_defined(self, column: int) -> bool:
-        """Whether the stock class gives `column` a value that depends on what the row holds."""
-        return not self.is_padding(column) and any(self.mask[: column + 1])
-
-    def carrier(self, column: int, first: int = 0) -> int | None:
+    def is_padding(self, column: int, first: int = 0, last: int | None = None) -> bool:
         """
-        The column whose value `column` carries in the output of a forward that began at column `first`: its own, or
-        that of the last kept column before it, or of the first kept one. None where padding might count as kept.
+        Masked, before the first or behind the last that is not, of the columns from `first` to `last` that one forward
+        is given; a placeholder is never padding.
+        """
+        filled = [bool(value) or placeholder for value, placeholder in zip(self.mask, self.is_placeholder)]
+        last = len(filled) if last is None else last
+        return not filled[column] and not (any(filled[first:column]) and any(filled[column:last]))
+
+    def is_defined(self, column: int, first: int = 0, last: int | None = None) -> bool:
+        """Whether the stock class gives `column` a value that depends on what the row holds."""
+        return not self.is_padding(column, first, last) and any(self.mask[: column + 1])
+
+    def carrier(self, column: int, first: int = 0, last: int | None = None) -> int | None:
+        """
+        The column whose value `column` carries in the output of a forward on the columns from `first` to `last`: its
+        own, or that of the last kept column before it, or of the first kept one. None where padding might count as
+        kept.
         """
         if not self.is_dropped[column]:
             return column
         for before in range(column - 1, first - 1, -1):
             if not self.is_dropped[before]:
-                return None if self.is_padding(before) else before
+                return None if self.is_padding(before, first, last) else before
         return next((after for after in range(column, len(self.ids)) if not self.is_dropped[after]), None)
 
 
@@ -495,8 +502,8 @@ def expand(short: torch.Tensor, row: Row, first: int = 0, last: int | None = Non
     last = len(row.ids) if last is None else last
     values: list[torch.Tensor | None] = []
     for column in range(first, last):
-        carrier = row.carrier(column, first)
-        known = carrier is not None and row.is_defined(carrier)
+        carrier = row.carrier(column, first, last)
+        known = carrier is not None and row.is_defined(carrier, first, last)
         values.append(short[row.short_column[carrier]] if known else None)
     return values
 
