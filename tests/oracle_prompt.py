@@ -303,7 +303,9 @@ class Qwen(Family):
         for modality, suffix in (("image", ""), ("video", "_videos")):
             of_kind = [view for view in views if view.modality == modality]
             if of_kind:
-                inputs[f"pixel_values{suffix}"] = torch.cat([_noise(v.seed, v.size[0] * v.size[1] * v.size[2], PATCH_DIM) for v in of_kind])
+                inputs[f"pixel_values{suffix}"] = torch.cat(
+                    [_noise(v.seed, v.size[0] * v.size[1] * v.size[2], PATCH_DIM) for v in of_kind]
+                )
                 inputs[f"{modality}_grid_thw"] = torch.tensor([view.size for view in of_kind])
         if self.name == "Qwen2_5_VL" and "video_grid_thw" in inputs:
             inputs["second_per_grid_ts"] = torch.full((len(inputs["video_grid_thw"]),), 1.5)

@@ -1,6 +1,6 @@
 """
-Random prompts against the contract: whatever a caller passes, the outputs have the caller's columns, and each row scores
-as it does alone in the stock class on the prompt shortened by hand (`oracle_prompt`).
+Random prompts against the contract: whatever a caller passes, the outputs have the caller's columns, and each row
+scores as it does alone in the stock class on the prompt shortened by hand (`oracle_prompt`).
 
 A few hundred prompts by default; `PRUNESID_FUZZ=10000` runs as many. A failure names the seed: `run_forward(family,
 seed)` and its neighbours run one prompt again.
@@ -127,7 +127,9 @@ def inputs_of(family, rows, use_mask=True):
 def pass_positions(rng, family, stock, rows, inputs):
     """A caller's own positions; returns the rule that wrote them."""
     if family.is_qwen:
-        if rng.random() < 0.25 and all(any(row.mask[c] for c, _ in columns) for row in rows for _, columns in row.views):
+        if rng.random() < 0.25 and all(
+            any(row.mask[c] for c, _ in columns) for row in rows for _, columns in row.views
+        ):
             places = [family.full_positions(stock, row) for row in rows]
             inputs["position_ids"] = torch.cat(places, dim=1)
             if rng.random() < 0.5:
@@ -275,7 +277,12 @@ def check_loss(rng, ours, inputs, rows, logits, problems):
     labels, counted_labels = [], []
     for row, values in zip(rows, logits):
         given = [
-            token if column and rng.random() < share and values[column - 1] is not None and (row.mask[column] or os.environ.get("STRICT")) else IGNORED
+            token
+            if column
+            and rng.random() < share
+            and values[column - 1] is not None
+            and (row.mask[column] or os.environ.get("STRICT"))
+            else IGNORED
             for column, token in enumerate(row.ids)
         ]
         if not has_items and rng.random() < 0.5:
@@ -317,7 +324,9 @@ def run_cached(family, seed):
     batch = rng.choice([1, 2, 2])
     segments = []
     for turn in range(rng.choice([2, 2, 3])):
-        layout = rng.choice(["left", "right", "both", "words", "words"]) if turn == 0 else rng.choice(["left", "words"])
+        layout = (
+            rng.choice(["left", "right", "both", "words", "words"]) if turn == 0 else rng.choice(["left", "words"])
+        )
         rows = [random_parts(rng, family, least_words=1) for _ in range(batch)]
         if turn and rng.random() < 0.3:
             rows = [random_words(rng, 1, 3) for _ in range(batch)]
@@ -404,7 +413,9 @@ def run_generate(family, seed, turns=None):
             pixels = inputs_of(family, make_rows(family, ours, new))
             inputs = {name: value for name, value in inputs.items() if "pixel" not in name and "grid" not in name}
             inputs.pop("image_sizes", None)
-            inputs |= {n: v for n, v in pixels.items() if n not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+            inputs |= {
+                n: v for n, v in pixels.items() if n not in ("input_ids", "attention_mask", "mm_token_type_ids")
+            }
         kwargs = {CACHE: cache} if has_cache else {}
         if turn and has_cache and passes == "ids":  # the last token of an answer is not in the cache
             inputs["input_ids"] = inputs["input_ids"][:, -sum(map(length_of, new[0])) - 1 :]
@@ -585,7 +596,7 @@ def test_a_full_prompt_cut_to_as_many_placeholders_as_are_kept_is_an_error(name,
     ours, _ = models(family)
     row = make_rows(family, ours, [[BOS, 5, equal_view(family, 3)]])[0]
     inputs = inputs_of(family, [row])
-    (view, columns), = row.views
+    ((view, columns),) = row.views
     cut = columns[len(row.kept[view])][0]
     for along in ("input_ids", "attention_mask", "mm_token_type_ids"):
         if along in inputs:

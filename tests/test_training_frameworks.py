@@ -1,6 +1,6 @@
 """
-Trainers and adapters that compute losses, metrics and scores outside the model, unmodified, for every family, with full
-prompts. What they compute must be what the rows give alone in the stock class (`oracle_prompt`).
+Trainers and adapters that compute losses, metrics and scores outside the model, unmodified, for every family, with
+full prompts. What they compute must be what the rows give alone in the stock class (`oracle_prompt`).
 """
 
 import contextlib
@@ -39,8 +39,10 @@ def oracle_logits(family, ours, stock, rows):
 
 
 def without_placeholders(labels, rows):
-    return [[IGNORED if flag else label for label, flag in zip(given, row.is_placeholder)] for given, row in
-            zip(labels, rows)]
+    return [
+        [IGNORED if flag else label for label, flag in zip(given, row.is_placeholder)]
+        for given, row in zip(labels, rows)
+    ]
 
 
 class Records(Trainer):
@@ -55,8 +57,14 @@ class Records(Trainer):
 def trainer_of(family, model, tmp_path, collator, metrics=None, loss=None, **settings):
     settings = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 1, **settings}
     arguments = TrainingArguments(
-        str(tmp_path), learning_rate=0.0, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-        remove_unused_columns=False, **settings,
+        str(tmp_path),
+        learning_rate=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **settings,
     )
     trainer = Records(
         model, arguments, data_collator=collator, train_dataset=Examples(family), eval_dataset=Examples(family),
@@ -107,7 +115,7 @@ def test_label_smoothing(name, tmp_path):
     collator, epsilon = Collator(family, ours), 0.1
     trainer = trainer_of(family, ours, tmp_path, collator, label_smoothing_factor=epsilon)
     trainer.train()
-    (rows, labels), = micro_batches(collator, family, 1)
+    ((rows, labels),) = micro_batches(collator, family, 1)
     logits = oracle_logits(family, ours, stock, rows)
     total, counted = 0.0, 0
     for values, wanted in zip(logits, labels):
@@ -132,7 +140,7 @@ def test_a_loss_function_of_the_callers(name, tmp_path):
     collator = Collator(family, ours)
     trainer = trainer_of(family, ours, tmp_path, collator, loss=outside_loss)
     trainer.train()
-    (rows, labels), = micro_batches(collator, family, 1)
+    ((rows, labels),) = micro_batches(collator, family, 1)
     total, counted = naive_loss(oracle_logits(family, ours, stock, rows), labels)
     assert math.isclose(trainer.losses[0], total / counted, rel_tol=1e-6)
     trainer_of(family, stock, tmp_path, collator, loss=outside_loss).train()

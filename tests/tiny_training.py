@@ -11,7 +11,8 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ 'word3 ' if message.role == 'user' else 'word4 ' }}{% if message.content is string %}{{ message.content }} {% else %}"
+    "{% for message in messages %}{{ 'word3 ' if message.role == 'user' else 'word4 ' }}"
+    "{% if message.content is string %}{{ message.content }} {% else %}"
     "{% for part in message.content %}{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}"
     "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}word4 {% endif %}"
 )
@@ -64,8 +65,10 @@ class ViewsProcessor(ProcessorMixin):
         if return_tensors == "pt":
             data = {name: torch.tensor(value) for name, value in data.items()}
         pixels = self.family.pixels(views)
-        pixels = {name: value.to(torch.get_default_dtype()) if value.is_floating_point() else value
-                  for name, value in pixels.items()}
+        pixels = {
+            name: value.to(torch.get_default_dtype()) if value.is_floating_point() else value
+            for name, value in pixels.items()
+        }
         return BatchFeature({**data, **pixels})
 
 
