@@ -3,7 +3,8 @@ An independent reading of the contract of `forward` and `generate`, for every fa
 
 Each row of a batch is run alone in the stock class, on a prompt shortened by hand: of the stock features of a view,
 and of its placeholders, those remain that `keep_indices` names. What comes out is laid along the caller's columns by
-loops. (ViTCoP and `llm_budget` drop tokens where no stock class does: there a row alone, short, in our own class stands
+loops. (ViTCoP and `llm_budget` drop tokens where no stock class does: there a row alone, short, in our own class
+stands
 in.) Everything runs in float64, because two orders of summation are compared.
 """
 
