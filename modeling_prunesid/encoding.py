@@ -114,9 +114,9 @@ class TowerEncoding:
         if not isinstance(views[0], int):
             if self.num_fed:
                 raise ValueError(
-                    f"vision_feature_select_strategy leaves no whole grid of patches: the language model is fed "
-                    f"{self.num_fed} tokens before them. Use 'default' for a tower with a CLS token, 'full' for one "
-                    "without."
+                    f"vision_feature_select_strategy={self.strategy!r} leaves no whole grid of patches: the language "
+                    f"model is fed {self.num_fed} tokens before them. Use 'default' for a tower with a CLS token, "
+                    "'full' for one without."
                 )
             return list(views)
         laid, start = [], 0
@@ -137,8 +137,9 @@ class TowerEncoding:
         if self.needs_cls_attention:
             check_has_cls(self.tower)
         self.num_prefix = self.num_fed = count_prefix(self.tower)
-        strategy = self.inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
-        if strategy == "default" and modality == "image":
+        given = self.inputs.get("vision_feature_select_strategy")
+        self.strategy = given or model.config.vision_feature_select_strategy
+        if self.strategy == "default" and modality == "image":
             self.num_fed = self.num_prefix - 1
         if self.num_fed < 0:
             raise ValueError(

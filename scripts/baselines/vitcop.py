@@ -7,7 +7,6 @@ With PruneSID N + N // 2 tokens enter the language model, or all T if these are 
 mean of N.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,8 @@ from modeling_prunesid import (
 )
 from modeling_prunesid.checks import resolve_budget
 
+from .encoder import running_as, stock_fields
+
 
 @contextmanager
 def vitcop(model: Any, budget: int | float) -> Iterator[list[float] | None]:
@@ -28,8 +29,8 @@ def vitcop(model: Any, budget: int | float) -> Iterator[list[float] | None]:
     tokens of each image over the layers; None where nothing is dropped.
     """
     settings = {"budget": budget, "layer": model.config.prunesid_config.layer}
-    config = ViTCoPLlavaConfig(**_stock_fields(model.config), vitcop_config=settings)
-    with _running_as(ViTCoPLlavaForConditionalGeneration, config, model), _measured_inside(model, budget) as measured:
+    config = ViTCoPLlavaConfig(**stock_fields(model.config), vitcop_config=settings)
+    with running_as(ViTCoPLlavaForConditionalGeneration, config, model), _measured_inside(model, budget) as measured:
         yield measured
 
 
@@ -41,28 +42,12 @@ def prunesid(model: Any, budget: int | float) -> Iterator[list[float] | None]:
     settings: dict[str, Any] = {"budget": None, "layer": model.config.prunesid_config.layer}
     if count < patches:
         settings |= {"budget": min(count + count // 2, patches), "llm_budget": count, "nms_lambda": "auto"}
-    config = LayerPrunedLlavaConfig(**_stock_fields(model.config), prunesid_config=settings)
+    config = LayerPrunedLlavaConfig(**stock_fields(model.config), prunesid_config=settings)
     with (
-        _running_as(LayerPrunedLlavaForConditionalGeneration, config, model),
+        running_as(LayerPrunedLlavaForConditionalGeneration, config, model),
         _measured_inside(model, budget) as measured,
     ):
         yield measured
-
-
-@contextmanager
-def _running_as(head_class: Any, config: Any, model: Any) -> Iterator[None]:
-    own, own_class = model.model, type(model)
-    published = copy.copy(own)  # of the same modules
-    published.__class__, published.config = head_class.model_class, config
-    model.model, model.__class__ = published, head_class
-    try:
-        yield
-    finally:
-        model.model, model.__class__ = own, own_class
-
-
-def _stock_fields(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in ("prunesid_config", "model_type")}
 
 
 def _num_patches(model: Any) -> int:
