@@ -64,6 +64,7 @@ class Row:
         beams (`bool`): False where the stock class itself cannot search by beams.
         cached_chat (`bool`): False where a cache cannot go on with a second turn of views in the stock class either.
         static_cache (`bool`): False where the stock class cannot use one.
+        broken_in (`tuple[str, ...]`): releases in which the stock class's own `forward` raises.
         checks_loading (`bool`): False where the stock class itself does not load its own checkpoint.
     """
 
@@ -93,6 +94,7 @@ class Row:
     beams: bool = True
     cached_chat: bool = True
     static_cache: bool = True
+    broken_in: tuple[str, ...] = ()
     checks_loading: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -103,7 +105,8 @@ class Row:
     @property
     def is_installed(self) -> bool:
         """Whether the installed Transformers has the family."""
-        return tuple(map(int, transformers.__version__.split(".")[:2])) >= tuple(map(int, self.since.split(".")[:2]))
+        version = tuple(map(int, transformers.__version__.split(".")[:2]))
+        return version >= tuple(map(int, self.since.split(".")[:2])) and transformers.__version__ not in self.broken_in
 
     @property
     def module(self):
@@ -326,7 +329,19 @@ def image_token(text: dict = LLAMA, vision: dict = SIGLIP, index: bool = False, 
     }
 
 
-TILES = ("num_tiles",)
+def plain_experts(model):
+    """The grouped matrix products of experts have no float64."""
+    model.set_experts_implementation("eager")
+
+
+def double_router(model):
+    """Inkling routes in float32, whatever the weights are: the router's come back to it."""
+    plain_experts(model)
+    for module in model.modules():
+        if "Router" in type(module).__name__:
+            module.float()
+
+
 BOTH_TILES = ("num_tiles", "num_video_tiles")
 SAM = {
     "hidden_size": 32,
@@ -469,6 +484,7 @@ add(
     images(3, 32, 32),
     tokens=(64,) * 3,
     kept=(5,) * 3,
+    along=types_of(IMAGE, 0, "token_type_ids"),
 )
 GEMMA3_TEXT = {
     **TEXT,
@@ -612,6 +628,7 @@ add(
     write=runs(4),
     several_runs=True,
     since="5.23.0",
+    prepare=plain_experts,
 )
 add(
     "aya_vision",
@@ -727,7 +744,15 @@ KIMI = image_token(
     vision_start_token_id=VISION_START,
     vision_end_token_id=VISION_END,
 )
-add("kimi_k25", KIMI, patches(GRIDS, 3, 4, 4), tokens=(16, 8, 16), kept=(5, 5, 5), ours=BOTH_TILES)
+add(
+    "kimi_k25",
+    KIMI,
+    patches(GRIDS, 3, 4, 4),
+    tokens=(16, 8, 16),
+    kept=(5, 5, 5),
+    ours=BOTH_TILES,
+    prepare=plain_experts,
+)
 
 
 def chunks(rows: list[list[int]]) -> dict[str, Any]:
@@ -749,6 +774,7 @@ add(
     view="chunk of four frames",
     write=runs(16, [TAG, 104], [105]),
     ours=BOTH_TILES,
+    prepare=plain_experts,
 )
 MOLMO2 = {
     "vision_config": {
@@ -874,10 +900,11 @@ add(
     view="tile",
     write=runs(16),
     features=lambda output: output.last_hidden_state.flatten(0, -2),
-    put_features=lambda encoded, chosen: encoded.update({"last_hidden_state": torch.cat(chosen)[None]}),
+    put_features=lambda encoded, chosen: setattr(encoded, "last_hidden_state", torch.cat(chosen)[None]),
     prepare=spread_weights,
     ours=BOTH_TILES,
     beams=False,
+    broken_in=("5.24.0",),
 )
 add(
     "deepseek_vl",
@@ -979,6 +1006,7 @@ add(
     kept=(10, 5, 5),
     view="crop",
     ours=BOTH_TILES,
+    prepare=plain_experts,
 )
 
 
@@ -1130,6 +1158,7 @@ add(
     tokens=(433, 145, 145),
     kept=(15, 5, 5),
     view="crop",
+    prepare=plain_experts,
 )
 add(
     "inkling2",
@@ -1166,6 +1195,7 @@ add(
     tokens=(16,) * 3,
     kept=(5,) * 3,
     since="5.23.0",
+    prepare=double_router,
 )
 add(
     "granite4_vision",
@@ -1197,4 +1227,5 @@ add(
     budget=2,
     view="crop",
     features=lambda output: torch.cat(list(output.deepstack_features[0][1])),
+    put_features=lambda encoded, chosen: setattr(encoded, "deepstack_features", [(0, chosen)]),
 )
