@@ -92,7 +92,7 @@ class TowerEncoding:
         self.inputs, self.settings = inputs, model.config.prunesid_config
         if self.keeps_fed:  # a PruneSIDConfig
             model.config.check_settings()
-        self.projector = getattr(model, model.projector)
+        self.projector = getattr(model, model.projector_name)
         self.information = model.video_information if modality == "video" else view_information
         self.tower = getattr(model, model.towers[modality]) if model.towers else None
         self.num_prefix = self.num_fed = 0  # tokens before the patches: in the tower, and fed to the language model

@@ -37,15 +37,19 @@ FAMILIES = {
     "mistral3": "Mistral3",
     "mistral_large4": "MistralLarge4",
     "molmo2": "Molmo2",
+    "nemotron_h_omni": "NemotronHOmni",
     "ovis2": "Ovis2",
     "paligemma": "PaliGemma",
     "perception_lm": "PerceptionLM",
+    "pp_chart2table": "PPChart2Table",
     "qianfan_ocr": "QianfanOCR",
     "qwen2_5_vl": "Qwen2_5_VL",
     "qwen2_vl": "Qwen2VL",
     "qwen3_vl": "Qwen3VL",
     "smolvlm": "SmolVLM",
     "step3p7": "Step3p7",
+    "unlimited_ocr": "UnlimitedOcr",
+    "video_llama_3": "VideoLlama3",
     "video_llava": "VideoLlava",
     "vipllava": "VipLlava",
 }
@@ -53,7 +57,13 @@ FAMILIES = {
 # Families of ours, which no Transformers has.
 _OWN = ("mini_gemini",)
 # The first release that was seen to have a family; the others are in 5.18.0, the oldest that is supported.
-_RELEASES = {family: "5.23.0" for family in ("granite_docling", "inkling2", "mistral_large4", "molmo2")}
+_RELEASES = {
+    "granite_docling": "5.23.0",
+    "inkling2": "5.23.0",
+    "mistral_large4": "5.22.0",
+    "molmo2": "5.20.0",
+    "unlimited_ocr": "5.20.0",
+}
 
 _CROSS_ATTENTION = "its language model reads the image through cross-attention, so that no token of the prompt is one"
 _ENCODER_DECODER = "it is an encoder-decoder, whose prompt holds no visual tokens that could leave"

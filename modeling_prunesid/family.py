@@ -56,7 +56,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     towers: dict[str, str] = {}
     # A module that maps each token for itself, so that only kept tokens need to go through it. Without a tower, tokens
     # are compared as they enter it; without either, as they enter the language model.
-    projector: str | None = None
+    projector_name: str | None = None
     # How tokens are chosen before the projector.
     encoding_class = TowerEncoding
     # Further arguments of ours that `forward` and `get_*_features` take, which `views` reads.
@@ -113,6 +113,10 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         short = min(resolve_budget(self.config.prunesid_config.budget, full), full)
         return any(all(length % tokens == 0 for length in run_lengths) for tokens in (full, short))
 
+    def complete(self, modality: str, output: Any, inputs: dict[str, Any]) -> Any:
+        """Does to upstream's output what its `forward` does to it besides, by arguments among `own_arguments`."""
+        return output
+
     def get_image_features(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
         """Upstream's, of the kept tokens alone. See [`PrunedModelMixin`]."""
         return self._encode("image", super().get_image_features, num_visual_tokens, inputs)
@@ -162,15 +166,15 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         if num_visual_tokens is _ALL_TOKENS:
             return encode(**inputs)
         if self.is_off(num_visual_tokens):
-            output = encode(**inputs)
-        elif self.projector is not None:
+            output = self.complete(modality, encode(**inputs), given)
+        elif self.projector_name is not None:
             output = self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)
         else:
             self.config.check_settings()
             own_class: Any = type(self)
             is_nested = modality == "video" and _encodes_as_images(own_class)
             output = encode(**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {}))
-            output = self.keep_tokens(modality, output, num_visual_tokens, given)
+            output = self.keep_tokens(modality, self.complete(modality, output, given), num_visual_tokens, given)
         if vars(self).pop("_says_what_it_keeps", False):
             self._say_what_is_kept(modality, output)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -326,4 +330,5 @@ def _take_signatures(cls: type) -> None:
 @functools.cache
 def _encodes_as_images(cls: type) -> bool:
     """Whether upstream's encoder of videos calls that of images, by the name that we override."""
-    return "self.get_image_features(" in inspect.getsource(stock_class(cls).get_video_features)
+    encode = getattr(stock_class(cls), "get_video_features", None)
+    return encode is not None and "self.get_image_features(" in inspect.getsource(encode)
