@@ -86,7 +86,7 @@ class TowerEncoding:
         self.inputs, self.settings = inputs, model.config.prunesid_config
         if self.keeps_fed:  # a PruneSIDConfig
             model.config.check_settings()
-        self.projector = getattr(model, model.projector)
+        self.projector = getattr(model, model.projector_name)
         self.lambda_of_share = model.lambda_of_share
         self.information = model.video_information if modality == "video" else view_information
         self.tower = getattr(model, model.towers[modality]) if model.towers else None

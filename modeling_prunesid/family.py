@@ -51,9 +51,9 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     pools_tensor: Sequence[str] = ()
     # The vision tower of each modality, where tokens are compared in it.
     towers: dict[str, str] = {}
-    # A module that maps each token for itself, so that only kept tokens need to go through it. Without a tower, tokens
+    # The module that maps each token for itself, so that only kept tokens need to go through it. Without a tower, tokens
     # are compared as they enter it; without either, as they enter the language model.
-    projector: str | None = None
+    projector_name: str | None = None
     # How tokens are chosen before the projector.
     encoding_class = TowerEncoding
     # lambda is 18 N/T where the configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
@@ -156,7 +156,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             return encode(**inputs)
         if self.is_off(num_visual_tokens):
             output = encode(**inputs)
-        elif self.projector is not None:
+        elif self.projector_name is not None:
             output = self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)
         else:
             self.config.check_settings()

@@ -36,7 +36,7 @@ class PruneSIDLlavaNextModel(PrunedModelMixin, LlavaNextModel):
 
     config_class = PruneSIDLlavaNextConfig
     towers = {"image": "vision_tower"}
-    projector = "multi_modal_projector"
+    projector_name = "multi_modal_projector"
 
     def views(self, modality, inputs, sizes):
         vision = self.config.vision_config

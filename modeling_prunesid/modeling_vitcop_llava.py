@@ -161,7 +161,7 @@ class ViTCoPLlavaModel(CoPrunedModelMixin, PrunedModelMixin, LlavaModel):
 
     config_class = ViTCoPLlavaConfig
     towers = {"image": "vision_tower"}
-    projector = "multi_modal_projector"
+    projector_name = "multi_modal_projector"
     encoding_class = _SalientEncoding
     _first_rule = staticmethod(merge_clusters)
 
