@@ -51,8 +51,9 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     pools_tensor: Sequence[str] = ()
     # The vision tower of each modality, where tokens are compared in it.
     towers: dict[str, str] = {}
-    # The module that maps each token for itself, so that only kept tokens need to go through it. Without a tower, tokens
-    # are compared as they enter it; without either, as they enter the language model.
+    # The module that maps each token for itself, so that only kept tokens need to go through it. Without a tower,
+    # tokens are compared as they enter it; without either, as they enter the language model. Not `projector`: that
+    # is what several stock models call the module itself.
     projector_name: str | None = None
     # How tokens are chosen before the projector.
     encoding_class = TowerEncoding
@@ -146,7 +147,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
 
     def num_images(self, inputs: dict[str, Any]) -> int:
         """How many images there are among the arguments of `forward`."""
-        names = ("image_grid_thw", "image_sizes", "pixel_values", "pixel_values_images")
+        names = ("image_grid_thw", "target_sizes", "image_sizes", "pixel_values", "pixel_values_images")
         return len(next(inputs[name] for name in names if inputs.get(name) is not None))
 
     def _encode(self, modality: str, encode, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):

@@ -44,8 +44,12 @@ class GridModelMixin(PrunedModelMixin):
 class GridProcessorMixin(PrunedProcessorMixin):
     """A view is a temporal slice of a grid, each with a run of its own or all in one."""
 
+    def num_slices(self, modality: str, inputs: dict[str, Any], index: int) -> int:
+        """As [`GridModelMixin.slices`], of one input."""
+        return int(inputs[f"{modality}_grid_thw"][index][0])
+
     def view_lengths(self, modality, inputs, index, runs):
-        slices = int(inputs[f"{modality}_grid_thw"][index][0])
+        slices = self.num_slices(modality, inputs, index)
         return [sum(runs) // slices] * slices
 
 

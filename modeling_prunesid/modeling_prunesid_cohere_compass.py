@@ -1,4 +1,4 @@
-"""Cohere Compass with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
+"""Cohere Compass with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
 from transformers import (
     CohereCompassConfig,

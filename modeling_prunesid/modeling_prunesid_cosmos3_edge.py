@@ -1,4 +1,4 @@
-"""Cosmos3-Edge with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
+"""Cosmos3-Edge with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
 from transformers import (
     Cosmos3EdgeConfig,

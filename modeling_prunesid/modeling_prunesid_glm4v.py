@@ -1,4 +1,4 @@
-"""GLM-4.1V with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
+"""GLM-4.1V with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
 from transformers import (
     Glm4vConfig,

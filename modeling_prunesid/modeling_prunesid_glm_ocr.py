@@ -1,4 +1,4 @@
-"""GLM-OCR with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
+"""GLM-OCR with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
 from transformers import (
     Glm46VProcessor,

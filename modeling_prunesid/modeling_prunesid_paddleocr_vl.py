@@ -1,4 +1,4 @@
-"""PaddleOCR-VL with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
+"""PaddleOCR-VL with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
 from transformers import (
     GenerationMixin,

@@ -1,4 +1,4 @@
-"""Qwen3-Omni's thinker with PruneSID: tokens are chosen behind the patch merger and keep their positions in the full prompt."""
+"""Qwen3-Omni's thinker with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
 from transformers import (
     GenerationMixin,

@@ -307,3 +307,6 @@ for name, vision, text in (
         mrope=True,
         settings={"min_budget": None},
     )
+
+
+import families_grids  # noqa: E402, F401
