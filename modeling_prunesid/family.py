@@ -16,12 +16,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from .attention import encode_with_attention, pool_consecutive
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
 from .compression import CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, table_of
 from .generation import CompressedGenerationMixin
 from .hub import AutoModelMixin, HubModelMixin
+from .methods import needs_of
 from .upstream import like_upstream
 
 
@@ -162,12 +164,35 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         else:
             self.config.check_settings()
             is_nested = modality == "video" and _encodes_as_images(type(self))
-            output = encode(**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {}))
-            output = self.keep_tokens(modality, output, num_visual_tokens, inputs)
+            arguments, patches = {**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {})}, None
+            if "attention" in needs_of(self.config.prunesid_config):
+                output, patches = encode_with_attention(self, modality, encode, arguments)
+            else:
+                output = encode(**arguments)
+            output = self.keep_tokens(modality, output, num_visual_tokens, inputs, patches)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def keep_tokens(self, modality: str, output: Any, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
-        """Upstream's output with the kept rows alone, chosen by the features that enter the language model."""
+    def pool_attention(
+        self, patches: torch.Tensor, modality: str, inputs: dict[str, Any], num_tokens: int
+    ) -> torch.Tensor:
+        """
+        The attention `(num_tokens,)` that the tokens of all views receive, of that of the patches `(patches,)` of the
+        tower, in the tower's order. By default a token is merged from patches that lie one behind the other.
+        """
+        return pool_consecutive(patches, num_tokens)
+
+    def keep_tokens(
+        self,
+        modality: str,
+        output: Any,
+        num_visual_tokens: NumVisualTokens,
+        inputs: dict[str, Any],
+        patches: torch.Tensor | None = None,
+    ):
+        """
+        Upstream's output with the kept rows alone, chosen by the features that enter the language model, and by the
+        attention that the `patches` `(patches,)` of the tower receive, if the method reads it.
+        """
         settings, features = self.config.prunesid_config, list(output.pooler_output)
         sizes = [len(own) for own in features]
         views = [as_views(own) for own in self.views(modality, inputs, sizes)]
@@ -178,13 +203,17 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         starts = itertools.accumulate(sizes, initial=0)
         rows = [view.rows + start for own, start in zip(views, starts) for view in own]
         table, lengths = table_of(rows), [len(own) for own in rows]
-        compared = torch.cat(features).detach()
+        compared, attention = torch.cat(features).detach(), None
+        if patches is not None:
+            attention = self.pool_attention(patches, modality, inputs, sum(lengths)).split(lengths)
+            attention = torch.nn.utils.rnn.pad_sequence(attention, batch_first=True)
         indices, counts = choose_tokens(
             settings,
             compared[table.to(compared.device, non_blocking=True)],
             lengths,
             num_tokens,
             budgets,
+            attention=attention,
             lambda_of_share=self.lambda_of_share,
             information=self.video_information if modality == "video" else view_information,
         )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from .attention import from_windows, pool_blocks, tower_of
 from .configuration_prunesid import NestsPruneSIDConfig
 from .family import PrunedModelMixin
 from .processing import PrunedProcessorMixin
@@ -39,6 +40,15 @@ class GridModelMixin(PrunedModelMixin):
 
     def views(self, modality, inputs, sizes):
         return [[size // count] * count for size, count in zip(sizes, self.slices(modality, inputs))]
+
+    # Whether the tower has patches in the order of the picture, not merged ones one behind the other.
+    has_raster_patches = False
+
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        grids = inputs[f"{modality}_grid_thw"]
+        if self.has_raster_patches:
+            return pool_blocks(patches, grids, num_tokens)
+        return from_windows(tower_of(self), super().pool_attention(patches, modality, inputs, num_tokens), grids)
 
 
 class GridProcessorMixin(PrunedProcessorMixin):

@@ -33,7 +33,7 @@ def method_of(name: str, field: str = "prunesid_config.method") -> Callable:
 
 
 def needs_of(settings: Any) -> frozenset[str]:
-    """What of a `Context` the method of the settings reads: `"cls_attention"`, `"projected"`, `"keys"`."""
+    """What of a `Context` the method of the settings reads: `"cls_attention"`, `"attention"`, `"projected"`, ..."""
     return _module_of(settings.method).needs(settings.method_settings or {})
 
 

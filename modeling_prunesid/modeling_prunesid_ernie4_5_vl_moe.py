@@ -1,5 +1,6 @@
 """ERNIE 4.5 VL with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
+import torch
 from transformers import (
     Ernie4_5_VLMoeConfig,
     Ernie4_5_VLMoeForConditionalGeneration,
@@ -28,6 +29,16 @@ class PruneSIDErnie4_5_VLMoeModel(MRoPEModelMixin, GridModelMixin, Ernie4_5_VLMo
     def slices(self, modality, inputs):
         merged = self.config.vision_config.temporal_merge_size if modality == "video" else 1
         return [frames // merged for frames in super().slices(modality, inputs)]
+
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        if modality == "image":
+            return super().pool_attention(patches, modality, inputs, num_tokens)
+        vision, pooled = self.config.vision_config, []
+        grids = inputs["video_grid_thw"]
+        for own, frames in zip(patches.split(grids.prod(-1).tolist()), grids[:, 0].tolist()):
+            merged = own.view(frames // vision.temporal_merge_size, vision.temporal_merge_size, -1)
+            pooled.append(merged.mean(1).view(-1, vision.spatial_merge_size**2).mean(1))
+        return torch.cat(pooled)
 
 
 class PruneSIDErnie4_5_VLMoeForConditionalGeneration(

@@ -27,6 +27,7 @@ class PruneSIDHunYuanVLModel(MRoPEModelMixin, GridModelMixin, HunYuanVLModel):
     """
 
     config_class = PruneSIDHunYuanVLConfig
+    has_raster_patches = True
     has_text_axis = False
 
     @property

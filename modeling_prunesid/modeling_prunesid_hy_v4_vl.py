@@ -27,6 +27,7 @@ class PruneSIDHYV4VLModel(MRoPEModelMixin, GridModelMixin, HYV4VLModel):
     """
 
     config_class = PruneSIDHYV4VLConfig
+    has_raster_patches = True
 
     def views(self, modality, inputs, sizes):
         merged, views = self.config.vision_config.spatial_merge_size, []

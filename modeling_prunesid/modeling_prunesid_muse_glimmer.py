@@ -22,6 +22,7 @@ class PruneSIDMuseGlimmerModel(GridModelMixin, MuseGlimmerModel):
     """[`MuseGlimmerModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDMuseGlimmerConfig
+    has_raster_patches = True
 
 
 class PruneSIDMuseGlimmerForConditionalGeneration(

@@ -22,6 +22,7 @@ class PruneSIDMuseSparkModel(GridModelMixin, MuseSparkModel):
     """[`MuseSparkModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDMuseSparkConfig
+    has_raster_patches = True
 
 
 class PruneSIDMuseSparkForConditionalGeneration(

@@ -23,6 +23,7 @@ class PruneSIDPaddleOCRVLModel(MRoPEModelMixin, GridModelMixin, PaddleOCRVLModel
     """[`PaddleOCRVLModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDPaddleOCRVLConfig
+    has_raster_patches = True
 
 
 class PruneSIDPaddleOCRVLForConditionalGeneration(
