@@ -89,7 +89,6 @@ class TowerEncoding:
         if self.keeps_fed:  # a PruneSIDConfig
             model.config.check_settings()
         self.projector = getattr(model, model.projector_name)
-        self.lambda_of_share = model.lambda_of_share
         self.information = model.video_information if modality == "video" else view_information
         self.tower = getattr(model, model.towers[modality]) if model.towers else None
         self.num_prefix = self.num_fed = 0  # tokens before the patches: in the tower, and fed to the language model
@@ -283,7 +282,6 @@ class TowerEncoding:
             self.budgets,
             full_view=self.full_view,
             extra_kept=self.num_extra,
-            lambda_of_share=self.lambda_of_share,
             attention=attention,
             projected=projected,
             information=self.information,

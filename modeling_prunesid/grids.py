@@ -31,8 +31,6 @@ class GridModelMixin(PrunedModelMixin):
     Qwen2-VL has the same, but lambda never falls below 1, and its rho is about half the true one.
     """
 
-    lambda_of_share = True
-
     def slices(self, modality: str, inputs: dict[str, Any]) -> list[int]:
         """In how many slices of equal length the tokens of each input lie one behind the other; none if unknown."""
         grids = inputs.get(f"{modality}_grid_thw")

@@ -24,7 +24,6 @@ class PruneSIDMiniCPMV4_7Model(MRoPEModelMixin, PrunedModelMixin, MiniCPMV4_7Mod
     """[`MiniCPMV4_7Model`] with compressing `get_*_features`; a view is a slice of an image or frame."""
 
     config_class = PruneSIDMiniCPMV4_7Config
-    lambda_of_share = True
 
     def slices(self, modality, inputs):
         return []

@@ -113,7 +113,7 @@ class MRoPEModelMixin(CompressedModelMixin):
     def _has_every_view(self, inputs: dict[str, Any]) -> bool:
         """Whether there is a view for every placeholder of the prompt."""
         outputs = inputs.get("mm_encoder_outputs") or {}
-        features = sum(len(view) for output in outputs.values() for view in output.pooler_output)
+        features = sum(len(view) for output in outputs.values() for view in self.features_of(output))
         placeholders = [
             self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
             for modality in ("image", "video")

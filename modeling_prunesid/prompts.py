@@ -189,6 +189,7 @@ def mark_kept_placeholders(
     num_placeholders: list[int],
     keep_indices: list[torch.LongTensor],
     modality: str = "image",
+    views: list[list[int]] | None = None,
 ) -> torch.BoolTensor | None:
     """
     Marks the columns of a prompt that remain.
@@ -199,6 +200,7 @@ def mark_kept_placeholders(
         keep_indices (`list[torch.LongTensor]`): the kept of these, N of each view. -1 stands for a token that has no
             placeholder of its own (the CLS token) and takes the view's first free one.
         modality (`str`): named in errors.
+        views (`list[list[int]]`, *optional*): tokens of each view of each input, one behind the other.
 
     Returns:
         A mask of the shape of `placeholders`, or None if the prompt has N placeholders for each view already.
@@ -232,16 +234,45 @@ def mark_kept_placeholders(
         return None
 
     flags = []
-    for total, kept in zip(num_placeholders, keep_indices):
+    columns = iter(placeholders.flatten().nonzero()[:, 0].split(num_placeholders))
+    for total, kept, own in zip(num_placeholders, keep_indices, views or [[]] * len(num_placeholders)):
         flag = torch.zeros(total, dtype=torch.bool, device=placeholders.device)
         flag[kept[kept >= 0].to(placeholders.device)] = True
         without_place = int((kept < 0).sum())
         if without_place:
             flag[(~flag).nonzero()[:without_place, 0]] = True
-        flags.append(flag)
+        flags.append(_level_runs(flag, next(columns), own))
     keep_mask = torch.ones_like(placeholders)
     keep_mask[placeholders] = torch.cat(flags)
     return keep_mask
+
+
+def _level_runs(flag: torch.BoolTensor, columns: torch.LongTensor, views: list[int]) -> torch.BoolTensor:
+    """
+    A processor cannot know which rows of a view keep tokens. Where text stands between the placeholders `columns` of a
+    view, they leave each run in equal shares, as in the prompts that it writes; what they hold stays in order.
+    """
+    starts = [0, *((columns.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(columns)]
+    first = 0
+    for length in views if len(starts) > 2 else ():
+        inside = [start for start in starts if first < start < first + length]
+        runs = torch.tensor([first, *inside, first + length]).diff().tolist()
+        if inside:
+            kept = largest_remainder(runs, int(flag[first : first + length].sum()))
+            levelled = [torch.arange(run) < count for run, count in zip(runs, kept)]
+            flag[first : first + length] = torch.cat(levelled).to(flag.device)
+        first += length
+    return flag
+
+
+def largest_remainder(sizes: list[int], total: int) -> list[int]:
+    """Shares out `total` in proportion to `sizes`, none above its size; equal remainders go to the earlier one."""
+    whole = sum(sizes)
+    shares = [size * total // whole for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda index: -(sizes[index] * total % whole))
+    for index in by_remainder[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
 
 
 def is_flat(mask: Any) -> bool:
