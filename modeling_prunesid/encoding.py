@@ -5,15 +5,17 @@ Hooks read the hidden states that are compared when the tower has run; when the 
 chosen, and only the kept ones go through it.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .attention import layer_of_states, watch_attention
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
 from .methods import needs_of, options_of
-from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
+from .tower import TowerStates, check_has_cls, count_prefix, layers_of, project_rows, resolve_layer, watch_tower
 
 
 def as_views(views: list[int] | list[View]) -> list[View]:
@@ -172,6 +174,11 @@ class TowerEncoding:
         return bool({"cls_attention", "keys"} & needs_of(self.settings))
 
     @property
+    def needs_attention(self) -> bool:
+        """Whether tokens are ranked by the attention that they receive from all others."""
+        return "attention" in needs_of(self.settings)
+
+    @property
     def compares_projected(self) -> bool:
         """Whether tokens are compared as the language model would get them, so that all of them are projected."""
         return "projected" in needs_of(self.settings)
@@ -186,6 +193,7 @@ class TowerEncoding:
         if self.budgets is None:
             return encode(**self.inputs)
         needs_hooks = self.tower is None or self.has_own_cls or self.needs_cls_attention or self.compares_projected
+        needs_hooks = needs_hooks or self.needs_attention
         if torch.compiler.is_compiling() and not needs_hooks:
             return self._run_without_hooks(encode)
         return self._run_watched(encode)
@@ -209,7 +217,14 @@ class TowerEncoding:
             self.selection_layer if self.needs_cls_attention else None,
             self.runs_whole,
         )
-        with watched as self.states, project_rows(self.projector, self._choose_rows) as result:
+        attention = contextlib.nullcontext([])
+        if self.needs_attention:
+            attention = watch_attention(layer_of_states(layers_of(self.tower), self.selection_layer))
+        with (
+            watched as self.states,
+            attention as self.received,
+            project_rows(self.projector, self._choose_rows) as result,
+        ):
             output = encode(**self.inputs)
         return self._finish(output, result["projected"][:, 0] if self.has_own_cls else None)
 
@@ -224,6 +239,8 @@ class TowerEncoding:
             compared = states.hidden_states[self.selection_layer][:, self.num_prefix :]
             if states.cls_attention is not None:
                 attention, keys = states.cls_attention[:, self.num_prefix :], states.keys[:, self.num_prefix :]
+            elif self.received:
+                attention = torch.cat(self.received)[:, self.num_prefix :]
             if self.has_own_cls:
                 cls = torch.cat([states.hidden_states[layer][:, :1] for layer in self.feature_layers], dim=-1)
                 features = torch.cat([cls, features], dim=1)
@@ -279,7 +296,7 @@ class TowerEncoding:
             self.budgets,
             full_view=self.full_view,
             extra_kept=self.num_extra,
-            cls_attention=attention,
+            attention=attention,
             projected=projected,
             keys=keys,
             information=self.information,

@@ -190,6 +190,7 @@ def positions(reference, row, ids, along, place):
     """The stock class's own positions of a full prompt, and the deltas behind it."""
     inputs = row.inputs([rows_of(row)[place]])
     names = inspect.signature(reference.model.get_rope_index).parameters
+    inputs["second_per_grids"] = inputs.get("video_second_per_grid")
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **along, **inputs}
     return reference.model.get_rope_index(**{name: value for name, value in arguments.items() if name in names})
 
@@ -278,7 +279,7 @@ def greedy(reference, row, arguments, place, full_length):
         return output[0, arguments["input_ids"].shape[1] :].tolist()
     own = rows_of(row)[place]
     ids = torch.tensor([write(row, own, [row.tokens[index] for index in own], place)])
-    delta = int(positions(reference, row, ids, row.along(ids), place)[1])
+    delta = positions(reference, row, ids, row.along(ids), place)[1].item()
     answer, arguments = [], {**arguments}
     for step in range(NEW_TOKENS):
         answer.append(int(reference(**fresh(arguments)).logits[0, -1].argmax()))
