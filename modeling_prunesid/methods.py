@@ -24,6 +24,7 @@ METHODS: dict[str, Callable] = {
 # A configuration knows methods by name alone: pickled by value, as vLLM does, it takes no selector along.
 NAMES = tuple(METHODS)
 DEFAULT_METHOD = NAMES[0]
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 def method_of(name: str, field: str = "prunesid_config.method") -> Callable:
@@ -100,4 +101,5 @@ def carried_source(name: str) -> str:
 
 def _module_of(name: str) -> Any:
     check_name(name)
-    return importlib.import_module(f"{__name__.rpartition('.')[0]}.method_{name}")
+    module = f"{_PACKAGE}.method_{name}"
+    return sys.modules[module] if module in sys.modules else importlib.import_module(module)

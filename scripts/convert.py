@@ -84,8 +84,8 @@ def families() -> dict[str, type]:
 
 def find_family(checkpoint: str, revision: str | None = None, keeps_settings: bool = False) -> type:
     """
-    Our class for a checkpoint, by the `model_type` in its config.json; with `keeps_settings` also one that drops tokens
-    between layers.
+    Our class for a checkpoint, by the `model_type` in its config.json; with `keeps_settings` also one that drops
+    tokens between layers.
 
     Raises:
         `ValueError`: if the checkpoint is of no supported family.
