@@ -1,5 +1,7 @@
 """Which families there are, which Transformers has them, and what does not fit. It does not travel with a repo."""
 
+from packaging.version import Version
+from transformers import __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 
@@ -78,9 +80,24 @@ FAMILIES = {
 
 # Families of ours, which no Transformers has.
 _OWN = ("mini_gemini",)
-# The first release that was seen to have a family; the others are in 5.18.0, the oldest that is supported.
-_NEW_IN_5_23 = ("dots3_note", "granite_docling", "inkling2", "lfm3_vl", "mistral_large4", "molmo2", "muse_spark")
-_RELEASES = {**{family: "5.23.0" for family in _NEW_IN_5_23}, "hy_v4_vl": "5.24.0"}
+# The first release that was seen to have a family as it is declared; the others are in 5.18.0, the oldest supported.
+_RELEASES = {
+    **{
+        family: "5.23.0"
+        for family in (
+            "dots3_note",
+            "granite_docling",
+            "inkling2",
+            "lfm3_vl",
+            "mistral_large4",
+            "molmo2",
+            "muse_spark",
+            "qwen2_5_omni_thinker",  # one class for head and base before
+            "qwen3_omni_moe_thinker",
+        )
+    },
+    "hy_v4_vl": "5.24.0",
+}
 
 _CROSS_ATTENTION = "its language model reads the image through cross-attention, so that no token of the prompt is one"
 _ENCODER_DECODER = "it is an encoder-decoder, whose prompt holds no visual tokens that could leave"
@@ -115,6 +132,6 @@ UNSUPPORTED = {
 
 def release_with(family: str) -> str | None:
     """The release that has a family which the installed Transformers lacks; None where it has it."""
-    if family in CONFIG_MAPPING_NAMES or family in _OWN:
-        return None
-    return _RELEASES.get(family, "5.18.0")
+    release = _RELEASES.get(family, "5.18.0")
+    is_new_enough = Version(Version(__version__).base_version) >= Version(release)
+    return None if family in _OWN or (family in CONFIG_MAPPING_NAMES and is_new_enough) else release
