@@ -81,15 +81,42 @@ def _read(module, query, key, value, attention_mask=None, scaling=None, **kwargs
 AttentionInterface.register(_NAME, _read)
 
 
-def _attention_of(layer: nn.Module) -> nn.Module:
-    for name, module in layer.named_modules():
+def _attention_of(layer: nn.Module) -> nn.Module | None:
+    """The module of a layer that calls one of Transformers' attention functions."""
+    for module in layer.modules():
         has_name = getattr(getattr(module, "config", None), "_attn_implementation", None) is not None
-        if "att" in name.lower() and has_name:
+        if "Attention" in type(module).__name__ and has_name:
             return module
-    raise ValueError(
-        f"score='attention' needs a vision tower whose attention is one of Transformers' attention functions; that of "
-        f"{type(layer).__name__} is not. Use score='component'."
-    )
+    return None
+
+
+def attending_layer(tower: nn.Module, layer: int) -> nn.Module:
+    """
+    The layer of a tower that gives the hidden states of an index.
+
+    Args:
+        tower (`nn.Module`): a vision tower of Transformers.
+        layer (`int`): `prunesid_config.layer`.
+
+    Raises:
+        `ValueError`: for a layer whose attention cannot be read, or is within windows, with the nearest that is fit.
+    """
+    layers = layers_of(tower)
+    index = resolve_layer(layer, len(layers), "prunesid_config.layer")
+    whole = getattr(tower.config, "fullatt_block_indexes", range(len(layers)))
+    fit = [place + 1 for place in whole if _attention_of(layers[place]) is not None]
+    if not fit:
+        raise ValueError(
+            f"score='attention' needs a vision tower that calls Transformers' attention functions, which "
+            f"{type(tower).__name__} does not. Use score='component'."
+        )
+    if index not in fit:
+        nearest = min(fit, key=lambda place: abs(place - index))
+        raise ValueError(
+            f"prunesid_config.layer={layer} does not attend from each token to the whole image, so that score="
+            f"'attention' cannot rank by it. The nearest layer that does is {nearest}. Set layer={nearest}."
+        )
+    return layers[index - 1]
 
 
 @contextmanager
@@ -97,12 +124,13 @@ def watch_attention(layer: nn.Module):
     """
     While upstream runs a layer of a tower, reads the attention that its tokens receive.
 
+    Args:
+        layer (`nn.Module`): of [`attending_layer`].
+
     Yields:
         `list[torch.Tensor]`, which is filled with `(batch, tokens)` of each call of the attention function: one for
         all views, or one for each sequence of a packed batch.
 
-    Raises:
-        `ValueError`: for a layer whose attention is not one of Transformers' attention functions.
     """
     module, received = _attention_of(layer), []
     with _lock:
@@ -124,13 +152,6 @@ def watch_attention(layer: nn.Module):
                 module.config = own
 
 
-def layer_of_states(layers: nn.ModuleList, index: int) -> nn.Module:
-    """The layer of a tower that gives its hidden states of this index. `ValueError` for the embeddings."""
-    if index == 0:
-        raise ValueError("prunesid_config.layer=0 are the embeddings, which have no attention. Name a later layer.")
-    return layers[index - 1]
-
-
 @torch.compiler.disable
 def encode_with_attention(
     model: Any, modality: str, encode: Callable, inputs: dict[str, Any]
@@ -147,22 +168,10 @@ def encode_with_attention(
         settings, in the tower's order.
 
     Raises:
-        `ValueError`: for a layer without attention, or one that attends within windows.
+        `ValueError`: for a layer that `attending_layer` refuses.
     """
-    tower = tower_of(model)
-    layers, settings = layers_of(tower), model.config.prunesid_config
-    layer = resolve_layer(settings.layer, len(layers), "prunesid_config.layer")
-    with watch_attention(layer_of_states(layers, layer)) as received:
+    with watch_attention(attending_layer(tower_of(model), model.config.prunesid_config.layer)) as received:
         output = encode(**inputs)
-    grids = inputs.get(f"{modality}_grid_thw")
-    num_sequences = sum(len(part) for part in received)
-    if grids is not None and num_sequences > int(grids[:, 0].sum()):
-        full = [index + 1 for index in getattr(tower.config, "fullatt_block_indexes", [])]
-        nearest = min(full, key=lambda index: abs(index - layer), default=None)
-        raise ValueError(
-            f"prunesid_config.layer={settings.layer} attends within windows, so that its tokens cannot be ranked by "
-            f"score='attention'. The nearest layer that attends to whole images is {nearest}. Set layer={nearest}."
-        )
     return output, torch.cat([part.flatten() for part in received])
 
 

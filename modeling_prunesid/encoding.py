@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from .attention import layer_of_states, watch_attention
+from .attention import attending_layer, watch_attention
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
 from .methods import needs_of, options_of
-from .tower import TowerStates, check_has_cls, count_prefix, layers_of, project_rows, resolve_layer, watch_tower
+from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
 
 
 def as_views(views: list[int] | list[View]) -> list[View]:
@@ -219,7 +219,7 @@ class TowerEncoding:
         )
         attention = contextlib.nullcontext([])
         if self.needs_attention:
-            attention = watch_attention(layer_of_states(layers_of(self.tower), self.selection_layer))
+            attention = watch_attention(attending_layer(self.tower, self.settings.layer))
         with (
             watched as self.states,
             attention as self.received,

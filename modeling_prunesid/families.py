@@ -1,5 +1,7 @@
 """Which families there are, which Transformers has them, and what does not fit. It does not travel with a repo."""
 
+from packaging.version import Version
+from transformers import __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 
@@ -82,7 +84,7 @@ FAMILIES = {
 
 # Families of ours, which no Transformers has.
 _OWN = ("mini_gemini",)
-# The first release that was seen to have a family; the others are in 5.18.0, the oldest that is supported.
+# The first release that was seen to have a family as it is declared; the others are in 5.18.0, the oldest supported.
 _RELEASES = {
     "dots3_note": "5.23.0",
     "granite_docling": "5.23.0",
@@ -92,6 +94,8 @@ _RELEASES = {
     "mistral_large4": "5.22.0",
     "molmo2": "5.20.0",
     "muse_spark": "5.23.0",
+    "qwen2_5_omni_thinker": "5.23.0",  # one class for head and base before
+    "qwen3_omni_moe_thinker": "5.23.0",
     "unlimited_ocr": "5.20.0",
 }
 
@@ -128,6 +132,6 @@ UNSUPPORTED = {
 
 def release_with(family: str) -> str | None:
     """The release that has a family which the installed Transformers lacks; None where it has it."""
-    if family in CONFIG_MAPPING_NAMES or family in _OWN:
-        return None
-    return _RELEASES.get(family, "5.18.0")
+    release = _RELEASES.get(family, "5.18.0")
+    is_new_enough = Version(Version(__version__).base_version) >= Version(release)
+    return None if family in _OWN or (family in CONFIG_MAPPING_NAMES and is_new_enough) else release

@@ -190,7 +190,7 @@ def layers_of(tower: nn.Module) -> nn.ModuleList:
     num_layers = getattr(tower.config, "num_hidden_layers", None) or getattr(tower.config, "depth", None)
     for module in tower.modules():
         is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
-        if is_list and any("att" in name.lower() for name, _ in module[0].named_modules()):  # no list of mergers
+        if is_list and any("Attention" in type(part).__name__ for part in module.modules()):  # no list of mergers
             return module
     raise ValueError(
         f"vision_tower of type {type(tower).__name__} has no list of its {num_layers} layers; PruneSID supports "

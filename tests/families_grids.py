@@ -241,6 +241,7 @@ for name, audio in (
         along=no_types,
         mrope=True,
         needs_types=False,
+        since="5.23.0",
     )
 add_grids(
     "ernie4_5_vl_moe",
@@ -416,7 +417,7 @@ add_grids(
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "num_key_value_heads": 2,
-            "layer_types": None,
+            "layer_types": ["conv", "full_attention"],
         },
         "text_config": {**TEXT, "model_type": "lfm3", "layer_types": ["conv", "full_attention"]},
         "projector_hidden_size": 32,
