@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convert import find_place
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlavaImageProcessorPil
 
 from modeling_prunesid import MiniGeminiConfig, MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from prunesid_cli.convert import find_place
 
 
 LANGUAGE_MODELS = {"mgm": "llama", "mgm_gemma": "gemma", "mgm_mistral": "mistral"}

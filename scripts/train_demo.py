@@ -37,11 +37,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from lines import append_to, count_lines, read_lines
-from parts import vision_tower
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scenes import (
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (
+    AttentionInterface,
+    CLIPImageProcessorPil,
+    Dinov2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from modeling_prunesid import (
+    PruneSIDLlavaConfig,
+    PruneSIDLlavaForConditionalGeneration,
+    PruneSIDLlavaProcessor,
+)
+from prunesid_cli.embedded import FOLDER, TOWER, TRAINED, link_code
+from prunesid_cli.lines import append_to, count_lines, read_lines
+from prunesid_cli.parts import vision_tower
+from prunesid_cli.scenes import (
     COLOURS,
     DIGITS,
     KINDS,
@@ -59,26 +79,6 @@ from scenes import (
     ask,
     make_scene,
     rephrase,
-)
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordLevel
-from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    CLIPImageProcessorPil,
-    Dinov2Config,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
-
-from embedded import FOLDER, TOWER, TRAINED, link_code
-from modeling_prunesid import (
-    PruneSIDLlavaConfig,
-    PruneSIDLlavaForConditionalGeneration,
-    PruneSIDLlavaProcessor,
 )
 
 

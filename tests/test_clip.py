@@ -11,7 +11,7 @@ from test_video_llava import BUDGET, FED, FRAMES, VIDEO, batch, build, clips, ro
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import clip
+from prunesid_cli import clip
 
 
 def write_video(path, num_frames):

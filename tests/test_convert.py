@@ -31,9 +31,8 @@ from modeling_prunesid.selection import information_budgets, redundancy
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import calibrate
-import convert
-from baselines import applied
+from prunesid_cli import calibrate, convert
+from prunesid_cli.baselines import applied
 
 
 SCRIPTS = Path(convert.__file__).parent

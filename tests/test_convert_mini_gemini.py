@@ -19,8 +19,9 @@ from modeling_prunesid import MiniGeminiForConditionalGeneration, MiniGeminiProc
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import convert  # noqa: E402
 import convert_mini_gemini  # noqa: E402
+
+from prunesid_cli import convert  # noqa: E402
 
 
 NUM_WORDS = 120

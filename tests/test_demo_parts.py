@@ -21,10 +21,7 @@ from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import assemble
-import demo
-import measuring
-import parts
+from prunesid_cli import assemble, demo, measuring, parts
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[1]
 PUBLISH = """
 import json, sys
 from pathlib import Path
-import convert
+from prunesid_cli import convert
 from huggingface_hub import ModelCard
 from tiny_checkpoint import CARD, build_processor, save_checkpoint
 from transformers import LlavaForConditionalGeneration
-from verify import answer
+from prunesid_cli.verify import answer
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
 
 save_checkpoint(Path("stock"))
@@ -61,7 +61,7 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 sys.path.insert(0, SCRIPTS)
-from verify import QUESTION, answer
+from prunesid_cli.verify import QUESTION, answer
 
 report = {}
 for repo in ("owner/thin", "owner/full"):
@@ -108,7 +108,7 @@ LOAD_OFFLINE = """
 import json, sys
 sys.path.insert(0, SCRIPTS)
 from transformers import AutoModel, AutoProcessor
-from verify import answer
+from prunesid_cli.verify import answer
 model = AutoModel.from_pretrained("owner/thin", trust_remote_code=True, local_files_only=True)
 print(json.dumps(answer(model, AutoProcessor.from_pretrained("owner/thin", trust_remote_code=True))))
 """

@@ -155,7 +155,7 @@ from tiny_checkpoint import build_processor, save_checkpoint
 from tiny import build, stock_twin
 from transformers import LlavaForConditionalGeneration
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration as Ours
-import convert
+from prunesid_cli import convert
 
 stock = LlavaForConditionalGeneration.from_pretrained(save_checkpoint(Path("stock")))
 commits = []

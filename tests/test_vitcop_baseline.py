@@ -16,8 +16,8 @@ from modeling_prunesid import (
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from baselines import applied
-from evaluate import repeat_views
+from prunesid_cli.baselines import applied
+from prunesid_cli.evaluate import repeat_views
 
 
 BUDGET = 12

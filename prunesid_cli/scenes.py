@@ -34,9 +34,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from images import open_image
-from parts import INTERIOR_PHOTOS, fetch
 from PIL import Image, ImageDraw, ImageFont
+
+from prunesid_cli.images import open_image
+from prunesid_cli.parts import INTERIOR_PHOTOS, fetch
 
 
 SIZE = 336

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import onnx
 import torch
-from images import open_image
 from onnx import numpy_helper
 from PIL import Image
 from transformers import (
@@ -39,6 +38,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from prunesid_cli.images import open_image
 
 
 @dataclass(frozen=True)

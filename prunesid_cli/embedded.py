@@ -20,13 +20,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import parts
 import torch
-from images import open_image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
+
+from prunesid_cli import parts
+from prunesid_cli.images import open_image
 
 
 FOLDER = Path(__file__).parents[1] / "embedded"

@@ -17,9 +17,7 @@ from pathlib import Path
 import av
 import torch
 import transformers
-from demo import ROUNDS, answer, load_assembled
 from matplotlib import pyplot
-from measuring import seconds_by_turns
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -30,6 +28,8 @@ from transformers import (
 )
 
 from modeling_prunesid import PruneSIDVideoLlavaConfig, PruneSIDVideoLlavaForConditionalGeneration
+from prunesid_cli.demo import ROUNDS, answer, load_assembled
+from prunesid_cli.measuring import seconds_by_turns
 
 
 NUM_FRAMES, FRAME_SIZE = 8, 224

@@ -38,20 +38,22 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
-from images import open_image
-from measuring import machine, peak_bytes, seconds_by_turns
+
+from prunesid_cli.images import open_image
+from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
 
 
 matplotlib.use("Agg")
 
 import torch
 import transformers
-from convert import parse_budget
 from matplotlib import pyplot
 from matplotlib.collections import LineCollection
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
+
+from prunesid_cli.convert import parse_budget
 
 
 SCENES = (("salient", 0), ("context", 0), ("context", 3))
@@ -93,7 +95,7 @@ def load_checkpoint(name: str):
 def load(arguments: argparse.Namespace):
     """The model and processor that the command line asks for."""
     if arguments.model is None:
-        from embedded import load_embedded
+        from prunesid_cli.embedded import load_embedded
 
         return load_embedded()
     if arguments.model == "assembled":
@@ -229,7 +231,7 @@ def time_assembled(picture: Image.Image, prompt: str, budgets: list) -> tuple[di
     Median milliseconds to the first token about a picture in each case of `list_runs`, of the parts that `assemble.py`
     puts together, and the weights of their language model.
     """
-    from assemble import assemble
+    from prunesid_cli.assemble import assemble
 
     model, processor = assemble(budget=64)
     processor.num_visual_tokens = None
@@ -259,8 +261,8 @@ def ask_scenes(model, processor, scenes: list, rows: list[dict]) -> list[dict]:
 
     Puts `right` and `asked` into the rows.
     """
-    from evaluate import answer as answer_chunk
-    from evaluate import build_chunk
+    from prunesid_cli.evaluate import answer as answer_chunk
+    from prunesid_cli.evaluate import build_chunk
 
     chunk = build_chunk(processor, model.device, 0, scenes, QUESTIONS)
     asked = [{"question": question.text, "true": question.answer} for question in chunk.questions]
@@ -394,7 +396,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     if arguments.video:
-        import clip
+        from prunesid_cli import clip
 
         arguments.prompt = arguments.prompt or PROMPT
         print(json.dumps(clip.run(arguments)))
@@ -404,12 +406,12 @@ def main() -> None:
     if arguments.image:
         pictures = {arguments.image: load_photograph(arguments.image)}
     elif arguments.model:
-        import parts
+        from prunesid_cli import parts
 
         every = parts.photographs()
         pictures = {name: every[name] for name in PHOTOGRAPHS}
     else:
-        from scenes import make_scene
+        from prunesid_cli.scenes import make_scene
 
         scenes = [make_scene(variant, "test", seed) for variant, seed in SCENES]
         pictures = {f"{scene.variant} {scene.seed}": scene.image for scene in scenes}

@@ -13,12 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-import parts
 import torch
 from transformers import CLIPImageProcessorPil
 from transformers.utils import logging
 
 from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
+from prunesid_cli import parts
 
 
 CHAT_TEMPLATE = """\

@@ -32,14 +32,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from convert import find_family, load_preset, parse_budget
-from images import open_image
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from modeling_prunesid import PruneSIDConfig
 from modeling_prunesid.checks import resolve_budget
 from modeling_prunesid.selection import information_budgets, redundancy
+from prunesid_cli.convert import find_family, load_preset, parse_budget
+from prunesid_cli.images import open_image
 
 
 INK, MUTED, FILL = "#1f2430", "#6b7280", "#3b6fb6"

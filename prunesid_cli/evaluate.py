@@ -61,19 +61,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from ablations import ablations
-from answer_statistics import fit_prior, summarise
-from baselines import METHODS, applied
-from evaluation_pages import table, write_pages
-from lines import append_to, read_lines
-from measuring import machine, peak_bytes, seconds_by_turns
-from scenes import SPLITS, VARIANTS, Question, Scene, ask, make_scene
-from tower_memo import remembered
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
 from modeling_prunesid.selection import redundancy
+from prunesid_cli.ablations import ablations
+from prunesid_cli.answer_statistics import fit_prior, summarise
+from prunesid_cli.baselines import METHODS, applied
+from prunesid_cli.evaluation_pages import table, write_pages
+from prunesid_cli.lines import append_to, read_lines
+from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
+from prunesid_cli.scenes import SPLITS, VARIANTS, Question, Scene, ask, make_scene
+from prunesid_cli.tower_memo import remembered
 
 
 BUDGETS = (192, 128, 64, 32, 16)
@@ -332,7 +332,7 @@ def list_cases(methods: Iterable[str], budgets: Iterable[int], patches: int) -> 
 def load_model(folder: str | Path | None):
     """The model and processor of `folder`, by default the embedded one; in float32, on the GPU if there is one."""
     if folder is None:
-        from embedded import complete
+        from prunesid_cli.embedded import complete
 
         folder = complete()
     model = PruneSIDLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)

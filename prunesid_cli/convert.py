@@ -35,12 +35,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
-from verify import answer
 
 import modeling_prunesid
 from modeling_prunesid import PruneSIDConfig
 from modeling_prunesid.generation import CompressedGenerationMixin
 from modeling_prunesid.publishing import check_base_is_public, push_folder
+from prunesid_cli.verify import answer
 
 
 _STAGING = ".convert-"

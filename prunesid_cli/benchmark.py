@@ -32,13 +32,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import Mock, patch
 
-from measuring import machine, peak_bytes, seconds_by_turns, spread  # first: it quietens PyTorch's profiler
+from prunesid_cli.measuring import (  # first: it quietens PyTorch's profiler
+    machine,
+    peak_bytes,
+    seconds_by_turns,
+    spread,
+)
 
 
 # isort: split
-import parts
 import torch
-from tower_memo import remembered
 from transformers import (
     AutoModel,
     CLIPVisionConfig,
@@ -64,6 +67,8 @@ from modeling_prunesid import (
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.tower import run_tower
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
+from prunesid_cli import parts
+from prunesid_cli.tower_memo import remembered
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
