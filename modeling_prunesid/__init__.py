@@ -37,6 +37,8 @@ from .modeling_vitcop_llava import (
 from .processing_mini_gemini import MiniGeminiProcessor
 
 
+__version__ = "0.2.0"
+
 _KINDS = ("Config", "Model", "ForConditionalGeneration", "Processor")
 
 __all__ = [

@@ -50,17 +50,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def import_command(name: str):
-    """The module of a command. `ValueError` if packages that it needs are not installed."""
-    try:
-        return importlib.import_module(f".{name}", __package__)
-    except ModuleNotFoundError as error:
-        missing, extra = str(error.name).partition(".")[0], COMMANDS[name][1]
-        if missing in OWN_PACKAGES or extra is None:
-            raise
-        raise ValueError(
-            f"this command needs the package {missing!r}, which is not installed. Install the extra {extra!r}: "
-            f'pip install "prunesid-transformers[{extra}]", from the checkout or wheel that you have.'
-        ) from error
+    return importlib.import_module(f".{name}", __package__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,6 +65,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         arguments = build_parser(name).parse_args(argv)
         report = import_command(arguments.command).run(arguments)
+    except ModuleNotFoundError as error:
+        missing, extra = str(error.name).partition(".")[0], None if name is None else COMMANDS[name][1]
+        if extra is None or missing in OWN_PACKAGES:
+            raise
+        fail(
+            f"prunesid {name}: this command needs the package {missing!r}, which is not installed. Install the extra "
+            f"{extra!r} of the checkout or wheel that you have, for example: pip install -e '.[{extra}]'"
+        )
     except (ValueError, OSError, SafetensorError) as error:
         fail(f"prunesid {name}: {error}")
     if report is not None:

@@ -1,8 +1,8 @@
-"""What a selector that is told where everything is drawn keeps of the accuracy: a ceiling beside `evaluate.py`.
+"""What a selector that is told where everything is drawn keeps of the accuracy: a ceiling beside `prunesid evaluate`.
 
 It knows the scene and not the question. In every round each printed text hands over four patches in reading order,
 each object the one that it covers most, each band of a material a random one, until the budget is met; what is left of
-it goes to random patches of the photograph. Scenes, questions, prompts and decoding are those of `evaluate.py`.
+it goes to random patches of the photograph. Scenes, questions, prompts and decoding are those of `prunesid evaluate`.
 
     python scripts/ceiling.py                                           # test scenes; some 10 minutes of one core
 """

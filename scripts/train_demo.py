@@ -21,7 +21,7 @@ as far as PyTorch can tell, and in float32 elsewhere: without them bfloat16 take
     python scripts/train_demo.py train WORK               # stop and start again at will; on 2 cores rather
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 scripts/train_demo.py train WORK
     python scripts/train_demo.py validate WORK            # accuracy by question type, all 576 tokens
-    python scripts/train_demo.py export WORK              # the Hub folder embedded/, which embedded.py completes
+    python scripts/train_demo.py export WORK              # the Hub folder embedded/, which `prunesid demo` completes
 """
 
 import argparse
@@ -652,7 +652,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, budget: int | None = Non
 
 
 def export(work: Path, folder: Path) -> None:
-    """Write the PruneSID Hub folder that `embedded.py` completes: all but the frozen tower.
+    """Write the PruneSID Hub folder that `prunesid demo` completes: all but the frozen tower.
 
     In this repository the folder's code files are links to the package.
     """

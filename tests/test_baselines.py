@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration
 from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.tower import run_tower
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from prunesid_cli.baselines import (
     METHODS,
     applied,

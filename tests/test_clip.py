@@ -1,16 +1,11 @@
 """The clip of the demo: frames as upstream samples them, and what is measured on a tiny Video-LLaVA."""
 
-import sys
-from pathlib import Path
-
 import av
 import numpy as np
 import pytest
 import torch
 from test_video_llava import BUDGET, FED, FRAMES, VIDEO, batch, build, clips, rows
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from prunesid_cli import clip
 
 

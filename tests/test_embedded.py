@@ -11,8 +11,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from prunesid_cli import embedded
 
 

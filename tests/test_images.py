@@ -1,15 +1,12 @@
 """Every script opens an image in one way, and says in a sentence what cannot be opened."""
 
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from prunesid_cli import images
 from prunesid_cli.images import open_image
 
