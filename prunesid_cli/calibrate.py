@@ -92,9 +92,9 @@ def recorded_views() -> Iterator[list[tuple[float, int]]]:
     """The redundancy and the number of tokens of every view whose dynamic budget is computed meanwhile."""
     views: list[tuple[float, int]] = []
 
-    def record(hidden_states: torch.Tensor) -> torch.Tensor:
-        rho = redundancy(hidden_states)
-        views.extend((value, hidden_states.shape[1]) for value in rho.tolist())
+    def record(hidden_states: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
+        rho = redundancy(hidden_states, lengths)
+        views.extend(zip(rho.tolist(), lengths or [hidden_states.shape[1]] * len(hidden_states)))
         return rho
 
     users = [

@@ -35,23 +35,19 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-import modeling_prunesid
-from modeling_prunesid import PruneSIDConfig, ViTCoPConfig
-from modeling_prunesid.generation import CompressedGenerationMixin
+from modeling_prunesid import (
+    LayerPrunedLlavaForConditionalGeneration,
+    PruneSIDConfig,
+    ViTCoPConfig,
+    ViTCoPLlavaForConditionalGeneration,
+)
+from modeling_prunesid.auto import head_of
 from modeling_prunesid.presets import check_model_type, read_preset
 from modeling_prunesid.publishing import check_base_is_public, push_folder
 from prunesid_cli.verify import answer
 
 
 _STAGING = ".convert-"
-
-
-def families() -> dict[str, type]:
-    """The supported stock `model_type`s, with our class for each of them."""
-    classes = [getattr(modeling_prunesid, name) for name in modeling_prunesid.__all__]
-    models = [model for model in classes if issubclass(model, CompressedGenerationMixin)]
-    models = [model for model in models if model.config_class.model_type.startswith("prunesid_")]
-    return {model.config_class.model_type.removeprefix("prunesid_"): model for model in models}
 
 
 def find_family(checkpoint: str, revision: str | None = None, method: str | None = "prunesid") -> type:
@@ -71,21 +67,20 @@ def find_family(checkpoint: str, revision: str | None = None, method: str | None
     if not fields:
         raise OSError(f"{checkpoint} has no config.json.")
     model_type = str(fields.get("model_type"))
-    supported = families()
-    vitcop = modeling_prunesid.ViTCoPLlavaConfig.model_type
-    if (method is None and model_type == vitcop) or (method == "vitcop" and model_type in ("llava", vitcop)):
-        return modeling_prunesid.ViTCoPLlavaForConditionalGeneration
+    vitcop, layer_pruned = ViTCoPLlavaForConditionalGeneration, LayerPrunedLlavaForConditionalGeneration
+    if model_type == vitcop.config_class.model_type or (method == "vitcop" and model_type == "llava"):
+        return vitcop
+    if model_type == layer_pruned.config_class.model_type:
+        return layer_pruned
     if model_type.startswith("mgm"):
         raise ValueError(
             f"{checkpoint} is a published checkpoint of Mini-Gemini (model_type {model_type!r}). Bring it into "
             "Transformers' layout first: scripts/convert_mini_gemini.py."
         )
-    if model_type.removeprefix("prunesid_") not in supported:
-        raise ValueError(
-            f"{checkpoint} is a checkpoint of model_type {model_type!r}, which PruneSID does not support. It supports "
-            f"{', '.join(sorted(supported))}."
-        )
-    return supported[model_type.removeprefix("prunesid_")]
+    try:
+        return head_of(model_type)
+    except AttributeError as error:  # the installed Transformers lacks it
+        raise ValueError(f"{checkpoint} cannot be loaded: {error}") from error
 
 
 def find_place(output: Path) -> tuple[Path, Path]:
@@ -267,8 +262,8 @@ def read_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None,
     settings, method = {}, "prunesid"
     if arguments.preset is not None:
         settings, method, _ = read_preset(arguments.preset)
-        if fields.get("model_type") in families():
-            check_model_type(arguments.preset, fields["model_type"])
+        model_class = find_family(arguments.model, arguments.revision, method)
+        check_model_type(arguments.preset, model_class.config_class.model_type)
     if arguments.budget is not None:
         settings["budget"] = arguments.budget
     if arguments.reference_information is not None:

@@ -12,9 +12,10 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, PretrainedConfig
+from transformers import AutoProcessor
 from transformers.utils import logging
 
+from modeling_prunesid import ViTCoPLlavaForConditionalGeneration
 from modeling_prunesid.presets import check_model_type, read_preset
 from prunesid_cli.convert import find_family, parse_budget
 from prunesid_cli.images import open_image
@@ -36,12 +37,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     method, settings = None, {}
     if arguments.preset is not None:
         settings, method, _ = read_preset(arguments.preset)
-        fields, _ = PretrainedConfig.get_config_dict(arguments.model)
-        check_model_type(arguments.preset, str(fields.get("model_type")))
     if arguments.budget is not None:
         settings["budget"] = arguments.budget
     model_class = find_family(arguments.model, method=method)
-    name = f"{method or ('vitcop' if 'ViTCoP' in model_class.__name__ else 'prunesid')}_config"
+    if arguments.preset is not None:
+        check_model_type(arguments.preset, model_class.config_class.model_type)
+    name = "vitcop_config" if model_class is ViTCoPLlavaForConditionalGeneration else "prunesid_config"
     model = model_class.from_pretrained(
         arguments.model, dtype="auto", device_map="auto", **({name: settings} if settings else {})
     )

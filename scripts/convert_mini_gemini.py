@@ -1,4 +1,4 @@
-"""Make a Mini-Gemini checkpoint in Transformers' conventions from a published one, for `prunesid convert` to go on with.
+"""Make a Mini-Gemini checkpoint in Transformers' conventions from a published one, for `prunesid convert`.
 
 The published checkpoints (MGM) hold the language model, the projectors, and in some of them the towers as they were
 trained; the other towers come from the checkpoints that MGM names: OpenAI's CLIP, and OpenCLIP's ConvNeXt
