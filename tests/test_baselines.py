@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration
 from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.tower import run_tower
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from baselines import (
+from prunesid_cli.baselines import (
     METHODS,
     applied,
     cdpruner,
@@ -38,8 +34,8 @@ from baselines import (
     visionzip,
     vispruner,
 )
-from baselines.encoder import View, encoder_method, top
-from baselines.llm import Row, llm_method, scaled_layer
+from prunesid_cli.baselines.encoder import View, encoder_method, top
+from prunesid_cli.baselines.llm import Row, llm_method, scaled_layer
 
 
 RELEASE = Path(__file__).parents[1] / "configuration" / "llava_1.5_64_release.json"

@@ -155,14 +155,14 @@ from tiny_checkpoint import build_processor, save_checkpoint
 from tiny import build, stock_twin
 from transformers import LlavaForConditionalGeneration
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration as Ours
-import convert
+from prunesid_cli.command import main
 
 stock = LlavaForConditionalGeneration.from_pretrained(save_checkpoint(Path("stock")))
 commits = []
 stock.push_to_hub("owner/base")
 commits.append(build_processor().push_to_hub("owner/base").oid)
 model = Ours.from_pretrained("owner/base", prunesid_config={"budget": 8})
-convert.main(["owner/base", "--budget", "8", "--thin", "--output", "converted"])
+main(["convert", "owner/base", "--budget", "8", "--thin", "--output", "converted"])
 commits.append(stock_twin(build(seed=1)).push_to_hub("owner/base").oid)  # main moves on
 model.save_pretrained("saved", thin=True)
 model.push_to_hub("owner/thin", thin=True)
@@ -191,7 +191,7 @@ def hub():
 @pytest.fixture(scope="module")
 def published(hub, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+    paths = [str(ROOT), str(ROOT / "tests")]
     script = f"import sys\nsys.path[:0] = {paths!r}\n{PUBLISH}"
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     return home, clean_process(script, home, **environment)

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from baselines import Method
-
 from modeling_prunesid import PruneSIDConfig
+from prunesid_cli.baselines import Method
 
 
 LAMBDAS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)

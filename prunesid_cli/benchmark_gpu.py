@@ -1,4 +1,4 @@
-"""What selection and whole models cost on a GPU: `benchmark.py --gpu`, in less than six minutes on an H100.
+"""What selection and whole models cost on a GPU: `prunesid benchmark --gpu`, in less than six minutes on an H100.
 
 7B shapes with random bf16 weights, the stock class against ours at each budget, 1 and 8 images: selection (eager and
 as a CUDA graph), kernels launched, waits of the host, encoding, prefill, first token, decoding, KV cache, peak memory;

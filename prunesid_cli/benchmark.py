@@ -17,28 +17,30 @@ Cases take turns; figures are medians with their range. The inputs of a. and e. 
 DINOv2-S/14's features of four layers side by side, by a random projection to 1,024 numbers, the width of CLIP-L.
 
 Examples:
-    python scripts/benchmark.py --quick       # the ratios of a. and b., and one model of c., in about a minute
-    python scripts/benchmark.py --output out/benchmark.json
+    prunesid benchmark --quick       # the ratios of a. and b., and one model of c., in about a minute
+    prunesid benchmark --output out/benchmark.json
 """
 
 import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import Mock, patch
 
-from measuring import machine, peak_bytes, seconds_by_turns, spread  # first: it quietens PyTorch's profiler
+from prunesid_cli.measuring import (  # first: it quietens PyTorch's profiler
+    machine,
+    peak_bytes,
+    seconds_by_turns,
+    spread,
+)
 
 
 # isort: split
-import parts
 import torch
-from tower_memo import remembered
 from transformers import (
     AutoModel,
     CLIPVisionConfig,
@@ -64,6 +66,8 @@ from modeling_prunesid import (
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.tower import run_tower
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
+from prunesid_cli import parts
+from prunesid_cli.tower_memo import remembered
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -467,8 +471,7 @@ def grow(tokens: torch.Tensor, rounds: int) -> None:
         print(f"{name:20}{spread(times):>36}{peak_bytes(cases[name]) / 2**20:10.1f} MiB")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the main ratios in about a minute")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
     parser.add_argument(
@@ -476,15 +479,16 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="with --gpu: tiny models, and a CPU will do")
     parser.add_argument("--seconds", type=float, default=330, help="with --gpu: after these, cases are skipped")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
     logging.disable_progress_bar()
     if arguments.gpu:
         if not arguments.tiny and DEVICE == "cpu":
             raise ValueError("--gpu measures 7B models on a CUDA GPU, and there is none. --gpu --tiny runs on a CPU.")
-        from benchmark_gpu import run_all
+        from prunesid_cli.benchmark_gpu import run_all
 
-        run_all(arguments.tiny, arguments.seconds, arguments.output)
-        return
+        return run_all(arguments.tiny, arguments.seconds, arguments.output)
     print(machine())
 
     tokens = tokens_of_photographs(5 if arguments.quick else 8)
@@ -506,11 +510,5 @@ def main() -> None:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    print("\n" + json.dumps(report))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    print()
+    return report

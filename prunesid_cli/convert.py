@@ -6,15 +6,16 @@ checkpoint that they are taken from, at its commit, so that it is under 250 kB w
 written is loaded in a process of its own, and has to give the answer of the model in memory before it gets its name or
 is pushed; if anything fails, nothing is left behind. What a killed run left, the next one beside it removes.
 
-Presets are the files of `configuration/`, by name, or a file that `calibrate.py` wrote; `--budget` overrides theirs. A
-variant keeps its own settings where neither is given: so a thin one becomes one with weights, as engines need it.
+A preset is a name that `prunesid presets` lists, or a file that `prunesid calibrate` wrote; `--budget` overrides its
+budget. A preset of ViTCoP makes a variant of ViTCoP. A variant keeps its own settings where neither is given:
+so a thin one becomes one with weights, as engines need it.
 
 Examples:
-    python scripts/convert.py llava-hf/llava-1.5-7b-hf --budget 64 --thin --output out/llava-64
-    python scripts/convert.py llava-hf/llava-1.5-7b-hf --preset llava_1.5_128_release --output out/llava-128
-    python scripts/convert.py llava-hf/llava-1.5-7b-hf --preset out/calibrated.json --thin --output out/dynamic \\
+    prunesid convert llava-hf/llava-1.5-7b-hf --budget 64 --thin --output out/llava-64
+    prunesid convert llava-hf/llava-1.5-7b-hf --preset llava_1.5_128_release --output out/llava-128
+    prunesid convert llava-hf/llava-1.5-7b-hf --preset out/calibrated.json --thin --output out/dynamic \\
         --push-to-hub my-name/llava-1.5-7b-prunesid-dynamic --private
-    python scripts/convert.py out/llava-64 --output out/llava-64-full                   # of a thin variant, for vLLM
+    prunesid convert out/llava-64 --output out/llava-64-full                   # of a thin variant, for vLLM
 """
 
 import argparse
@@ -23,7 +24,6 @@ import gc
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -33,59 +33,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PretrainedConfig
-from verify import answer
 
-import modeling_prunesid
-from modeling_prunesid import LayerPrunedLlavaForConditionalGeneration, PruneSIDConfig
-from modeling_prunesid.generation import CompressedGenerationMixin
+from modeling_prunesid import (
+    LayerPrunedLlavaForConditionalGeneration,
+    PruneSIDConfig,
+    ViTCoPConfig,
+    ViTCoPLlavaForConditionalGeneration,
+)
+from modeling_prunesid.auto import head_of
+from modeling_prunesid.presets import check_model_type, read_preset
 from modeling_prunesid.publishing import check_base_is_public, push_folder
+from prunesid_cli.verify import answer
 
 
 _STAGING = ".convert-"
-PRESETS = Path(__file__).resolve().parent.parent / "configuration"
 
 
-def load_preset(name: str | os.PathLike) -> dict[str, Any]:
+def find_family(checkpoint: str, revision: str | None = None, method: str | None = "prunesid") -> type:
     """
-    The settings of a preset, as fields of `PruneSIDConfig`.
+    Our class for a checkpoint, by the `model_type` in its config.json.
 
     Args:
-        name: a file of `configuration/` without its ending, or the path of a JSON file.
-
-    Raises:
-        `ValueError`: if there is no such preset, or its settings are invalid.
-    """
-    path = Path(name) if str(name).endswith(".json") else PRESETS / f"{name}.json"
-    if not path.is_file() or "vitcop" in path.stem:
-        presets = [path.stem for path in PRESETS.glob("*.json") if "vitcop" not in path.stem]
-        names = ", ".join(sorted(presets))
-        raise ValueError(
-            f"--preset must be the path of a JSON file or one of {names}, got {str(name)!r}. Presets of ViTCoP are "
-            "for ViTCoPLlavaForConditionalGeneration.from_pretrained(..., vitcop_config=...)."
-        )
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--preset {name} is no JSON: {error}.") from error
-    fields = {key: value for key, value in fields.items() if key not in ("model_type", "transformers_version")}
-    PruneSIDConfig(**fields)
-    return fields
-
-
-def families() -> dict[str, type]:
-    """The supported stock `model_type`s, with our class for each of them."""
-    classes = [getattr(modeling_prunesid, name) for name in modeling_prunesid.__all__]
-    models = [model for model in classes if issubclass(model, CompressedGenerationMixin)]
-    models = [model for model in models if model.__name__.startswith("PruneSID")]
-    return {model.config_class.model_type.removeprefix("prunesid_"): model for model in models}
-
-
-def find_family(checkpoint: str, revision: str | None = None, keeps_settings: bool = False) -> type:
-    """
-    Our class for a checkpoint, by the `model_type` in its config.json; with `keeps_settings` also one that drops
-    tokens between layers.
+        checkpoint: a folder, or a name on the Hub.
+        revision: branch, tag or commit.
+        method: whose class, `"prunesid"` or `"vitcop"`; None for that of a variant.
 
     Raises:
         `ValueError`: if the checkpoint is of no supported family.
@@ -95,21 +67,20 @@ def find_family(checkpoint: str, revision: str | None = None, keeps_settings: bo
     if not fields:
         raise OSError(f"{checkpoint} has no config.json.")
     model_type = str(fields.get("model_type"))
-    supported = families()
-    for inside in (modeling_prunesid.ViTCoPLlavaForConditionalGeneration, LayerPrunedLlavaForConditionalGeneration):
-        if keeps_settings and model_type == inside.config_class.model_type:
-            return inside
+    vitcop, layer_pruned = ViTCoPLlavaForConditionalGeneration, LayerPrunedLlavaForConditionalGeneration
+    if model_type == vitcop.config_class.model_type or (method == "vitcop" and model_type == "llava"):
+        return vitcop
+    if model_type == layer_pruned.config_class.model_type:
+        return layer_pruned
     if model_type.startswith("mgm"):
         raise ValueError(
             f"{checkpoint} is a published checkpoint of Mini-Gemini (model_type {model_type!r}). Bring it into "
             "Transformers' layout first: scripts/convert_mini_gemini.py."
         )
-    if model_type.removeprefix("prunesid_") not in supported:
-        raise ValueError(
-            f"{checkpoint} is a checkpoint of model_type {model_type!r}, which PruneSID does not support. It supports "
-            f"{', '.join(sorted(supported))}."
-        )
-    return supported[model_type.removeprefix("prunesid_")]
+    try:
+        return head_of(model_type)
+    except AttributeError as error:  # the installed Transformers lacks it
+        raise ValueError(f"{checkpoint} cannot be loaded: {error}") from error
 
 
 def find_place(output: Path) -> tuple[Path, Path]:
@@ -169,10 +140,11 @@ def convert(
     revision: str | None = None,
     push_to_hub: str | None = None,
     private: bool | None = None,
+    method: str = "prunesid",
 ) -> dict[str, Any]:
     """
     Write a variant to the folder `output`, verified, and push it where `push_to_hub` names a repo. Settings of None
-    are those of the checkpoint, which then is a variant.
+    are those of the checkpoint, which then is a variant; else they are of `method`, `"prunesid"` or `"vitcop"`.
 
     Returns:
         `dict`: what was written, for the last line of the script.
@@ -182,7 +154,7 @@ def convert(
             variant that does not give the answer of the model in memory.
         `OSError`: if the checkpoint cannot be read or the output not be written.
     """
-    model_class = find_family(checkpoint, revision, keeps_settings=settings is None)
+    model_class = find_family(checkpoint, revision, None if settings is None else method)
     if thin and push_to_hub:
         check_base_is_public(checkpoint)
     target, existing = find_place(output)
@@ -193,7 +165,7 @@ def convert(
             dtype="auto",
             device_map="auto",
             output_loading_info=True,
-            **({} if settings is None else {"prunesid_config": settings}),
+            **({} if settings is None else {f"{method}_config": settings}),
             **({} if revision is None else {"revision": revision}),
         )
         if info["missing_keys"]:
@@ -259,68 +231,63 @@ def parse_budget(text: str) -> int | float:
         raise argparse.ArgumentTypeError(message) from error
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="stock checkpoint or variant: a folder, or a name on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of the model")
     parser.add_argument("--budget", type=parse_budget, help="tokens kept of each view, or their share as in 0.25")
-    parser.add_argument("--preset", help="a name in configuration/, or the path of a JSON file")
+    parser.add_argument("--preset", help="a name of `prunesid presets`, or the path of a JSON file")
     parser.add_argument("--dynamic", action="store_true", help="a budget by information; needs the reference")
-    parser.add_argument("--reference-information", type=float, help="mean information score, from calibrate.py")
+    parser.add_argument("--reference-information", type=float, help="mean information score; `prunesid calibrate`")
     parser.add_argument("--thin", action="store_true", help="take the weights from the model when loading")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="publish the variant as this repo")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repo")
-    arguments = parser.parse_args(argv)
-    return arguments
 
 
-def read_settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def read_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
     """
-    The settings that the arguments ask for, as fields of `PruneSIDConfig`; None for those of a variant.
+    The settings that the arguments ask for, as fields of `PruneSIDConfig` or `ViTCoPConfig`, None for those of a
+    variant; and their method, `"prunesid"` or `"vitcop"`.
 
     Raises:
-        `ValueError`: for invalid settings, or none of a checkpoint that has no own ones.
+        `ValueError`: for invalid settings, none of a checkpoint that has no own ones, or a preset of another model.
     """
+    fields, _ = PretrainedConfig.get_config_dict(arguments.model, revision=arguments.revision)
     if arguments.budget is None and arguments.preset is None:
-        fields, _ = PretrainedConfig.get_config_dict(arguments.model, revision=arguments.revision)
         if "prunesid_config" not in fields and "vitcop_config" not in fields:
             raise ValueError(f"one of --budget and --preset is required: {arguments.model} has no settings of its own")
         if arguments.dynamic or arguments.reference_information is not None:
             raise ValueError("--dynamic and --reference-information change a budget; give --budget or --preset too")
-        return None
-    settings = {} if arguments.preset is None else load_preset(arguments.preset)
+        return None, "prunesid"
+    settings, method = {}, "prunesid"
+    if arguments.preset is not None:
+        settings, method, _ = read_preset(arguments.preset)
+        model_class = find_family(arguments.model, arguments.revision, method)
+        check_model_type(arguments.preset, model_class.config_class.model_type)
     if arguments.budget is not None:
         settings["budget"] = arguments.budget
     if arguments.reference_information is not None:
         settings["reference_information"] = arguments.reference_information
     if arguments.dynamic:
         settings["dynamic"] = True
-    PruneSIDConfig(**settings)
-    return settings
+    (PruneSIDConfig if method == "prunesid" else ViTCoPConfig)(**settings)
+    return settings, method
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    try:
-        report = convert(
-            arguments.model,
-            arguments.output,
-            read_settings(arguments),
-            thin=arguments.thin,
-            revision=arguments.revision,
-            push_to_hub=arguments.push_to_hub,
-            private=arguments.private,
-        )
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"convert.py: {error}")
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings, method = read_settings(arguments)
+    report = convert(
+        arguments.model,
+        arguments.output,
+        settings,
+        thin=arguments.thin,
+        revision=arguments.revision,
+        push_to_hub=arguments.push_to_hub,
+        private=arguments.private,
+        method=method,
+    )
     for path in sorted(arguments.output.iterdir()):
         print(f"{path.stat().st_size:>14,}  {path.name}")
     question = "" if report["processor"] else " (to text alone: the checkpoint has no processor that loads)"
     print(f"{report['bytes']:>14,}  bytes in all; a clean process loads it and gives the same answer{question}")
-    print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind then either
-    main()
+    return report

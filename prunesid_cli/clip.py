@@ -1,4 +1,4 @@
-"""PruneSID on a clip: what `demo.py --video FILE` does with Video-LLaVA.
+"""PruneSID on a clip: what `prunesid demo --video FILE` does with Video-LLaVA.
 
 The frames are decoded with PyAV and sampled as upstream does: 8 of them, evenly spaced. Without `--model`, the parts
 of the assembled LLaVA make a Video-LLaVA (untrained projector: its answers do not describe the clip). Compared are the
@@ -6,8 +6,8 @@ stock class, a budget for each frame (the paper: 17 of 256, so 136 of 2,048) and
 shared over the frames by what each shows that the one before does not.
 
 Examples:
-    python scripts/demo.py --video clip.mp4
-    python scripts/demo.py --video clip.mp4 --budgets 17 8 --model LanguageBind/Video-LLaVA-7B-hf
+    prunesid demo --video clip.mp4
+    prunesid demo --video clip.mp4 --budgets 17 8 --model LanguageBind/Video-LLaVA-7B-hf
 """
 
 import statistics
@@ -17,9 +17,7 @@ from pathlib import Path
 import av
 import torch
 import transformers
-from demo import ROUNDS, answer, load_assembled
 from matplotlib import pyplot
-from measuring import seconds_by_turns
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -30,6 +28,8 @@ from transformers import (
 )
 
 from modeling_prunesid import PruneSIDVideoLlavaConfig, PruneSIDVideoLlavaForConditionalGeneration
+from prunesid_cli.demo import ROUNDS, answer, load_assembled
+from prunesid_cli.measuring import seconds_by_turns
 
 
 NUM_FRAMES, FRAME_SIZE = 8, 224
@@ -202,7 +202,7 @@ def draw(path: Path, frames: torch.Tensor, selections: dict[str, torch.Tensor]) 
 
 
 def run(arguments) -> dict:
-    """`demo.py --video`: prints the table, draws the frames, and returns the report."""
+    """`prunesid demo --video`: prints the table, draws the frames, and returns the report."""
     frames = read_frames(arguments.video)
     if arguments.model:
         model, tokenizer, images, text = from_checkpoint(arguments.model)

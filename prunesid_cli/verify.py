@@ -2,11 +2,11 @@
 
 Loads the folder or repo through Auto classes, from its own code, and prints one line of JSON: the keys that were
 missing, left over or of another shape when the weights were loaded, and the tokens of a greedy answer about a picture.
-`convert.py` runs this in a process of its own and compares the tokens with those of the model that it saved.
+`prunesid convert` runs this in a process of its own and compares the tokens with those of the model that it saved.
 
 Examples:
-    python scripts/verify.py out/llava-64
-    python scripts/verify.py my-name/llava-1.5-7b-prunesid-64
+    python -m prunesid_cli.verify out/llava-64
+    python -m prunesid_cli.verify my-name/llava-1.5-7b-prunesid-64
 """
 
 import argparse

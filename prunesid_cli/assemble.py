@@ -4,8 +4,8 @@ DINOv2-S/14 (576 patches at 336 px), a LLaVA-1.5 projector and SmolLM2-135M-Inst
 The projector is untrained (seeded), so the language model does not yet understand what the tower sees.
 
 Examples:
-    python scripts/assemble.py out/model
-    python scripts/assemble.py out/model --budget 128
+    python -m prunesid_cli.assemble out/model
+    python -m prunesid_cli.assemble out/model --budget 128
 """
 
 import argparse
@@ -13,12 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-import parts
 import torch
 from transformers import CLIPImageProcessorPil
 from transformers.utils import logging
 
 from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
+from prunesid_cli import parts
 
 
 CHAT_TEMPLATE = """\

@@ -18,13 +18,13 @@ other pictures. Answers are appended to
 `OUT/answers.jsonl` under a hash of weights, code, scenes and settings; a run that was stopped goes on from there.
 Dynamic budgets (`-dyn`) have the fixed ones' mean: their reference is the mean information of the same pictures, as in
 the paper, and no question or answer plays a part in it. Time and memory are those of one question about one picture,
-tower included, measured as in `demo.py`.
+tower included, measured as in `prunesid demo`.
 
-    python scripts/evaluate.py --out out/evaluation                     # settings of PruneSID, random, uniform
-    python scripts/evaluate.py --out out/quick --quick                  # 200 questions
-    python scripts/evaluate.py --out out/ablations --page ablations --ablations      # on validation scenes
-    python scripts/evaluate.py --out out/some --methods prunesid-auto visionzip divprune --budgets 64 16
-    python scripts/evaluate.py --out out/all --all                      # every method at every budget
+    prunesid evaluate --out out/evaluation                     # settings of PruneSID, random, uniform
+    prunesid evaluate --out out/quick --quick                  # 200 questions
+    prunesid evaluate --out out/ablations --page ablations --ablations      # on validation scenes
+    prunesid evaluate --out out/some --methods prunesid-auto visionzip divprune --budgets 64 16
+    prunesid evaluate --out out/all --all                      # every method at every budget
 
 `docs/` holds what the following writes: `cp out/docs/accuracy* docs/`. The methods that cannot keep to a small budget
 in a shallow language model stand on a page of their own, at two budgets. Roughly, on one core of an AMD EPYC: an hour
@@ -34,16 +34,16 @@ and a half for the first page, a quarter of an hour more for the second; half of
     before="tome prumerge prumerge+ hired divprune visionzip visionzip-dyn vispruner hiprune dpp cdpruner"
     fewer="random uniform downsample-image downsample-features downsample-enlarged"
     own="prunesid-paper prunesid-release prunesid-spread prunesid-auto prunesid-dyn prunesid-llm vitcop"
-    python scripts/evaluate.py --out out/docs --methods $own $before $fewer
-    python scripts/evaluate.py --out out/docs --page accuracy_inside_llm --budgets 192 64 --methods $inside \
+    prunesid evaluate --out out/docs --methods $own $before $fewer
+    prunesid evaluate --out out/docs --page accuracy_inside_llm --budgets 192 64 --methods $inside \
         prunesid-release prunesid-spread prunesid-llm vitcop divprune tome
 
 Two processes must not write to one folder. They share the methods, and the commands above then read what both have
 answered; the times on the pages are measured by that last run alone:
 
     export OMP_NUM_THREADS=1
-    python scripts/evaluate.py --out out/a --methods $own &
-    python scripts/evaluate.py --out out/b --methods $before $fewer & wait
+    prunesid evaluate --out out/a --methods $own &
+    prunesid evaluate --out out/b --methods $before $fewer & wait
     mkdir -p out/docs && cat out/a/answers.jsonl out/b/answers.jsonl > out/docs/answers.jsonl
 """
 
@@ -53,7 +53,6 @@ import json
 import random
 import re
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -61,19 +60,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from ablations import ablations
-from answer_statistics import fit_prior, summarise
-from baselines import METHODS, applied
-from evaluation_pages import table, write_pages
-from lines import append_to, read_lines
-from measuring import machine, peak_bytes, seconds_by_turns
-from scenes import SPLITS, VARIANTS, Question, Scene, ask, make_scene
-from tower_memo import remembered
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
 from modeling_prunesid.selection import redundancy
+from prunesid_cli.ablations import ablations
+from prunesid_cli.answer_statistics import fit_prior, summarise
+from prunesid_cli.baselines import METHODS, applied
+from prunesid_cli.evaluation_pages import table, write_pages
+from prunesid_cli.lines import append_to, read_lines
+from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
+from prunesid_cli.scenes import SPLITS, VARIANTS, Question, Scene, ask, make_scene
+from prunesid_cli.tower_memo import remembered
 
 
 BUDGETS = (192, 128, 64, 32, 16)
@@ -96,8 +95,9 @@ METHOD_CODE = (  # all that can change an answer to given inputs
     "modeling_prunesid/upstream.py", "modeling_prunesid/budgets.py", "modeling_prunesid/encoding.py",
     "modeling_prunesid/generation.py", "modeling_prunesid/prompts.py",
     "modeling_prunesid/family.py", "modeling_prunesid/vitcop.py", "modeling_prunesid/checks.py",
-    "modeling_prunesid/context.py", "modeling_prunesid/grouping.py",
-    "scripts/baselines/*.py", "scripts/ablations.py", "scripts/evaluate.py", "scripts/tower_memo.py",
+    "modeling_prunesid/context.py", "modeling_prunesid/grouping.py", "modeling_prunesid/attention.py",
+    "prunesid_cli/baselines/*.py", "prunesid_cli/ablations.py", "prunesid_cli/evaluate.py",
+    "prunesid_cli/tower_memo.py",
 )  # fmt: skip
 
 
@@ -332,7 +332,7 @@ def list_cases(methods: Iterable[str], budgets: Iterable[int], patches: int) -> 
 def load_model(folder: str | Path | None):
     """The model and processor of `folder`, by default the embedded one; in float32, on the GPU if there is one."""
     if folder is None:
-        from embedded import complete
+        from prunesid_cli.embedded import complete
 
         folder = complete()
     model = PruneSIDLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -378,8 +378,7 @@ def evaluate(arguments: argparse.Namespace, model, processor) -> dict:
     return result
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for answers and pages")
     parser.add_argument("--page", default="accuracy", help="name and title of the pages (default: %(default)s)")
     parser.add_argument("--model", help="a LLaVA folder or Hub name with a processor; default: the embedded model")
@@ -391,7 +390,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every method")
     parser.add_argument("--quick", action="store_true", help="200 fixed questions, two budgets, three methods")
     parser.add_argument("--ablations", action="store_true", help="PruneSID with one setting changed at a time")
-    arguments = parser.parse_args(argv)
+
+
+def set_defaults(arguments: argparse.Namespace) -> None:
+    """Fill in what the command line leaves open, which depends on --quick, --all and --ablations."""
     defaults: dict = {"methods": COMPARED, "budgets": BUDGETS, "split": "test", "scenes": 400, "questions": 6}
     if arguments.quick:
         defaults |= {"methods": QUICK, "budgets": (64, 32), "scenes": 40, "questions": 5}
@@ -403,22 +405,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    return arguments
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
-    try:
-        result = evaluate(arguments, *load_model(arguments.model))
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
+def run(arguments: argparse.Namespace) -> dict:
+    set_defaults(arguments)
+    result = evaluate(arguments, *load_model(arguments.model))
     print("\n".join(table(result)))
     shares: dict[str, dict] = {}
     for row in result["rows"][1:]:
         shares.setdefault(row["method"], {})[str(row["budget"])] = row["share_of_full"]["value"]
     named = {name: result[name] for name in ("full_accuracy", "by_type", "prior", "prior_by_type")}
-    print(json.dumps({**named, "share_of_full": shares}))
-
-
-if __name__ == "__main__":
-    main()
+    return {**named, "share_of_full": shares}

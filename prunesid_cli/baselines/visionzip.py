@@ -37,7 +37,7 @@ def choose_dynamic(view: View, budget: int) -> Kept:
     if view.reference_information is None:
         raise ValueError(
             "prunesid_config.reference_information must be the mean information score of typical images for a dynamic "
-            "method, got None. `scripts/calibrate.py` measures it."
+            "method, got None. `prunesid calibrate` measures it."
         )
     num_tokens = len(view.features)
     rho = redundancy(view.compared[None])

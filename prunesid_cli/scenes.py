@@ -20,7 +20,7 @@ What it needs beside the package: its `demo` extra; `parts.py` fetches the inter
 Licences: photographs under the Pexels licence, from scikit-image (public domain, CC0 and its listed sources) and from
 scikit-learn (CC BY); `scenes_emoji.ttf` is a subset of Noto Color Emoji (SIL OFL 1.1); DejaVu comes with matplotlib.
 
-    python scripts/scenes.py --out scenes.png --split train      # a contact sheet with one question of each type
+    python -m prunesid_cli.scenes --out scenes.png --split train      # a contact sheet with one question of each type
 """
 
 import argparse
@@ -34,9 +34,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from images import open_image
-from parts import INTERIOR_PHOTOS, fetch
 from PIL import Image, ImageDraw, ImageFont
+
+from prunesid_cli.images import open_image
+from prunesid_cli.parts import INTERIOR_PHOTOS, fetch
 
 
 SIZE = 336

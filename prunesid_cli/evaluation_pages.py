@@ -11,7 +11,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
-from scenes import KINDS, VARIANTS
+
+from prunesid_cli.scenes import KINDS, VARIANTS
 
 
 def percent(value: float | None) -> str:

