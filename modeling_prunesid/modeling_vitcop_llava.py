@@ -138,7 +138,7 @@ register_class_names(ViTCoPLlavaConfig)
 class _SalientEncoding(TowerEncoding):
     """Stage I: keeps the tokens that the CLS token attends to most, and clusters them by their keys."""
 
-    keeps_cls = keeps_fed = compares_projected = False
+    keeps_cls = keeps_fed = compares_projected = needs_attention = False
     needs_cls_attention = True
 
     def __init__(self, model, modality, num_visual_tokens, inputs):
