@@ -4,7 +4,6 @@ On a CPU the components of one view after another come from `top_eigenvectors`, 
 Elsewhere those of all views come from `iterated_eigenvectors`: a fixed number of operations, without a wait.
 """
 
-import functools
 import math
 
 import torch
@@ -15,7 +14,8 @@ from .exact import gram, is_batched, mean_of_whole, power_of_two, product
 EPS = torch.finfo(torch.float32).eps
 KRYLOV_BLOCK = 16
 WHOLE_REGISTERS = 16
-GUARD = 16
+GUARD = 32
+SMALLEST = 2.0**-18  # eigenvalue beside the largest one, below which nothing is sought
 CHUNKS = (8, 32)
 STEPS = 2.0**24  # of the sigmoid between 0 and 1
 
@@ -133,10 +133,14 @@ def iterated_eigenvectors(
     """
     The largest eigenvalues of symmetric matrices, and their eigenvectors, by simultaneous iteration.
 
-    A round multiplies a block of count + 16 directions by the matrix twice, turns every pair of them by the Jacobi
-    angle of its 2 x 2 problem, all at once, and makes the block orthogonal by Cholesky. All this is done in fp64,
-    which no setting reduces (fp32 where a device has no other, and then with twice the rounds of one product), and on
-    8 or 32 views at a time, zeros filling up: a library that chooses its way by the shapes always chooses the same.
+    A block of count + 32 directions starts as cosines. A round turns every pair of them by the Jacobi angle of its
+    2 x 2 problem, all at once; applies the Chebyshev polynomial of the matrix that is small up to the least eigenvalue
+    in the block and grows above; and makes the block orthogonal by Cholesky. 10 rounds of degree 2 group all tokens of
+    photographs and of matrices with any decay like an exact solver, and 98 in 100 of white noise, which has none.
+
+    It computes in fp64, which no setting reduces (14 rounds of degree 1 in fp32 where a device has no fp64), and
+    takes 8 or 32 views at a time, zeros filling up: a library that chooses its kernel by the shapes, and may round
+    differently in each, then always has the same. Compiled code takes the batch as it is.
 
     Args:
         matrices (`torch.FloatTensor` of shape `(views, tokens, tokens)`).
@@ -160,48 +164,50 @@ def iterated_eigenvectors(
     return eigenvalues.float(), eigenvectors.float()
 
 
-@functools.lru_cache
-def _makes_fp64(device: str) -> bool:
+def has_fp64(device: torch.device) -> bool:
+    """Whether a device computes in fp64."""
+    if torch.compiler.is_compiling():
+        return device.type != "mps"
     try:
-        torch.zeros(1, device=device, dtype=torch.float64)
+        torch.empty(0, device=device, dtype=torch.float64)
     except (TypeError, RuntimeError):
         return False
     return True
 
 
-def has_fp64(device: torch.device) -> bool:
-    """Whether a device computes in fp64."""
-    return device.type != "mps" if torch.compiler.is_compiling() else _makes_fp64(device.type)
-
-
 def _iterate(matrices: torch.Tensor, lengths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, dtype, device = matrices.shape[-1], matrices.dtype, matrices.device
-    width, tiny, eps = min(count + GUARD, tokens), torch.finfo(dtype).tiny, torch.finfo(dtype).eps
-    twice = dtype == torch.float64
-    eye = torch.eye(width, device=device, dtype=torch.bool)
+    width, limits = min(count + GUARD, tokens), torch.finfo(dtype)
+    rounds, degree = (10, 2) if dtype == torch.float64 else (14, 1)
+    eye = torch.eye(width, device=device, dtype=dtype)
+    is_diagonal = eye > 0
+    # Beside the squared lengths of the columns, so that rounding leaves no negative pivot, and for a column of zeros.
+    loading, least = 1 + 8 * limits.eps * tokens * eye, limits.tiny**0.75 * eye
 
     def orthogonal(block):
-        factor = torch.linalg.cholesky_ex(block.mT @ block + 8 * eps * tokens * eye).L
+        factor = torch.linalg.cholesky_ex(torch.addcmul(least, block.mT @ block, loading)).L
         return torch.linalg.solve_triangular(factor.mT, block, upper=True, left=False)
 
     # Cosines over the tokens, as the components of smooth pictures are.
-    row, column = torch.arange(tokens, device=device)[:, None], torch.arange(1, width + 1, device=device)
-    block = matrices @ torch.cos((row + 0.5) * column * (math.pi / lengths[..., None]))
-    block = orthogonal(block / torch.linalg.vector_norm(block, dim=1, keepdim=True).clamp(min=tiny))
-    for _ in range(rounds(count) if twice else 2 * rounds(count)):
+    row, column = torch.arange(tokens, device=device)[:, None], torch.arange(width, device=device)
+    lengths = lengths[..., None]
+    block = orthogonal(torch.cos((row + 0.5) * column * (math.pi / lengths)) * (row < lengths))
+    for _ in range(rounds):
         image = matrices @ block
         small = block.mT @ image
         values = small.diagonal(dim1=1, dim2=2)
-        gaps = values[:, None] - values[:, :, None]
-        turn = ((2 * small / gaps).atan() / 2).nan_to_num().masked_fill(eye, 1)
-        scale = values.clamp(min=tiny).maximum(EPS * values.amax(1, keepdim=True))
-        image = image @ (turn / (scale.square() if twice else scale)[:, None])
-        block = orthogonal(matrices @ image if twice else image)
+        turn = (small / (values[:, None] - values[:, :, None])).clamp(-0.5, 0.5).nan_to_num()
+        turn = turn.masked_fill(is_diagonal, 1)
+        # The largest first, for Cholesky takes from each column what is in those before.
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        turn = turn.gather(2, order[:, None].expand(-1, width, -1))
+        bound = values[:, -1:].maximum((SMALLEST * values[:, :1]).clamp(min=limits.tiny**0.25))[..., None]
+        before = block @ turn
+        block = torch.baddbmm(before, image, turn / bound, beta=-1, alpha=2)
+        if degree == 2:
+            block = torch.baddbmm(torch.add(before, block, alpha=2), matrices, block / bound, beta=-1, alpha=4)
+        block = orthogonal(block)
     image = matrices @ block
     values, order = (block * image).sum(1).sort(dim=1, descending=True, stable=True)
     order, values = order[:, None, :count].expand(-1, tokens, -1), values[:, :count]
-    return values, image.gather(2, order) / values[:, None]
-
-
-def rounds(count: int) -> int:
-    return 5 + count // 16
+    return values, (image.gather(2, order) / values[:, None]).nan_to_num()

@@ -63,8 +63,8 @@ def gram(features: torch.Tensor) -> torch.Tensor:
     """
     F F^T of the features F, the same bits whatever the batch, the device and its settings.
 
-    The entries, cut off at about 2^-20, become `levels` integers of `bits` bits and a sign. The products of two levels
-    of the same order are summed as integers; what is less than 2^-20 of the largest possible one is left out.
+    The entries, cut off at 2^-20 or less, become `levels` integers of `bits` bits and a sign. Products of two levels
+    are sums of integers, added up the smallest first; those below the cut are left out.
 
     Args:
         features (`torch.FloatTensor` of shape `(views, tokens, dim)`): entries in (-1, 1).
@@ -73,12 +73,12 @@ def gram(features: torch.Tensor) -> torch.Tensor:
         `torch.FloatTensor` of shape `(views, tokens, tokens)`, symmetric.
     """
     dim = features.shape[-1]
-    bits = min((24 - math.ceil(math.log2(2 * dim))) // 2, 7)
+    bits = min((24 - math.ceil(math.log2(dim))) // 2, 7)
     if bits < 2:
         raise ValueError(
-            f"Tokens of {dim} features are too long for exact sums in fp32: at most {2**19} are possible."
+            f"Tokens of {dim} features are too long for exact sums in fp32: at most {2**20} are possible."
         )
-    levels = math.ceil((21 - bits) / (bits + 1)) + 1
+    levels = math.ceil((19 - bits) / (bits + 1)) + 1
     parts, rest = [], features * 2.0**bits
     for _ in range(levels):
         parts.append(rest.round())

@@ -1,11 +1,15 @@
 """Other ways to group tokens, to compare PSCA with (Table 5)."""
 
+import math
+
 import torch
 
 from .exact import is_batched, product
 
 
-def kmeans_groups(features: torch.Tensor, finite: torch.Tensor, num_groups: int, seed: int) -> torch.Tensor:
+def kmeans_groups(
+    features: torch.Tensor, finite: torch.Tensor, num_groups: int, own: int | torch.Tensor, seed: int
+) -> torch.Tensor:
     """
     Groups by 10 rounds of Lloyd's k-means on the features, from the first tokens of a seeded shuffle (Table 5).
 
@@ -14,7 +18,8 @@ def kmeans_groups(features: torch.Tensor, finite: torch.Tensor, num_groups: int,
     Args:
         features (`torch.FloatTensor` of shape `(views, tokens, dim)`): zero where not finite.
         finite (`torch.BoolTensor` of shape `(views, tokens)`): which tokens count.
-        num_groups (`int`): K, at most `tokens`.
+        num_groups (`int`): the largest K, at most `tokens`.
+        own (`int` or `torch.LongTensor` of shape `(views, 1)`): K of each view.
         seed (`int`): seed of the shuffle.
 
     Returns:
@@ -22,8 +27,10 @@ def kmeans_groups(features: torch.Tensor, finite: torch.Tensor, num_groups: int,
     """
     first = _shuffle(finite, seed)[:, :num_groups, None]
     centres = features.gather(1, first.expand(-1, -1, features.shape[2]))
+    beyond = (torch.arange(num_groups, device=features.device) >= own).view(-1, 1, num_groups)
     for _ in range(10):
-        groups = (centres.square().sum(2)[:, None] - 2 * _product(features, centres.mT)).argmin(2)
+        distances = centres.square().sum(2)[:, None] - 2 * _product(features, centres.mT)
+        groups = distances.masked_fill(beyond, math.inf).argmin(2)
         members = torch.nn.functional.one_hot(groups, num_groups) * finite[..., None]
         sizes = members.sum(1)[..., None]
         means = _product(members.mT.float(), features) / sizes.clamp(min=1)
@@ -31,19 +38,19 @@ def kmeans_groups(features: torch.Tensor, finite: torch.Tensor, num_groups: int,
     return groups
 
 
-def random_groups(finite: torch.Tensor, num_groups: int, seed: int) -> torch.Tensor:
+def random_groups(finite: torch.Tensor, own: int | torch.Tensor, seed: int) -> torch.Tensor:
     """
     Groups of even size by a seeded shuffle, the same on every device (Table 5).
 
     Args:
         finite (`torch.BoolTensor` of shape `(views, tokens)`): which tokens count.
-        num_groups (`int`): K.
+        own (`int` or `torch.LongTensor` of shape `(views, 1)`): K of each view.
         seed (`int`): seed of the shuffle.
 
     Returns:
         `torch.LongTensor` of shape `(views, tokens)`.
     """
-    group = torch.arange(finite.shape[1], device=finite.device) % num_groups
+    group = torch.arange(finite.shape[1], device=finite.device) % own
     return torch.empty_like(finite, dtype=torch.long).scatter(1, _shuffle(finite, seed), group.expand_as(finite))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from .context import Context, Selection, in_parts, largest
 from .exact import is_batched
-from .selection import kept_tokens, strongest_components
+from .selection import groups_of, kept_tokens, strongest_components
 from .similarity import compare, distances
 
 
@@ -47,7 +47,8 @@ def select(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context
     pairs = compare(views, attention, context)
     groups = None
     if attention is None:
-        attention, groups, _ = strongest_components(pairs, counts, settings, context, options["center"])
+        num_groups, own = groups_of(counts, pairs.lengths, settings, context, tokens)
+        attention, groups = strongest_components(pairs, num_groups, own, options["center"])
         groups = groups.masked_fill(~pairs.finite, -1)
     scores = attention.masked_fill(~pairs.finite, -math.inf)
     chosen = spread_tokens(

@@ -1,8 +1,8 @@
 """`select_tokens`: a selection on tensors alone, without a model. Checks its arguments and calls a method."""
 
 import math
+from dataclasses import dataclass, field
 from numbers import Real
-from types import SimpleNamespace
 
 import torch
 
@@ -17,6 +17,15 @@ CHOICES = {
     "quota": ("proportional", "bounded", "spread"),
     "grouping": ("psca", "kmeans", "random"),
 }
+
+
+@dataclass
+class _Settings:
+    """What methods read of a `PruneSIDConfig`."""
+
+    num_groups: int | None
+    nms_lambda: float | str | None
+    method_settings: dict = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -96,7 +105,7 @@ def select_tokens(
     counts = _budget_of_each_image(budget, len(hidden_states), tokens)
     options = {"score": score, "center": center, "quota": quota, "grouping": grouping, "seed": seed}
     method, method_settings = method_of_saved(options)
-    settings = SimpleNamespace(num_groups=num_groups, nms_lambda=nms_lambda, method_settings=method_settings)
+    settings = _Settings(num_groups, nms_lambda, method_settings)
     context = Context(
         counts=counts,
         extra_kept=extra_kept,

@@ -126,11 +126,12 @@ def select_by_groups(
     attention = context.cls_attention.float() if score == "cls_attention" else None
     pairs = compare(views, attention, context)
     nominal = counts[:, None] + context.extra_kept
-    scores, groups, num_groups = strongest_components(pairs, counts, settings, context, center)
+    num_groups, own = groups_of(counts, pairs.lengths, settings, context, tokens)
+    scores, groups = strongest_components(pairs, num_groups, own, center)
     if grouping == "kmeans":
-        groups = kmeans_groups(pairs.features, pairs.finite, num_groups, seed)
+        groups = kmeans_groups(pairs.features, pairs.finite, num_groups, own, seed)
     elif grouping == "random":
-        groups = random_groups(pairs.finite, num_groups, seed)
+        groups = random_groups(pairs.finite, own, seed)
     scores = (scores if attention is None else attention).masked_fill(~pairs.finite, -math.inf)
 
     # Non-finite tokens come last in the ranking and form a group of their own behind the others.
@@ -149,7 +150,7 @@ def select_by_groups(
         if is_batched(views) or tau < NEVER_SIMILAR:
             alive = alive & survivors(pairs.similarity(order, members), tau)[:, 0]
 
-    sizes = torch.zeros(len(views), num_groups + 1, dtype=torch.long, device=views.device)
+    sizes = torch.zeros(views.shape[0], num_groups + 1, dtype=torch.long, device=views.device)
     sizes = sizes.scatter_add(1, members, alive.long())
     total = sizes.sum(1, keepdim=True).minimum(counts[:, None])
     quotas = share_out(sizes, total, nominal, tokens)
@@ -163,17 +164,26 @@ def select_by_groups(
     return kept_tokens(kept, counts, context, pairs.rho, groups, scores)
 
 
+def groups_of(
+    counts: torch.LongTensor, lengths: torch.LongTensor, settings: Any, context: Context, tokens: int
+) -> tuple[int, int | torch.LongTensor]:
+    """K: the largest of all views, and that of each view, `(views, 1)` where they may differ. N/4 by default."""
+    if settings.num_groups is not None:
+        return min(settings.num_groups, tokens), lengths.clamp(max=settings.num_groups)
+    most = min(max((largest(context) + context.extra_kept) // 4, 1), tokens)
+    if are_equal(context):
+        return most, most
+    return most, ((counts[:, None] + context.extra_kept) // 4).clamp(min=1).minimum(lengths)
+
+
 def strongest_components(
-    pairs: Pairs, counts: torch.LongTensor, settings: Any, context: Context, center: str
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """|V| `(views, tokens)` of each token's strongest component, that component (equation 3), and the largest K."""
-    tokens = pairs.finite.shape[1]
-    num_groups = min(settings.num_groups or max((largest(context) + context.extra_kept) // 4, 1), tokens)
+    pairs: Pairs, num_groups: int, own: int | torch.LongTensor, center: str
+) -> tuple[torch.Tensor, torch.LongTensor]:
+    """|V| `(views, tokens)` of each token's strongest component, and which one that is (equation 3)."""
     components = principal_components(pairs.features, pairs.finite, num_groups, center, pairs.lengths)
-    if settings.num_groups is None and not are_equal(context):
-        own = ((counts[:, None] + context.extra_kept) // 4).clamp(min=1).minimum(pairs.lengths)
+    if isinstance(own, torch.Tensor) and is_batched(components):
         components = components * (torch.arange(num_groups, device=own.device) < own[..., None])
-    return *components.max(-1), num_groups
+    return components.max(-1)
 
 
 def kept_tokens(kept, counts, context, rho, groups, scores) -> Selection:
