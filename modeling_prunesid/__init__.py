@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from .compress import compress
 from .configuration_mini_gemini import MiniGeminiConfig
 from .configuration_prunesid import PruneSIDConfig
+from .methods import register_method
 from .modeling_layer_pruned_llava import (
     LayerPrunedConfig,
     LayerPrunedLlavaAutoModel,
@@ -56,6 +57,7 @@ __all__ = [
     "ViTCoPLlavaModel",
     "ViTCoPLlavaProcessor",
     "compress",
+    "register_method",
 ]
 
 

@@ -9,6 +9,7 @@ import copy
 import importlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,10 +154,22 @@ def carry_own_method(model: Any, folder: str | os.PathLike) -> None:
     path = Path(folder, "methods.py")
     if not hasattr(settings, "method") or not path.exists():
         return
-    methods = importlib.import_module(f"{package}.methods")
+    methods: Any = importlib.import_module(f"{package}.methods")
     own = f"{type(model).__module__.rpartition('.')[2]}.py"
     copied = files_imported_by(own, Path(folder))
     path.write_text(methods.carried_source(settings.method), encoding="utf-8")
+    method, sources = Path(folder, f"method_{settings.method}.py"), Path(methods.__file__).parent
+    if not (sources / method.name).exists():  # registered
+        method.write_text(methods.method_source(settings.method), encoding="utf-8")
+        for name in [f"{module}.py" for module in get_relative_imports(method)]:
+            if not (sources / name).exists():
+                raise ValueError(
+                    f"prunesid_config.method={settings.method!r} imports {name}, which does not travel with a model: "
+                    "only one file does, and what it imports of modeling_prunesid. Move what it needs into that file."
+                )
+            for needed in files_imported_by(name, sources):
+                if not Path(folder, needed).exists():
+                    shutil.copy(sources / needed, folder)
     for name in copied - files_imported_by(own, Path(folder)):
         Path(folder, name).unlink()
 
