@@ -1,9 +1,14 @@
-"""The any-resolution crops of LLaVA-NeXT: which patch of which crop each token of an image is."""
+"""The any-resolution crops of the LLaVA-NeXT families: which patch of which crop each token of an image is."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
 
 from .budgets import View
 
@@ -46,4 +51,37 @@ def views_of_crops(
     for crop in range(1 + rows * columns):
         own = (crops == crop).nonzero()[:, 0]
         views.append(View(own, packed[own] % patches, cls_at=min(crop, 1) * patches))
+    return views
+
+
+def packed_views(
+    model: Any,
+    image_sizes: torch.LongTensor,
+    is_cropped: Sequence[bool] | None = None,
+    side: int | None = None,
+    **options: Any,
+) -> list[list[View]]:
+    """
+    A view for each crop of images that upstream's `pack_image_features` lays out, found by packing one-hot crops in
+    place of features. A row that was interpolated between crops is of the one of most weight; newlines are of none.
+
+    Args:
+        model: the base model.
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): height and width, in pixels.
+        is_cropped (`list[bool]`, *optional*): False for images that are a single crop, whatever their size.
+        side (`int`, *optional*): of the grid of a crop, in tokens; by default in patches.
+        options: further arguments of `pack_image_features`.
+    """
+    vision = model.config.vision_config
+    side, grids = side or vision.image_size // vision.patch_size, model.config.image_grid_pinpoints
+    views = []
+    for index, size in enumerate(torch.as_tensor(image_sizes).cpu()):
+        whole = is_cropped is None or is_cropped[index]
+        count = image_size_to_num_patches(size, grids, vision.image_size) if whole else 1
+        owners = torch.eye(count + 1)
+        crops = owners[:count, None].expand(-1, side**2, -1)
+        packed = model.pack_image_features([crops], size[None], image_newline=owners[count], **options)[0]
+        owner = (packed[0] if isinstance(packed, list) else packed).argmax(-1)
+        of_crops = [(owner == crop).nonzero()[:, 0] for crop in range(count)]
+        views.append([View(rows) for rows in of_crops if len(rows)])
     return views

@@ -3,6 +3,7 @@ Thins out visual tokens inside a language model: what the tower's side knows of 
 as `visual_groups`, and reducers between the layers read it.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -143,7 +144,7 @@ class CoPrunedModelMixin:
             if output.get("hidden_states") is not None:  # what went into the first layer, and what each returned
                 output["hidden_states"] = tuple(
                     state
-                    if state is None or state.shape[1] == columns.shape[1]
+                    if state is None or index == 0 or state is output["last_hidden_state"]
                     else pruning.in_prompt(state, index - 1)
                     for index, state in enumerate(output["hidden_states"])
                 )
@@ -175,6 +176,15 @@ class CoPrunedGenerationMixin:
         if not isinstance(output, tuple) and outputs[0].get("layer_visual_tokens") is not None:
             output["layer_visual_tokens"] = outputs[0]["layer_visual_tokens"]
         return output
+
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], assistant_model=None, **kwargs):
+        """Upstream's; an assistant that drops nothing inside its language model is not told of groups."""
+        if assistant_model is not None:
+            names = inspect.signature(assistant_model.forward).parameters
+            model_kwargs = {
+                name: value for name, value in model_kwargs.items() if name != "visual_groups" or name in names
+            }
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
 
 
 def _align(groups: torch.LongTensor, cache: Any, length: int) -> torch.LongTensor | None:

@@ -49,7 +49,7 @@ def compress(model: Any, budget: int | float | None = 64, **settings: Any) -> An
 
 
 def _class_for(head: Any) -> type:
-    from . import FAMILIES, family_class
+    from . import FAMILIES, family_class  # not at import, which is under way
 
     model_type = getattr(getattr(head, "config", None), "model_type", None)
     ours = family_class(model_type) if model_type in FAMILIES else None

@@ -40,6 +40,19 @@ class CompressedModelMixin:
     returns, besides upstream's fields, `keep_indices` and `num_placeholders` of each view where it dropped tokens.
     """
 
+    # Further arguments of `forward` that run along the prompt, with what fills added padding.
+    along_prompt: dict[str, float | int] = {}
+
+    def features_of(self, output: Any) -> list[torch.Tensor]:
+        """The rows `(tokens, dim)` that go into the prompt, of each entry of an encoder's output."""
+        return list(output.pooler_output)
+
+    def put_features(self, output: Any, keep: Callable[[Any], list[torch.Tensor]]) -> None:
+        """Replaces in an encoder's output the rows that go into the prompt; `keep` takes those kept out of a list."""
+        output.pooler_output = keep(output.pooler_output)
+        if output.get("deepstack_features") is not None:
+            output.deepstack_features = [keep(layer) for layer in output.deepstack_features]
+
     def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """
         Replace the pixels among the arguments of `forward` by encoded features, as upstream's `generate` does.
@@ -111,13 +124,13 @@ class CompressedModelMixin:
         repeats_cached = is_generation and (not is_flat(mask) or mask.shape[1] == columns.shape[1])
         start = 0
         if earlier is not None and not repeats_cached:
+            positions, moved = inputs.get("position_ids"), earlier.prompt.moved
             callers_mask, added = mask, bool((earlier.prompt.source < 0).any())
-            if mask is None and added:  # the caller's rows had no padding
+            if mask is None and added:  # the caller's rows have no padding
                 length = earlier.prompt.full_length + cached_length - earlier.prompt.length + columns.shape[1]
-                mask = callers_mask = torch.ones(len(columns), length, dtype=torch.long, device=columns.device)
+                callers_mask = torch.ones(len(columns), length, dtype=torch.long, device=columns.device)
             mask = shorten_cached_mask(callers_mask, earlier.prompt, cached_length, columns.shape[1])
             inputs["attention_mask"] = mask
-            positions, moved = inputs.get("position_ids"), earlier.prompt.moved
             # Positions along a mask of the short prompt are upstream's own.
             if positions is not None and moved is not None and (mask is None or mask is not callers_mask):
                 inputs["position_ids"] = positions - moved.to(positions.device)
@@ -176,8 +189,19 @@ class CompressedModelMixin:
         """Gives a family the shortened arguments to add positions to that upstream cannot find from them."""
         return inputs
 
-    def forward_compressed(self, forward: Callable, input_ids: torch.LongTensor | None = None, **inputs):
-        """Upstream's `forward` on the shortened arguments; what it returns has the caller's columns."""
+    def forward_compressed(
+        self,
+        forward: Callable,
+        input_ids: torch.LongTensor | None = None,
+        is_shortened: bool = False,
+        **inputs,
+    ):
+        """
+        Upstream's `forward` on the shortened arguments; what it returns has the caller's columns. The head, which has
+        shortened them already (`is_shortened`), gets the short ones.
+        """
+        if is_shortened:
+            return forward(input_ids=input_ids, **inputs)
         inputs, prompt = self.compress({"input_ids": input_ids, **inputs})
         return run_shortened(forward, inputs, input_ids, prompt, self.config)
 
@@ -234,6 +258,7 @@ class CompressedModelMixin:
                 new=new,
                 is_token=mask,
                 is_stated=is_stated,
+                views=output.get("view_lengths"),
             )
             if kept is not None:
                 keep_mask = kept if keep_mask is None else keep_mask & kept
@@ -249,6 +274,9 @@ class CompressedModelMixin:
         outputs, input_ids = inputs.get("mm_encoder_outputs") or {}, inputs.get("input_ids")
         if input_ids is None or inputs.get("inputs_embeds") is not None or self.config.prunesid_config.budget is None:
             return
+        for modality in outputs:  # a placeholder may be that of two modalities
+            if hasattr(self.config, f"{modality}_token_id"):
+                input_ids = input_ids.masked_fill(self.find_placeholders(modality, input_ids, None), -1)
         for modality, pixels in _PIXELS.items():
             token_id = getattr(self.config, f"{modality}_token_id", None)
             if token_id is None or outputs.get(modality) is not None:
@@ -286,6 +314,7 @@ class CompressedModelMixin:
             "labels": IGNORED_LABEL,
             "token_type_ids": 0,
             "mm_token_type_ids": 0,
+            **self.along_prompt,
         }
         for name, fill in fills.items():
             if inputs.get(name) is not None:
@@ -316,27 +345,22 @@ class CompressedModelMixin:
         for modality, output in list(outputs.items()):
             placeholders = self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
             is_new = torch.arange(placeholders.shape[1], device=placeholders.device) >= cached_length
-            features = torch.cat(list(output.pooler_output))
+            lengths = [len(entry) for entry in self.features_of(output)]
             if not (placeholders & ~is_new).any():
                 continue
-            if int(placeholders.sum()) != len(features):
-                if int((placeholders & is_new).sum()) == len(features):
+            if int(placeholders.sum()) != sum(lengths):
+                if int((placeholders & is_new).sum()) == sum(lengths):
                     continue
                 raise ValueError(
-                    f"The {modality}s have {len(features)} kept tokens, but {CACHE_NAME} and the prompt hold "
+                    f"The {modality}s have {sum(lengths)} kept tokens, but {CACHE_NAME} and the prompt hold "
                     f"{int(placeholders.sum())} placeholders. Pass the budget (num_visual_tokens) that filled the "
                     f"cache, or the {modality}s of the new turn alone."
                 )
-            needed = is_new.expand_as(placeholders)[placeholders].to(features.device)
-            needed = needed.split([len(view) for view in output.pooler_output])
+            needed = is_new.expand_as(placeholders)[placeholders].split(lengths)
             del outputs[modality]
             if any(wanted.any() for wanted in needed):
-                changes = {"pooler_output": _take_wanted(output.pooler_output, needed)}
-                if output.get("deepstack_features") is not None:
-                    changes["deepstack_features"] = [
-                        _take_wanted(layer, needed) for layer in output.deepstack_features
-                    ]
-                outputs[modality] = _settle(output, **changes)
+                outputs[modality] = _settle(output)
+                self.put_features(outputs[modality], lambda entries, needed=needed: _take_wanted(entries, needed))
         return {**inputs, "mm_encoder_outputs": outputs}
 
 
@@ -402,12 +426,8 @@ def _gather_logits(logits: torch.Tensor, columns: torch.LongTensor, keep: int | 
     return gather_columns(logits, columns)
 
 
-def _settle(output: Any, **changes: Any) -> Any:
+def _settle(output: Any) -> Any:
     """A copy of an encoder's output with upstream's fields alone: it fits the prompt, and upstream may reorder it."""
     return type(output)(
-        **{
-            field.name: changes.get(field.name, output[field.name])
-            for field in fields(output)
-            if output.get(field.name) is not None
-        }
+        **{field.name: output[field.name] for field in fields(output) if output.get(field.name) is not None}
     )

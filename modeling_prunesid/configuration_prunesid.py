@@ -282,6 +282,12 @@ class NestsPruneSIDConfig:
         return {**self._default_settings, **settings}
 
 
+class BehindConnectorConfig(NestsPruneSIDConfig):
+    """For families whose tokens are compared as they enter the language model, where `layer` has no meaning."""
+
+    _has_no_cls = "its tokens are compared as they enter the language model, among which is no CLS token"
+
+
 def refuse_cls(settings: PretrainedConfig, reason: str) -> None:
     """Raise a `ValueError` for settings that need a CLS token, of a model that has none to give."""
     missing = OF_CLS & needs_of(settings)

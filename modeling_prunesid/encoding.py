@@ -13,7 +13,7 @@ import torch
 
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
 from .methods import OF_CLS, needs_of, options_of
-from .tower import TowerStates, count_prefix, project_rows, resolve_layer, watch_tower
+from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
 
 
 def as_views(views: list[int] | list[View]) -> list[View]:
@@ -93,7 +93,6 @@ class TowerEncoding:
         if self.keeps_fed:  # a PruneSIDConfig
             model.config.check_settings()
         self.projector = getattr(model, model.projector)
-        self.lambda_of_share = model.lambda_of_share
         self.information = model.video_information if modality == "video" else view_information
         self.tower = getattr(model, model.towers[modality]) if model.towers else None
         self.num_prefix = self.num_fed = 0  # tokens before the patches: in the tower, and fed to the language model
@@ -109,11 +108,6 @@ class TowerEncoding:
         self.budgets: Any = request_budgets(
             self.settings, num_visual_tokens, self.num_tokens, self.full_view, self.num_extra
         )
-        # An input that keeps all of its tokens keeps those of no view as well.
-        self.is_whole = [
-            self.budgets is not None and self.budgets.rule != "reference" and total >= sum(own)
-            for own, total in zip(self.num_tokens, self.budgets.totals if self.budgets is not None else ())
-        ]
 
     def _lay_out(self, views: list[int] | list[View]) -> list[View]:
         """Views given by their patches, each behind the tokens before them, as [`View`]s."""
@@ -140,6 +134,8 @@ class TowerEncoding:
         layers = model.config.vision_feature_layer if layers is None else layers
         layers = [layers] if isinstance(layers, int) else layers
         self.feature_layers = [resolve_layer(layer, num_layers, "vision_feature_layer") for layer in layers]
+        if OF_CLS & self.needs:
+            check_has_cls(self.tower)
         self.num_prefix = self.num_fed = count_prefix(self.tower)
         strategy = self.inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
         if strategy == "default" and modality == "image":
@@ -154,6 +150,12 @@ class TowerEncoding:
                 "prunesid_config.method_settings has keep_cls=True, which needs a vision tower with a CLS token. Set "
                 "it to False."
             )
+
+    @property
+    def is_whole(self) -> list[bool]:
+        """Which inputs keep all of their tokens, and with them those of no view."""
+        is_known = self.budgets.rule != "reference"
+        return [is_known and total >= sum(own) for own, total in zip(self.num_tokens, self.budgets.totals)]
 
     @property
     def keeps_cls(self) -> bool:
@@ -275,7 +277,6 @@ class TowerEncoding:
             self.budgets,
             full_view=self.full_view,
             extra_kept=self.num_extra,
-            lambda_of_share=self.lambda_of_share,
             seen=seen,
             information=self.information,
         )

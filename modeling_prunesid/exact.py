@@ -40,7 +40,7 @@ def product(
     if torch.get_float32_matmul_precision() == "highest" or 0 in left.shape:
         if minus_from is not None:
             return torch.addmm(minus_from, left, right, alpha=-1)
-        return torch.matmul(left, right, out=out)
+        return left @ right if out is None else torch.mm(left, right, out=out)
     rows = left.reshape(-1, left.shape[-1])
     if torch.backends.mkl.is_available():
         columns = right.T.contiguous()

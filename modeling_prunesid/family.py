@@ -59,8 +59,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     projector: str | None = None
     # How tokens are chosen before the projector.
     encoding_class = TowerEncoding
-    # lambda is 18 N/T where the configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
-    lambda_of_share = False
+    # Further arguments of ours that `forward` and `get_*_features` take, which `views` reads.
+    own_arguments: Sequence[str] = ()
     # What `dynamic` shares the total of a clip by.
     video_information = staticmethod(view_information)
 
@@ -81,14 +81,15 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
 
         Args:
             modality (`str`): `"image"` or `"video"`.
-            inputs (`dict`): what upstream's method was called with.
+            inputs (`dict`): what our method was called with.
             sizes (`list[int]`, *optional*):
-                T of each input; None where tokens are compared in the tower, which has not run yet.
+                Tokens of each entry of upstream's output, most often an input; None where tokens are compared in the
+                tower, which has not run yet.
 
         Returns:
             For each input the tokens of each of its views, one view behind the other, or [`View`]s. Tokens of no view
-            (newlines) leave with the first token that is dropped. By default an input is a single view, or in a tower
-            one for each frame.
+            (newlines, separators) leave with the first token that is dropped. By default an input is a single view, or
+            in a tower one for each frame.
         """
         if sizes is not None:
             return [[size] for size in sizes]
@@ -155,8 +156,9 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         return len(next(inputs[name] for name in names if inputs.get(name) is not None))
 
     def _encode(self, modality: str, encode, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
-        return_dict = inputs.get("return_dict")
-        inputs = {**inputs, "return_dict": True}
+        return_dict, given = inputs.get("return_dict"), inputs
+        inputs = {name: value for name, value in inputs.items() if name not in self.own_arguments}
+        inputs["return_dict"] = True
         if num_visual_tokens is _ALL_TOKENS:
             return encode(**inputs)
         if self.is_off(num_visual_tokens):
@@ -168,7 +170,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             own_class: Any = type(self)
             is_nested = modality == "video" and _encodes_as_images(own_class)
             output = encode(**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {}))
-            output = self.keep_tokens(modality, output, num_visual_tokens, inputs)
+            output = self.keep_tokens(modality, output, num_visual_tokens, given)
         if vars(self).pop("_says_what_it_keeps", False):
             self._say_what_is_kept(modality, output)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -182,10 +184,16 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             logger.warning(f"PruneSID keeps all visual tokens of the first {modality}s: the budget is not below them.")
 
     def keep_tokens(self, modality: str, output: Any, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
-        """Upstream's output with the kept rows alone, chosen by the features that enter the language model."""
-        settings, features = self.config.prunesid_config, list(output.pooler_output)
+        """
+        Upstream's output with the kept rows alone, chosen by the features that enter the language model. lambda is
+        18 N/T where the configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
+        """
+        settings, features = self.config.prunesid_config, self.features_of(output)
         sizes = [len(own) for own in features]
-        views = [as_views(own) for own in self.views(modality, inputs, sizes)]
+        given = self.views(modality, inputs, sizes)
+        if not isinstance(given[0][0], View):
+            sizes = [sum(own) for own in given]
+        views = [as_views(own) for own in given]
         num_tokens = [[len(view.rows) for view in own] for own in views]
         budgets = request_budgets(settings, num_visual_tokens, num_tokens)
         if budgets is None:
@@ -200,7 +208,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             lengths,
             num_tokens,
             budgets,
-            lambda_of_share=self.lambda_of_share,
+            lambda_of_share=True,
             information=self.video_information if modality == "video" else view_information,
         )
         if merged is not None:
@@ -211,12 +219,15 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         kept = iter(counts)
         of_inputs = [sum(next(kept) for _ in own) for own in views]
         rows = rows_of(table, indices, counts)
-        pooled, indices = keep_rows(features, rows, of_inputs)
-        output.pooler_output = list(pooled)
-        if output.get("deepstack_features") is not None:
-            layers = [torch.cat(list(layer)).split(sizes) for layer in output.deepstack_features]
-            output.deepstack_features = [list(keep_rows(layer, rows, of_inputs)[0]) for layer in layers]
-        output["keep_indices"], output["num_placeholders"] = list(indices), sizes
+
+        def keep(entries):
+            return list(keep_rows(list(torch.cat(list(entries)).split(sizes)), rows, of_inputs)[0])
+
+        output["keep_indices"] = list(keep_rows(list(compared.split(sizes)), rows, of_inputs)[1])
+        output["num_placeholders"] = sizes
+        if not isinstance(given[0][0], View):
+            output["view_lengths"] = given
+        self.put_features(output, keep)
         return output
 
 
@@ -255,7 +266,8 @@ class PrunedGenerationMixin(CompressedGenerationMixin, HubModelMixin):
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain.
+            the columns of the caller's prompt that remain. A dropped column has the logits and hidden states of the last
+            one before it that remains. Attentions and caches have the short length.
         """
         return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
@@ -276,17 +288,19 @@ def register_family(head: Any, processor: type | None = None) -> type:
     Returns:
         The Auto model class. It goes into the family's file as `PruneSID<Family>AutoModel`.
     """
-    model, module = head.model_class, inspect.getmodule(head)
-    name = model.__name__.removesuffix("Model") + "AutoModel"
-    members = {"__module__": module.__name__, "__doc__": AutoModelMixin.__doc__}
-    auto_model = type(name, (AutoModelMixin, model), {**members, "_base_class": model, "_generating_class": head})
+    model, module = getattr(head, "model_class", head), inspect.getmodule(head)
+    name, auto_model = head.__name__, head
+    if model is not head:
+        name = model.__name__.removesuffix("Model") + "AutoModel"
+        members = {"__module__": module.__name__, "__doc__": AutoModelMixin.__doc__}
+        auto_model = type(name, (AutoModelMixin, model), {**members, "_base_class": model, "_generating_class": head})
     head._auto_map = {
         "AutoModel": name,
         "AutoModelForImageTextToText": head.__name__,
         "AutoModelForMultimodalLM": head.__name__,
     }
     head._processor_class = processor
-    for ours in (head, model):
+    for ours in {head, model}:
         stock = stock_class(ours)
         names = {ours.__name__: stock.__name__, ours.config_class.model_type: stock.config_class.model_type}
         for own, theirs in names.items():
@@ -299,13 +313,14 @@ def register_family(head: Any, processor: type | None = None) -> type:
 def _take_signatures(cls: type) -> None:
     """Gives `cls` copies of our mixins' methods with the arguments of the stock methods that they override."""
     stock = stock_class(cls)
+    further = getattr(getattr(cls, "model_class", cls), "own_arguments", ())
     for name in _OVERRIDES:
         owner = next(base for base in cls.__mro__ if name in vars(base)) if hasattr(stock, name) else cls
         if owner is cls or issubclass(owner, PreTrainedModel):
             continue
         method = vars(owner)[name]
         copy = functools.wraps(method)(lambda self, _method=method, **inputs: _method(self, **inputs))
-        setattr(cls, name, like_upstream(getattr(stock, name))(copy))
+        setattr(cls, name, like_upstream(getattr(stock, name), further)(copy))
 
 
 @functools.cache

@@ -62,6 +62,7 @@ class CompressedGenerationMixin:
     def forward_compressed(self, forward: Callable, input_ids: torch.LongTensor | None = None, **inputs):
         """Upstream's `forward` on the shortened arguments; what it returns has the caller's columns."""
         inputs, prompt = self.model.compress({"input_ids": input_ids, **inputs})
+        inputs["is_shortened"] = True  # upstream hands it on to the base model
         return run_shortened(forward, inputs, input_ids, prompt, self.config)
 
     @torch.no_grad()

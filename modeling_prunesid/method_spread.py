@@ -76,11 +76,11 @@ def spread_tokens(distances: torch.Tensor, scores: torch.Tensor, count: int) -> 
         `torch.LongTensor` of shape `(views, count)`, in the order of the choice.
     """
     tokens = scores.shape[1]
-    finite, weights = scores > -math.inf, scores.clamp(min=0).sqrt().sqrt()
+    weights = scores.clamp(min=0).sqrt().sqrt()
     # What a chosen token leaves to each other one; -2 for itself, so that a token is chosen once.
-    gains = (distances * weights[:, None]).masked_fill(~finite[:, None], -1)
-    gains = gains.masked_fill(torch.eye(tokens, dtype=torch.bool, device=scores.device), -2)
-    best, chosen = torch.where(finite, 2 * weights, -1), []
+    gains = distances * weights[:, None]
+    gains.diagonal(dim1=1, dim2=2).fill_(-2)
+    best, chosen = torch.where(scores > -math.inf, 2 * weights, -1), []
     for _ in range(count):
         token = best.argmax(1, keepdim=True)
         chosen.append(token)

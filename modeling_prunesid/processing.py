@@ -20,6 +20,7 @@ from transformers.utils import PROCESSOR_NAME
 from .budgets import request_budgets, share_total
 from .configuration_prunesid import PruneSIDConfig
 from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
+from .prompts import largest_remainder
 
 
 _OF_VIDEOS = "num_visual_tokens_of_videos"
@@ -207,15 +208,18 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         self, text: str, modality: str, inputs: dict, index: int, num_visual_tokens: int | float | None
     ) -> str:
         """The text that stands for one input, with its runs of placeholders shortened."""
-        token = self._placeholder(modality)
-        pattern = f"(?:{re.escape(token)})+"
-        runs = [len(run) // len(token) for run in re.findall(pattern, text)]
+        token, runs = self._placeholder(modality), self._runs(text, modality)
         views = self.view_lengths(modality, inputs, index, runs)
         kept = self._kept_of_views(views, num_visual_tokens) if runs else None
         if kept is None:
             return text
         kept_of_runs = iter(share_over_runs(runs, views, kept))
-        return re.sub(pattern, lambda run: token * next(kept_of_runs), text)
+        return re.sub(f"(?:{re.escape(token)})+", lambda run: token * next(kept_of_runs), text)
+
+    def _runs(self, text: str, modality: str) -> list[int]:
+        """The lengths of the runs of placeholders in a text."""
+        token = self._placeholder(modality)
+        return [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
 
     def replace_image_token(
         self, image_inputs: dict, image_idx: int, num_visual_tokens: int | float | None = None, **kwargs
@@ -311,16 +315,6 @@ def share_over_runs(runs: list[int], views: list[int], kept: list[int]) -> list[
         remaining += largest_remainder(rows, kept[view])
         run, view = run + 1, view + 1
     return remaining
-
-
-def largest_remainder(sizes: list[int], total: int) -> list[int]:
-    """Shares out `total` in proportion to `sizes`, none above its size; equal remainders go to the earlier one."""
-    whole = sum(sizes)
-    shares = [size * total // whole for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda index: -(sizes[index] * total % whole))
-    for index in by_remainder[: total - sum(shares)]:
-        shares[index] += 1
-    return shares
 
 
 def _with_budget(upstream: Any) -> Any:

@@ -111,7 +111,8 @@ class ShortPrompt:
         """
         Positions `(batch, full_length)` of the remaining columns, moved up to be contiguous. A sequence packed behind
         another one in the same row, where positions start anew, is moved within itself. Columns that `is_token`
-        `(batch, full_length)` does not mark have no place among the others, and keep what they have.
+        `(batch, full_length)` does not mark are moved along where their positions go on from those before them, and
+        otherwise keep what they have.
         """
         position_ids = position_ids.expand(len(self.keep_mask), -1)
         return self.take(position_ids - self._dropped_before(position_ids, is_token), fill=0)
@@ -147,9 +148,10 @@ class ShortPrompt:
         is_token = is_token.to(position_ids.device).bool()
         seen = columns.masked_fill(~is_token, -1).cummax(1).values
         last = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)
-        starts = is_token & ((last < 0) | (position_ids <= position_ids.gather(1, last.clamp(min=0))))
+        previous = position_ids.gather(1, last.clamp(min=0))
+        starts = is_token & ((last < 0) | (position_ids <= previous))
         first = columns.masked_fill(~starts, 0).cummax(1).values
-        return (before - before.gather(1, first)) * is_token
+        return (before - before.gather(1, first)) * (is_token | ((last >= 0) & (position_ids >= previous)))
 
     def then(self, rest: "ShortPrompt") -> "ShortPrompt":
         """This prompt continued by the columns of `rest`."""
@@ -311,6 +313,7 @@ def mark_kept_placeholders(
     new: torch.BoolTensor | None = None,
     is_token: torch.Tensor | None = None,
     is_stated: bool = True,
+    views: list[list[int]] | None = None,
 ) -> torch.BoolTensor | None:
     """
     Marks the columns of a prompt that remain.
@@ -325,6 +328,7 @@ def mark_kept_placeholders(
             The placeholders that are in no cache yet, if the views may be those of these alone.
         is_token (`torch.Tensor` of shape `(batch, length)`, *optional*): what is no padding.
         is_stated (`bool`): N was passed along with the prompt, as our processor does, which dispels any doubt.
+        views (`list[list[int]]`, *optional*): tokens of each view of each input, one behind the other.
 
     Returns:
         A mask of the shape of `placeholders`, or None if the prompt has N placeholders for each view already.
@@ -376,13 +380,14 @@ def mark_kept_placeholders(
         return None
 
     flags = []
-    for total, kept in zip(num_placeholders, keep_indices):
+    columns = iter(reading.placeholders.flatten().nonzero()[:, 0].split(num_placeholders))
+    for total, kept, own in zip(num_placeholders, keep_indices, views or [[]] * len(num_placeholders)):
         flag = torch.zeros(total, dtype=torch.bool, device=placeholders.device)
         flag[kept[kept >= 0].to(placeholders.device)] = True
         without_place = int((kept < 0).sum())
         if without_place:
             flag[(~flag).nonzero()[:without_place, 0]] = True
-        flags.append(flag)
+        flags.append(_level_runs(flag, next(columns), own))
     keep_mask = torch.ones_like(placeholders)
     keep_mask[reading.placeholders] = torch.cat(flags)
     return keep_mask
@@ -392,6 +397,34 @@ def gather_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Ten
     """The `columns` `(batch, n)` of states `(batch, length, ...)`."""
     columns = columns.to(states.device).view(*columns.shape, *[1] * (states.dim() - 2))
     return states.gather(1, columns.expand(-1, -1, *states.shape[2:]))
+
+
+def _level_runs(flag: torch.BoolTensor, columns: torch.LongTensor, views: list[int]) -> torch.BoolTensor:
+    """
+    A processor cannot know which rows of a view keep tokens. Where text stands between the placeholders `columns` of a
+    view, they leave each run in equal shares, as in the prompts that it writes; what they hold stays in order.
+    """
+    starts = [0, *((columns.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(columns)]
+    first = 0
+    for length in views if len(starts) > 2 else ():
+        inside = [start for start in starts if first < start < first + length]
+        runs = torch.tensor([first, *inside, first + length]).diff().tolist()
+        if inside:
+            kept = largest_remainder(runs, int(flag[first : first + length].sum()))
+            levelled = [torch.arange(run) < count for run, count in zip(runs, kept)]
+            flag[first : first + length] = torch.cat(levelled).to(flag.device)
+        first += length
+    return flag
+
+
+def largest_remainder(sizes: list[int], total: int) -> list[int]:
+    """Shares out `total` in proportion to `sizes`, none above its size; equal remainders go to the earlier one."""
+    whole = sum(sizes)
+    shares = [size * total // whole for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda index: -(sizes[index] * total % whole))
+    for index in by_remainder[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
 
 
 def is_flat(mask: Any) -> bool:

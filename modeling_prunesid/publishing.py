@@ -152,22 +152,23 @@ def carry_own_method(model: Any, folder: str | os.PathLike) -> None:
     package = type(model).__module__.rpartition(".")[0]
     settings = model.config.prunesid_config
     path = Path(folder, "methods.py")
-    if not hasattr(settings, "method") or not path.exists():
+    if not path.exists():
         return
     methods: Any = importlib.import_module(f"{package}.methods")
+    name = getattr(settings, "method", methods.DEFAULT_METHOD)  # ViTCoP has none
     own = f"{type(model).__module__.rpartition('.')[2]}.py"
     copied = files_imported_by(own, Path(folder))
-    path.write_text(methods.carried_source(settings.method), encoding="utf-8")
-    method, sources = Path(folder, f"method_{settings.method}.py"), Path(methods.__file__).parent
+    path.write_text(methods.carried_source(name), encoding="utf-8")
+    method, sources = Path(folder, f"method_{name}.py"), Path(methods.__file__).parent
     if not (sources / method.name).exists():  # registered
-        method.write_text(methods.method_source(settings.method), encoding="utf-8")
-        for name in [f"{module}.py" for module in get_relative_imports(method)]:
-            if not (sources / name).exists():
+        method.write_text(methods.method_source(name), encoding="utf-8")
+        for imported in [f"{module}.py" for module in get_relative_imports(method)]:
+            if not (sources / imported).exists():
                 raise ValueError(
-                    f"prunesid_config.method={settings.method!r} imports {name}, which does not travel with a model: "
-                    "only one file does, and what it imports of modeling_prunesid. Move what it needs into that file."
+                    f"prunesid_config.method={name!r} imports {imported}, which does not travel with a model: only "
+                    "its own file does, and what that imports of modeling_prunesid. Move what it needs into the file."
                 )
-            for needed in files_imported_by(name, sources):
+            for needed in files_imported_by(imported, sources):
                 if not Path(folder, needed).exists():
                     shutil.copy(sources / needed, folder)
     for name in copied - files_imported_by(own, Path(folder)):

@@ -212,24 +212,24 @@ def survivors(similarity: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
     Args:
         similarity (`torch.FloatTensor` of shape `(views, tokens, tokens)`):
             of tokens sorted by group, the best first; -inf between groups.
-        tau (`torch.FloatTensor` of shape `(views, thresholds)`).
+        tau (`torch.FloatTensor` of shape `(views, thresholds)`): one threshold of one view on a CPU.
 
     Returns:
         `torch.BoolTensor` of shape `(views, thresholds, tokens)`, in the order of the rows of `similarity`.
     """
-    conflicts = (similarity[:, None] >= tau[..., None, None]).to(similarity.dtype).tril_(-1).flatten(0, 1)
-    alive = torch.ones_like(conflicts[..., :1])
     if is_batched(similarity):
-        every = alive
+        conflicts = (similarity[:, None] >= tau[..., None, None]).to(similarity.dtype).tril(-1).flatten(0, 1)
+        every = alive = torch.ones_like(conflicts[..., :1])
         for _ in range(NMS_ROUNDS):
             alive = torch.baddbmm(every, conflicts, alive, alpha=-1).clamp(min=0)
-    else:
-        alive, conflicts = alive[0, :, 0], conflicts[0]
-        for _ in range(len(alive)):
-            before, alive = alive, (conflicts @ alive == 0).float()
-            if torch.equal(before, alive):
-                break
-    return alive.view(*tau.shape, -1) > 0
+        return alive.view(*tau.shape, -1) > 0
+    conflicts = torch.ge(similarity[0], tau[0], out=torch.empty_like(similarity[0])).tril_(-1)
+    alive = torch.ones_like(conflicts[0])
+    for _ in range(len(conflicts)):
+        before, alive = alive, (conflicts @ alive == 0).float()
+        if torch.equal(before, alive):
+            break
+    return alive.bool()[None, None]
 
 
 def survivors_of_smallest_tau(similarity: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

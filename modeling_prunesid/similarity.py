@@ -82,7 +82,7 @@ def distances(views: torch.Tensor, least: float) -> torch.Tensor:
     # Equal tokens are to stay equal, but products round them differently at their edge.
     tokens = len(units)
     units = torch.nn.functional.pad(units, (0, 0, 0, -tokens % WHOLE_REGISTERS))
-    return (1 - product(units, units.T))[None, :tokens, :tokens].clamp(min=least)
+    return (1 - product(units, units.T))[None, :tokens, :tokens].clamp_(min=least)
 
 
 def finite_features(

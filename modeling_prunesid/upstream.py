@@ -8,7 +8,7 @@ installed name, which alone gives no warning. Callers pass either name where ups
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -34,11 +34,12 @@ def rename_cache(arguments: dict[str, Any]) -> dict[str, Any]:
     return {CACHE_NAME if name == _OLD_CACHE_NAME else name: value for name, value in arguments.items()}
 
 
-def like_upstream(upstream: Callable) -> Callable[[Callable], Callable]:
+def like_upstream(upstream: Callable, further: Sequence[str] = ()) -> Callable[[Callable], Callable]:
     """
     A decorator for a method `(self, *, ours=None, **inputs)` that overrides `upstream`. Callers see upstream's
     arguments, as the installed Transformers has them, with ours behind them, and pass them by place or by name; the
-    method gets those that were passed, by their installed names.
+    method gets those that were passed, by their installed names. `further` names arguments of ours that the method
+    takes among `inputs`.
 
     Raises:
         `TypeError`: from the decorated method, for more arguments by place than upstream takes, or one given twice.
@@ -54,9 +55,11 @@ def like_upstream(upstream: Callable) -> Callable[[Callable], Callable]:
                 raise TypeError(f"{method.__qualname__} takes {len(by_place)} arguments by place, got {len(args)}.")
             return method(self, **dict(zip(by_place, args)), **rename_cache(kwargs))
 
+        own = dict(inspect.signature(method).parameters)
+        own |= {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in further}
         ours = [
             parameter
-            for name, parameter in inspect.signature(method).parameters.items()
+            for name, parameter in own.items()
             if parameter.kind is parameter.KEYWORD_ONLY and name not in signature.parameters
         ]
         # `inspect` finds it behind `named`, whose own attributes Accelerate copies to a function without `self`.

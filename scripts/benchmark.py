@@ -472,8 +472,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the main ratios in about a minute")
     parser.add_argument("--output", type=Path, help="also write the JSON here")
+    parser.add_argument(
+        "--gpu", action="store_true", help="selection and 7B models on a GPU, in less than six minutes"
+    )
+    parser.add_argument("--tiny", action="store_true", help="with --gpu: tiny models, and a CPU will do")
+    parser.add_argument("--seconds", type=float, default=330, help="with --gpu: after these, cases are skipped")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
+    if arguments.gpu:
+        if not arguments.tiny and DEVICE == "cpu":
+            raise ValueError("--gpu measures 7B models on a CUDA GPU, and there is none. --gpu --tiny runs on a CPU.")
+        from benchmark_gpu import run_all
+
+        run_all(arguments.tiny, arguments.seconds, arguments.output)
+        return
     print(machine())
 
     tokens = tokens_of_photographs(5 if arguments.quick else 8)

@@ -1,10 +1,10 @@
 """
 A device that only pretends: its tensors hold CPU data and say `pretended`, and it counts what a GPU would do.
 
-`Pretended` counts operations (what launches kernels: neither views nor allocations) and waits of the host: values read
-by it, copies between host and device that block, shapes that depend on data, LAPACK calls that check their result. Each
-comes with the file and line that asked for it, so that a test can name what made it wait. `fp64=False` refuses fp64, as
-Apple's MPS does.
+`Pretended` counts operations (what launches kernels: neither views nor allocations) and waits of the host: values
+read by it, copies between host and device that block, shapes that depend on data, LAPACK calls that check results.
+Each comes with the file and line that asked for it, so that a test can name what made it wait. `fp64=False` refuses
+fp64, as Apple's MPS does.
 
     with Pretended() as device:
         select(device.put(views), ...)

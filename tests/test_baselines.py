@@ -1,20 +1,31 @@
 """The methods that PruneSID is compared with: each by a property of its own, and all of them in a model."""
 
+import importlib.util
 import itertools
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_qwen
 import torch
-from tiny import NUM_PATCHES, batch, build, pixels, prompt, stock_twin
+from tiny import IMAGE, IMAGE_SIZE, NUM_PATCHES, TEXT, VISION, batch, build, pixels, prompt, stock_twin
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration
+from modeling_prunesid import (
+    PruneSIDConfig,
+    PruneSIDLlavaForConditionalGeneration,
+    PruneSIDLlavaNextConfig,
+    PruneSIDLlavaNextForConditionalGeneration,
+    register_method,
+)
 from modeling_prunesid.context import Context, counts_on, highest
+from modeling_prunesid.methods import METHODS as method_registry
 from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.tower import run_tower
 
@@ -42,6 +53,7 @@ from baselines import (
 )
 from baselines.encoder import encoder_method
 from baselines.llm import Row, llm_method, scaled_layer
+from baselines.seam import registered
 
 
 RELEASE = Path(__file__).parents[1] / "configuration" / "llava_1.5_64_release.json"
@@ -404,7 +416,9 @@ def test_visionzip_merges_each_other_token_into_its_most_similar_target(tokens, 
 
 def test_visionzip_dyn_gives_tokens_by_information():
     model = build(reference_information=0.7)
-    images = torch.stack([torch.linspace(0.01, 3, 20)[row] * image for row, image in enumerate(pixels(20))])
+    images = pixels(14)
+    for row, image in enumerate(images):
+        image[:, 2 * row :] = 0
     states = run_tower(model.model.vision_tower, images, [3]).hidden_states[3][:, 1:]
     expected = information_budgets(redundancy(states), 20, NUM_PATCHES, 0.7, 2).tolist()
     found = features_of(model, "visionzip-dyn", images, 20)
@@ -629,6 +643,112 @@ def test_presets_are_settings_of_prunesid(model):
         expected = model.get_image_features(pixel_values=images, return_dict=True)
         model.config.prunesid_config = PruneSIDConfig(budget=30, reference_information=0.9)
         assert all(map(torch.equal, found.keep_indices, expected.keep_indices))
+
+
+def test_methods_of_the_seam_run_in_qwen_vl():
+    """Each picture keeps what the method keeps of the features that enter the language model."""
+    model = tiny_qwen.build("Qwen2_5_VL")
+    inputs = tiny_qwen.batch(
+        "Qwen2_5_VL",
+        tiny_qwen.prompt("Qwen2_5_VL", 7, ("image", (1, 8, 12)), 8),
+        tiny_qwen.prompt("Qwen2_5_VL", ("image", (1, 4, 8)), ("image", (1, 8, 8)), 9, 10),
+    )
+    views = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    stock = tiny_qwen.stock_twin(model, "Qwen2_5_VL")
+    with torch.no_grad():
+        whole = stock.get_image_features(**views, return_dict=True).pooler_output
+        for name in ("random", "uniform", "divprune", "dpp"):
+            with applied(model, name, 6) as run:
+                output = model.get_image_features(**views, return_dict=True)
+                answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            assert run.tokens[:3] == [6.0] * 3 and answer.shape[1] == inputs["input_ids"].shape[1] + 3
+            for features, kept, indices in zip(whole, output.pooler_output, output.keep_indices):
+                assert torch.equal(indices, choose(SELECTORS[name][0], (features[None], Context()), 6)[0])
+                assert torch.equal(kept, features[indices])
+        for name in ("hired", "vispruner", "visionzip", "prumerge"):
+            needs = r"needs .*attention.*, the attention that a CLS token pays .*has not"
+            with pytest.raises(ValueError, match=f"method='{name}' {needs}"), applied(model, name, 6):
+                pass
+    with pytest.raises(ValueError, match="must be a PruneSIDLlavaForConditionalGeneration for 'tome'"):
+        applied(model, "tome", 6).__enter__()
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODER_SIDE if METHODS[name].any_family])
+def test_methods_of_the_seam_choose_in_each_crop_of_llava_next(name):
+    torch.manual_seed(0)
+    config = PruneSIDLlavaNextConfig(
+        vision_config=VISION,
+        text_config=TEXT,
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+        prunesid_config={"budget": BUDGET, "reference_information": 0.9},
+    )
+    model = PruneSIDLlavaNextForConditionalGeneration(config).double().eval()
+    crops, sizes = pixels(8).view(2, 4, 3, IMAGE_SIZE, IMAGE_SIZE)[:, :3], torch.tensor([[56, 28], [28, 50]])
+    views = {"pixel_values": crops, "image_sizes": sizes}
+    with torch.no_grad(), applied(model, name, BUDGET) as run:
+        output = model.get_image_features(**views, return_dict=True)
+    counts = [len(view) for view in output.pooler_output]
+    assert run.tokens == counts
+    if not name.endswith("-dyn"):
+        assert counts == [3 * BUDGET] * 2
+    for own, indices, padded in zip(output.pooler_output, output.keep_indices, (False, True)):
+        assert own.isfinite().all() and len(indices.unique()) >= len(indices) - 2  # -1 is CLS, of each crop
+        assert padded or not ((indices - NUM_PATCHES + 1) % 7 == 0).all()
+
+
+def test_a_model_carries_a_registered_method(tmp_path):
+    """Saved, it has the method's file and no other's, and loads in a clean process without our package."""
+    model, images = build(method="paper"), pixels(2)
+    with registered(visionzip) as name:
+        model.config.prunesid_config = PruneSIDConfig(budget=BUDGET, method=name)
+        expected = model.get_image_features(pixel_values=images, return_dict=True).pooler_output
+        model.save_pretrained(tmp_path / "repo")
+    files = {path.name for path in (tmp_path / "repo").glob("*.py")}
+    assert {file for file in files if file.startswith("method_")} == {"method_visionzip.py"}
+    torch.save(images, tmp_path / "images.pt")
+    code = """
+import sys, torch
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained("repo", trust_remote_code=True, dtype=torch.float64)
+assert "modeling_prunesid" not in sys.modules
+with torch.no_grad():
+    torch.save(model.get_image_features(pixel_values=torch.load("images.pt"), return_dict=True).pooler_output, "out.pt")
+model.save_pretrained("again")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=300)
+    for kept, found in zip(expected, torch.load(tmp_path / "out.pt")):
+        assert torch.equal(kept, found)
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == files
+    with pytest.raises(ValueError, match="method must be one of .* got 'visionzip'.*register_method"):
+        PruneSIDLlavaForConditionalGeneration.from_pretrained(tmp_path / "repo")
+
+
+def test_a_method_that_cannot_travel_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="name must be a Python name .* got 'dpp-2'"):
+        register_method("dpp-2", dpp)
+    with pytest.raises(ValueError, match="name must be a Python name and none of .*'paper'.* got 'paper'"):
+        register_method("paper", dpp)
+    with pytest.raises(ValueError, match="module 'baselines.fastv' of method 'fastv' lacks select, needs, DEFAULTS"):
+        register_method("fastv", fastv)
+    (tmp_path / "short_method.py").write_text(
+        Path(uniform.__file__).read_text().replace("return middles", "return middles[1:]")
+        + "from .dpp import likeliest\n"
+    )
+    sys.modules.pop("baselines.short_method", None)
+    spec = importlib.util.spec_from_file_location("baselines.short_method", tmp_path / "short_method.py")
+    module = sys.modules["baselines.short_method"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = build()
+    with registered(module) as name:
+        model.config.prunesid_config = PruneSIDConfig(budget=BUDGET, method=name)
+        with pytest.raises(ValueError, match="imports dpp.py, which does not travel"):
+            model.save_pretrained(tmp_path / "repo")
+        with pytest.raises(ValueError, match=r"method='short_method' must choose 8 of 49 tokens, got .*\(7,\)"):
+            model.get_image_features(pixel_values=pixels(1))
+    assert name not in method_registry
 
 
 def test_errors_name_what_is_wrong():

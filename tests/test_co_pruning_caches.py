@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_twin
+from tiny import IMAGE, NUM_PATCHES, batch, build, build_layer_pruned, pixels, prompt, stock_twin
 from tiny_vitcop import build_vitcop
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -24,7 +24,7 @@ DECODING = {
 def model(request):
     if request.param == "vitcop":
         return build_vitcop()
-    return build(12, text={"num_hidden_layers": 8}, llm_budget=8)
+    return build_layer_pruned(12, 8, text={"num_hidden_layers": 8})
 
 
 @pytest.fixture
@@ -134,3 +134,11 @@ def test_a_compiled_forward_gives_the_same_logits(one):
 
 def test_an_assistant_gives_the_greedy_answer(model, one):
     assert torch.equal(answer(model, one, assistant_model=copy.deepcopy(model)), answer(model, one))
+
+
+@pytest.mark.parametrize("label", ["llm_budget", "vitcop"])
+def test_a_stock_assistant_proposes_what_the_model_answers(label):
+    model = build_vitcop() if label == "vitcop" else build(16, llm_budget=8, text={"num_hidden_layers": 4})
+    inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7, 8, 9])]), "pixel_values": pixels(1)}
+    assistant = stock_twin(build())
+    assert torch.equal(answer(model, inputs, assistant_model=assistant), answer(model, inputs))

@@ -32,6 +32,7 @@ STOCK = (
 )
 # Overridden, called or set, by its place.
 TOUCHED = [
+    "generation.GenerationMixin._get_candidate_generator",
     "generation.GenerationMixin._merge_criteria_processor_list",
     "modeling_utils.PreTrainedModel._from_config",
     "modeling_utils.PreTrainedModel.register_for_auto_class",

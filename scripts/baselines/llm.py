@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from modeling_prunesid import PruneSIDConfig
+from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaModel
 from modeling_prunesid.checks import resolve_budget
+from modeling_prunesid.co_pruning import CoPrunedGenerationMixin, CoPrunedModelMixin
 from modeling_prunesid.layer_pruning import LayerInput, Reducer, prune_layers, stack_rows
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
@@ -111,6 +112,8 @@ def llm_method(plan: Plan, rule: Rule, encoder: Callable[..., AbstractContextMan
             model.config.prunesid_config = PruneSIDConfig(budget=None, layer=settings.layer)
             if encoder is not None:
                 stack.enter_context(encoder(model, count))
+            stack.enter_context(_running_as(base_model, _PruningModel))
+            stack.enter_context(_running_as(model, _PruningHead))
             encode, forward_step = base_model.get_image_features, base_model.forward_pruned
 
             @functools.wraps(encode)
@@ -136,6 +139,24 @@ def llm_method(plan: Plan, rule: Rule, encoder: Callable[..., AbstractContextMan
             yield measured
 
     return install
+
+
+class _PruningModel(CoPrunedModelMixin, PruneSIDLlavaModel):
+    """The model with what lays the groups of visual tokens along the prompt."""
+
+
+class _PruningHead(CoPrunedGenerationMixin, PruneSIDLlavaForConditionalGeneration):
+    model_class = _PruningModel
+
+
+@contextmanager
+def _running_as(module: torch.nn.Module, cls: type) -> Iterator[None]:
+    own = type(module)
+    module.__class__ = cls
+    try:
+        yield
+    finally:
+        module.__class__ = own
 
 
 def _with_groups(output: Any) -> Any:

@@ -14,9 +14,9 @@ from typing import Any
 
 from modeling_prunesid import (
     LayerPrunedLlavaConfig,
-    LayerPrunedLlavaModel,
+    LayerPrunedLlavaForConditionalGeneration,
     ViTCoPLlavaConfig,
-    ViTCoPLlavaModel,
+    ViTCoPLlavaForConditionalGeneration,
 )
 from modeling_prunesid.checks import resolve_budget
 
@@ -29,7 +29,7 @@ def vitcop(model: Any, budget: int | float) -> Iterator[list[float] | None]:
     """
     settings = {"budget": budget, "layer": model.config.prunesid_config.layer}
     config = ViTCoPLlavaConfig(**_stock_fields(model.config), vitcop_config=settings)
-    with _running_as(ViTCoPLlavaModel, config, model), _measured_inside(model, budget) as measured:
+    with _running_as(ViTCoPLlavaForConditionalGeneration, config, model), _measured_inside(model, budget) as measured:
         yield measured
 
 
@@ -42,21 +42,23 @@ def prunesid(model: Any, budget: int | float) -> Iterator[list[float] | None]:
     if count < patches:
         settings |= {"budget": min(count + count // 2, patches), "llm_budget": count, "nms_lambda": "auto"}
     config = LayerPrunedLlavaConfig(**_stock_fields(model.config), prunesid_config=settings)
-    with _running_as(LayerPrunedLlavaModel, config, model), _measured_inside(model, budget) as measured:
+    with (
+        _running_as(LayerPrunedLlavaForConditionalGeneration, config, model),
+        _measured_inside(model, budget) as measured,
+    ):
         yield measured
 
 
 @contextmanager
-def _running_as(published_class: type, config: Any, model: Any) -> Iterator[None]:
-    own = model.model
+def _running_as(head_class: Any, config: Any, model: Any) -> Iterator[None]:
+    own, own_class = model.model, type(model)
     published = copy.copy(own)  # of the same modules
-    published.__class__ = published_class
-    published.config = config
-    model.model = published
+    published.__class__, published.config = head_class.model_class, config
+    model.model, model.__class__ = published, head_class
     try:
         yield
     finally:
-        model.model = own
+        model.model, model.__class__ = own, own_class
 
 
 def _stock_fields(config: Any) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""Gemma 3 with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Model, Gemma3Processor, GenerationMixin
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, register_family
+from .tiles import TiledModelMixin, TiledProcessorMixin
+
+
+class PruneSIDGemma3Config(BehindConnectorConfig, Gemma3Config):
+    """
+    [`Gemma3Config`] with a nested [`PruneSIDConfig`], whose budget is that of each image, and of each of its crops
+    (pan and scan).
+    """
+
+    model_type = "prunesid_gemma3"
+
+
+class PruneSIDGemma3Model(TiledModelMixin, Gemma3Model):
+    """[`Gemma3Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+
+    config_class = PruneSIDGemma3Config
+    pools_tensor = ("image",)
+
+
+class PruneSIDGemma3ForConditionalGeneration(PrunedGenerationMixin, Gemma3ForConditionalGeneration, GenerationMixin):
+    """[`Gemma3ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDGemma3Model
+
+
+class PruneSIDGemma3Processor(TiledProcessorMixin, Gemma3Processor):
+    """[`Gemma3Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+
+
+PruneSIDGemma3AutoModel = register_family(PruneSIDGemma3ForConditionalGeneration, PruneSIDGemma3Processor)

@@ -1,0 +1,39 @@
+"""GOT-OCR 2.0 with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import (
+    GenerationMixin,
+    GotOcr2Config,
+    GotOcr2ForConditionalGeneration,
+    GotOcr2Model,
+    GotOcr2Processor,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, register_family
+from .tiles import TiledModelMixin, TiledProcessorMixin
+
+
+class PruneSIDGotOcr2Config(BehindConnectorConfig, GotOcr2Config):
+    """[`GotOcr2Config`] with a nested [`PruneSIDConfig`], whose budget is that of each page or tile."""
+
+    model_type = "prunesid_got_ocr2"
+
+
+class PruneSIDGotOcr2Model(TiledModelMixin, GotOcr2Model):
+    """[`GotOcr2Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+
+    config_class = PruneSIDGotOcr2Config
+    pools_tensor = ("image",)
+
+
+class PruneSIDGotOcr2ForConditionalGeneration(PrunedGenerationMixin, GotOcr2ForConditionalGeneration, GenerationMixin):
+    """[`GotOcr2ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDGotOcr2Model
+
+
+class PruneSIDGotOcr2Processor(TiledProcessorMixin, GotOcr2Processor):
+    """[`GotOcr2Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+
+
+PruneSIDGotOcr2AutoModel = register_family(PruneSIDGotOcr2ForConditionalGeneration, PruneSIDGotOcr2Processor)

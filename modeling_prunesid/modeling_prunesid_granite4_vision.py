@@ -1,0 +1,56 @@
+"""Granite 4 Vision with PruneSID: tokens are compared as they enter the language model."""
+
+import fractions
+
+from transformers import (
+    GenerationMixin,
+    Granite4VisionConfig,
+    Granite4VisionForConditionalGeneration,
+    Granite4VisionModel,
+    Granite4VisionProcessor,
+)
+
+from .anyres import packed_views
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .processing import PrunedProcessorMixin
+
+
+class PruneSIDGranite4VisionConfig(BehindConnectorConfig, Granite4VisionConfig):
+    """[`Granite4VisionConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each crop."""
+
+    model_type = "prunesid_granite4_vision"
+
+
+class PruneSIDGranite4VisionModel(PrunedModelMixin, Granite4VisionModel):
+    """[`Granite4VisionModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+
+    config_class = PruneSIDGranite4VisionConfig
+
+    def features_of(self, output):
+        return list(output.deepstack_features[0][1])
+
+    def put_features(self, output, keep):
+        output.deepstack_features = [(layer, keep(features)) for layer, features in output.deepstack_features]
+
+    def views(self, modality, inputs, sizes):
+        vision = self.config.vision_config
+        side = int(vision.image_size // vision.patch_size * fractions.Fraction(self.downsample_rate))
+        return packed_views(self, inputs["image_sizes"], side=side, vision_feature_select_strategy="full")
+
+
+class PruneSIDGranite4VisionForConditionalGeneration(
+    PrunedGenerationMixin, Granite4VisionForConditionalGeneration, GenerationMixin
+):
+    """[`Granite4VisionForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDGranite4VisionModel
+
+
+class PruneSIDGranite4VisionProcessor(PrunedProcessorMixin, Granite4VisionProcessor):
+    """[`Granite4VisionProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+
+PruneSIDGranite4VisionAutoModel = register_family(
+    PruneSIDGranite4VisionForConditionalGeneration, PruneSIDGranite4VisionProcessor
+)

@@ -1,0 +1,47 @@
+"""Idefics2 with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import (
+    GenerationMixin,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    Idefics2Model,
+    Idefics2Processor,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, register_family
+from .tiles import TiledModelMixin, TiledProcessorMixin
+
+
+class PruneSIDIdefics2Config(BehindConnectorConfig, Idefics2Config):
+    """
+    [`Idefics2Config`] with a nested [`PruneSIDConfig`], whose budget is that of each tile, or image where images
+    are not split.
+    """
+
+    model_type = "prunesid_idefics2"
+
+
+class PruneSIDIdefics2Model(TiledModelMixin, Idefics2Model):
+    """[`Idefics2Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+
+    config_class = PruneSIDIdefics2Config
+
+    def tiles(self, inputs, sizes):
+        num_tokens = self.config.perceiver_config.resampler_n_latents
+        return [num_tokens] * (sum(sizes) // num_tokens)
+
+
+class PruneSIDIdefics2ForConditionalGeneration(
+    PrunedGenerationMixin, Idefics2ForConditionalGeneration, GenerationMixin
+):
+    """[`Idefics2ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDIdefics2Model
+
+
+class PruneSIDIdefics2Processor(TiledProcessorMixin, Idefics2Processor):
+    """[`Idefics2Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+
+
+PruneSIDIdefics2AutoModel = register_family(PruneSIDIdefics2ForConditionalGeneration, PruneSIDIdefics2Processor)

@@ -1,0 +1,40 @@
+"""Inkling 2 with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import (
+    GenerationMixin,
+    Inkling2Config,
+    Inkling2ForConditionalGeneration,
+    Inkling2Model,
+    Inkling2Processor,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .processing import PrunedProcessorMixin
+
+
+class PruneSIDInkling2Config(BehindConnectorConfig, Inkling2Config):
+    """[`Inkling2Config`] with a nested [`PruneSIDConfig`], whose budget is that of each image."""
+
+    model_type = "prunesid_inkling2"
+
+
+class PruneSIDInkling2Model(PrunedModelMixin, Inkling2Model):
+    """[`Inkling2Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+
+    config_class = PruneSIDInkling2Config
+
+
+class PruneSIDInkling2ForConditionalGeneration(
+    PrunedGenerationMixin, Inkling2ForConditionalGeneration, GenerationMixin
+):
+    """[`Inkling2ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDInkling2Model
+
+
+class PruneSIDInkling2Processor(PrunedProcessorMixin, Inkling2Processor):
+    """[`Inkling2Processor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+
+PruneSIDInkling2AutoModel = register_family(PruneSIDInkling2ForConditionalGeneration, PruneSIDInkling2Processor)

@@ -1,0 +1,44 @@
+"""InternVL with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import (
+    GenerationMixin,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLModel,
+    InternVLProcessor,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, register_family
+from .tiles import TiledModelMixin, TiledProcessorMixin
+
+
+class PruneSIDInternVLConfig(BehindConnectorConfig, InternVLConfig):
+    """
+    [`InternVLConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each tile of 256 tokens, and of
+    each frame of a video, which upstream encodes as an image.
+    """
+
+    model_type = "prunesid_internvl"
+
+
+class PruneSIDInternVLModel(TiledModelMixin, InternVLModel):
+    """[`InternVLModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+
+    config_class = PruneSIDInternVLConfig
+    pools_tensor = ("image",)
+
+
+class PruneSIDInternVLForConditionalGeneration(
+    PrunedGenerationMixin, InternVLForConditionalGeneration, GenerationMixin
+):
+    """[`InternVLForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDInternVLModel
+
+
+class PruneSIDInternVLProcessor(TiledProcessorMixin, InternVLProcessor):
+    """[`InternVLProcessor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+
+
+PruneSIDInternVLAutoModel = register_family(PruneSIDInternVLForConditionalGeneration, PruneSIDInternVLProcessor)

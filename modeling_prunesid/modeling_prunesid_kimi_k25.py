@@ -1,0 +1,44 @@
+"""Kimi K2.5 with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import (
+    GenerationMixin,
+    Kimi_K25Config,
+    Kimi_K25ForConditionalGeneration,
+    Kimi_K25Model,
+    Kimi_K25Processor,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, register_family
+from .tiles import TiledModelMixin, TiledProcessorMixin
+
+
+class PruneSIDKimi_K25Config(BehindConnectorConfig, Kimi_K25Config):
+    """
+    [`Kimi_K25Config`] with a nested [`PruneSIDConfig`], whose budget is that of each image and of each chunk of
+    four frames of a video.
+    """
+
+    model_type = "prunesid_kimi_k25"
+
+
+class PruneSIDKimi_K25Model(TiledModelMixin, Kimi_K25Model):
+    """[`Kimi_K25Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+
+    config_class = PruneSIDKimi_K25Config
+    tiled = ("video",)
+
+
+class PruneSIDKimi_K25ForConditionalGeneration(
+    PrunedGenerationMixin, Kimi_K25ForConditionalGeneration, GenerationMixin
+):
+    """[`Kimi_K25ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDKimi_K25Model
+
+
+class PruneSIDKimi_K25Processor(TiledProcessorMixin, Kimi_K25Processor):
+    """[`Kimi_K25Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+
+
+PruneSIDKimi_K25AutoModel = register_family(PruneSIDKimi_K25ForConditionalGeneration, PruneSIDKimi_K25Processor)

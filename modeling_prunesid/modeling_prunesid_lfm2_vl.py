@@ -1,0 +1,32 @@
+"""LFM2-VL with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import GenerationMixin, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Lfm2VlModel, Lfm2VlProcessor
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, register_family
+from .tiles import TiledModelMixin, TiledProcessorMixin
+
+
+class PruneSIDLfm2VlConfig(BehindConnectorConfig, Lfm2VlConfig):
+    """[`Lfm2VlConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each tile and of the thumbnail."""
+
+    model_type = "prunesid_lfm2_vl"
+
+
+class PruneSIDLfm2VlModel(TiledModelMixin, Lfm2VlModel):
+    """[`Lfm2VlModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+
+    config_class = PruneSIDLfm2VlConfig
+
+
+class PruneSIDLfm2VlForConditionalGeneration(PrunedGenerationMixin, Lfm2VlForConditionalGeneration, GenerationMixin):
+    """[`Lfm2VlForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDLfm2VlModel
+
+
+class PruneSIDLfm2VlProcessor(TiledProcessorMixin, Lfm2VlProcessor):
+    """[`Lfm2VlProcessor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+
+
+PruneSIDLfm2VlAutoModel = register_family(PruneSIDLfm2VlForConditionalGeneration, PruneSIDLfm2VlProcessor)

@@ -1,0 +1,36 @@
+"""Llama 4 with PruneSID: tokens are compared as they enter the language model."""
+
+import torch
+from transformers import GenerationMixin, Llama4Config, Llama4ForConditionalGeneration, Llama4Processor
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import register_family
+from .tiles import TiledModelMixin, TiledProcessorMixin
+from .whole import PrunedWholeMixin
+
+
+class PruneSIDLlama4Config(BehindConnectorConfig, Llama4Config):
+    """[`Llama4Config`] with a nested [`PruneSIDConfig`], whose budget is that of each tile."""
+
+    model_type = "prunesid_llama4"
+
+
+class PruneSIDLlama4ForConditionalGeneration(
+    TiledModelMixin, PrunedWholeMixin, Llama4ForConditionalGeneration, GenerationMixin
+):
+    """[`Llama4ForConditionalGeneration`] on shortened prompts; see [`PrunedWholeMixin`]."""
+
+    config_class = PruneSIDLlama4Config
+
+    def features_of(self, output):
+        return list(output.last_hidden_state)
+
+    def put_features(self, output, keep):
+        output.last_hidden_state = torch.cat(keep(output.last_hidden_state))[None]
+
+
+class PruneSIDLlama4Processor(TiledProcessorMixin, Llama4Processor):
+    """[`Llama4Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+
+
+PruneSIDLlama4AutoModel = register_family(PruneSIDLlama4ForConditionalGeneration, PruneSIDLlama4Processor)

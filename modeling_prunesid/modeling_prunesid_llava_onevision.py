@@ -1,0 +1,63 @@
+"""
+LLaVA-OneVision with PruneSID: tokens are compared as they enter the language model.
+
+The newline token behind a video, and those of the grid of crops, are of no view.
+"""
+
+import torch
+from transformers import (
+    GenerationMixin,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionModel,
+    LlavaOnevisionProcessor,
+)
+
+from .anyres import packed_views
+from .budgets import View
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .processing import PrunedProcessorMixin
+
+
+class PruneSIDLlavaOnevisionConfig(BehindConnectorConfig, LlavaOnevisionConfig):
+    """
+    [`LlavaOnevisionConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each crop of an image and of
+    each frame of a video.
+    """
+
+    model_type = "prunesid_llava_onevision"
+
+
+class PruneSIDLlavaOnevisionModel(PrunedModelMixin, LlavaOnevisionModel):
+    """[`LlavaOnevisionModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+
+    config_class = PruneSIDLlavaOnevisionConfig
+    pools_tensor = ("video",)
+
+    def views(self, modality, inputs, sizes):
+        if modality == "image":
+            alone = inputs.get("batch_num_images")
+            counts = None if alone is None else torch.as_tensor(alone).tolist()
+            is_cropped = None if counts is None else [count == 1 for count in counts for _ in range(count)]
+            options = {"vision_aspect_ratio": inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio}
+            return packed_views(self, inputs["image_sizes"], is_cropped, **options)
+        frames = inputs["pixel_values_videos"].shape[1]
+        return [[View(rows) for rows in torch.arange(size - 1).chunk(frames)] for size in sizes]
+
+
+class PruneSIDLlavaOnevisionForConditionalGeneration(
+    PrunedGenerationMixin, LlavaOnevisionForConditionalGeneration, GenerationMixin
+):
+    """[`LlavaOnevisionForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDLlavaOnevisionModel
+
+
+class PruneSIDLlavaOnevisionProcessor(PrunedProcessorMixin, LlavaOnevisionProcessor):
+    """[`LlavaOnevisionProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+
+PruneSIDLlavaOnevisionAutoModel = register_family(
+    PruneSIDLlavaOnevisionForConditionalGeneration, PruneSIDLlavaOnevisionProcessor
+)

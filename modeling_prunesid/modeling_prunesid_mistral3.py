@@ -1,0 +1,43 @@
+"""Mistral Small 3.1 with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import (
+    GenerationMixin,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Mistral3Model,
+    PixtralProcessor,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .processing import PrunedProcessorMixin
+
+
+class PruneSIDMistral3Config(BehindConnectorConfig, Mistral3Config):
+    """[`Mistral3Config`] with a nested [`PruneSIDConfig`], whose budget is that of each image."""
+
+    model_type = "prunesid_mistral3"
+
+
+class PruneSIDMistral3Model(PrunedModelMixin, Mistral3Model):
+    """[`Mistral3Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+
+    config_class = PruneSIDMistral3Config
+
+
+class PruneSIDMistral3ForConditionalGeneration(
+    PrunedGenerationMixin, Mistral3ForConditionalGeneration, GenerationMixin
+):
+    """[`Mistral3ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDMistral3Model
+
+
+class PruneSIDMistral3Processor(PrunedProcessorMixin, PixtralProcessor):
+    """[`PixtralProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+    def view_lengths(self, modality, inputs, index, runs):
+        return [sum(runs)]
+
+
+PruneSIDMistral3AutoModel = register_family(PruneSIDMistral3ForConditionalGeneration, PruneSIDMistral3Processor)

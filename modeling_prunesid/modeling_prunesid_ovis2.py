@@ -1,0 +1,33 @@
+"""Ovis2 with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import GenerationMixin, Ovis2Config, Ovis2ForConditionalGeneration, Ovis2Model, Ovis2Processor
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, register_family
+from .tiles import TiledModelMixin, TiledProcessorMixin
+
+
+class PruneSIDOvis2Config(BehindConnectorConfig, Ovis2Config):
+    """[`Ovis2Config`] with a nested [`PruneSIDConfig`], whose budget is that of each tile."""
+
+    model_type = "prunesid_ovis2"
+
+
+class PruneSIDOvis2Model(TiledModelMixin, Ovis2Model):
+    """[`Ovis2Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+
+    config_class = PruneSIDOvis2Config
+    pools_tensor = ("image",)
+
+
+class PruneSIDOvis2ForConditionalGeneration(PrunedGenerationMixin, Ovis2ForConditionalGeneration, GenerationMixin):
+    """[`Ovis2ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDOvis2Model
+
+
+class PruneSIDOvis2Processor(TiledProcessorMixin, Ovis2Processor):
+    """[`Ovis2Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+
+
+PruneSIDOvis2AutoModel = register_family(PruneSIDOvis2ForConditionalGeneration, PruneSIDOvis2Processor)

@@ -1,0 +1,41 @@
+"""PaliGemma with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import (
+    GenerationMixin,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaModel,
+    PaliGemmaProcessor,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .processing import PrunedProcessorMixin
+
+
+class PruneSIDPaliGemmaConfig(BehindConnectorConfig, PaliGemmaConfig):
+    """[`PaliGemmaConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each image."""
+
+    model_type = "prunesid_paligemma"
+
+
+class PruneSIDPaliGemmaModel(PrunedModelMixin, PaliGemmaModel):
+    """[`PaliGemmaModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+
+    config_class = PruneSIDPaliGemmaConfig
+    pools_tensor = ("image",)
+
+
+class PruneSIDPaliGemmaForConditionalGeneration(
+    PrunedGenerationMixin, PaliGemmaForConditionalGeneration, GenerationMixin
+):
+    """[`PaliGemmaForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDPaliGemmaModel
+
+
+class PruneSIDPaliGemmaProcessor(PrunedProcessorMixin, PaliGemmaProcessor):
+    """[`PaliGemmaProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+
+PruneSIDPaliGemmaAutoModel = register_family(PruneSIDPaliGemmaForConditionalGeneration, PruneSIDPaliGemmaProcessor)

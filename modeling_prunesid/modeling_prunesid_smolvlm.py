@@ -1,0 +1,44 @@
+"""SmolVLM with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import (
+    GenerationMixin,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMModel,
+    SmolVLMProcessor,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, register_family
+from .tiles import TiledModelMixin, TiledProcessorMixin
+
+
+class PruneSIDSmolVLMConfig(BehindConnectorConfig, SmolVLMConfig):
+    """
+    [`SmolVLMConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each tile, and of each frame of a
+    video, which upstream encodes as an image.
+    """
+
+    model_type = "prunesid_smolvlm"
+
+
+class PruneSIDSmolVLMModel(TiledModelMixin, SmolVLMModel):
+    """[`SmolVLMModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+
+    config_class = PruneSIDSmolVLMConfig
+
+    def tiles(self, inputs, sizes):
+        return [self.image_seq_len] * (sum(sizes) // self.image_seq_len)
+
+
+class PruneSIDSmolVLMForConditionalGeneration(PrunedGenerationMixin, SmolVLMForConditionalGeneration, GenerationMixin):
+    """[`SmolVLMForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDSmolVLMModel
+
+
+class PruneSIDSmolVLMProcessor(TiledProcessorMixin, SmolVLMProcessor):
+    """[`SmolVLMProcessor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+
+
+PruneSIDSmolVLMAutoModel = register_family(PruneSIDSmolVLMForConditionalGeneration, PruneSIDSmolVLMProcessor)

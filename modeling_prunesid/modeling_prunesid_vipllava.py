@@ -1,0 +1,41 @@
+"""ViP-LLaVA with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import (
+    GenerationMixin,
+    LlavaProcessor,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
+    VipLlavaModel,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .processing import PrunedProcessorMixin
+
+
+class PruneSIDVipLlavaConfig(BehindConnectorConfig, VipLlavaConfig):
+    """[`VipLlavaConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each image."""
+
+    model_type = "prunesid_vipllava"
+
+
+class PruneSIDVipLlavaModel(PrunedModelMixin, VipLlavaModel):
+    """[`VipLlavaModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+
+    config_class = PruneSIDVipLlavaConfig
+    pools_tensor = ("image",)
+
+
+class PruneSIDVipLlavaForConditionalGeneration(
+    PrunedGenerationMixin, VipLlavaForConditionalGeneration, GenerationMixin
+):
+    """[`VipLlavaForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDVipLlavaModel
+
+
+class PruneSIDVipLlavaProcessor(PrunedProcessorMixin, LlavaProcessor):
+    """[`LlavaProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+
+PruneSIDVipLlavaAutoModel = register_family(PruneSIDVipLlavaForConditionalGeneration, PruneSIDVipLlavaProcessor)

@@ -1,0 +1,128 @@
+"""Chats with a cache, prompts that could be read in two ways, and callers that read the outputs of `forward`."""
+
+import pytest
+import tiny_qwen
+import torch
+from tiny import BOS, BUDGET, IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_twin
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_prunesid.upstream_prunesid import CACHE_NAME
+
+
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
+SMALL = {"image_size": 24, "patch_size": 4}  # 36 tokens
+
+
+def small_pixels(count, seed=0):
+    return torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("is_every_picture", [True, False])
+@pytest.mark.parametrize("budget", [18, 12, 9, 10])
+def test_a_picture_a_turn_whatever_share_is_kept(budget, is_every_picture):
+    model, cache, ids = build(budget, vision=SMALL), DynamicCache(), [BOS]
+    for turn in range(4):
+        ids = torch.tensor([[*ids, 5 + turn, *[IMAGE] * 36, 20 + turn, 21]])
+        pictures = small_pixels(turn + 1)
+        new = pictures if is_every_picture else pictures[turn:]
+        answer = model.generate(ids, pixel_values=new, **{CACHE_NAME: cache}, **GREEDY)
+        assert torch.equal(answer, model.generate(ids, pixel_values=pictures, **GREEDY))
+        ids = answer[0].tolist()
+
+
+@pytest.mark.parametrize("family", tiny_qwen.FAMILIES)
+def test_a_picture_a_turn_at_the_default_share(family):
+    model, cache, ids, grid = tiny_qwen.build(family, budget=1 / 3), DynamicCache(), [], (1, 12, 12)
+    for turn in range(4):
+        ids = [*ids, *tiny_qwen.prompt(family, 5 + turn, ("image", grid), 20 + turn, 21)[0]]
+        input_ids = torch.tensor([ids])
+        inputs = {
+            "input_ids": input_ids,
+            "mm_token_type_ids": (input_ids == tiny_qwen.IMAGE).int(),
+            "pixel_values": torch.cat([tiny_qwen.pixels([grid], seed) for seed in range(turn + 1)]),
+            "image_grid_thw": torch.tensor([grid] * (turn + 1)),
+        }
+        answer = model.generate(**inputs, **{CACHE_NAME: cache}, **GREEDY)
+        assert torch.equal(answer, model.generate(**inputs, **GREEDY))
+        ids = answer[0].tolist()
+
+
+@pytest.mark.parametrize("second", [[6, *[IMAGE] * 36, 30, 31], [6, 7, 8, 9, 10, *[IMAGE] * 36, 30, 31, 32, 33]])
+def test_a_cache_of_another_conversation(second):
+    model, cache = build(12, vision=SMALL), DynamicCache()
+    first = torch.tensor([[BOS, 5, *[IMAGE] * 36, 20, 21]])
+    model.generate(first, pixel_values=small_pixels(1), **{CACHE_NAME: cache}, **GREEDY)
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} was filled by another prompt"):
+        model.generate(
+            torch.tensor([[BOS, *second]]), pixel_values=small_pixels(1, 9), **{CACHE_NAME: cache}, **GREEDY
+        )
+
+
+def test_a_cache_that_an_interrupted_call_left(ours):
+    class Interrupts(BaseStreamer):
+        calls = 0
+
+        def put(self, value):
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+
+        def end(self):
+            pass
+
+    ids, cache = torch.tensor([prompt([NUM_PATCHES], [7, 8])]), DynamicCache()
+    with pytest.raises(KeyboardInterrupt):
+        ours.generate(ids, pixel_values=pixels(1), streamer=Interrupts(), **{CACHE_NAME: cache}, **GREEDY)
+    with pytest.raises(ValueError, match="did not finish"):
+        ours.generate(ids, pixel_values=pixels(1), **{CACHE_NAME: cache}, **GREEDY)
+
+
+def test_prompts_that_could_be_read_in_two_ways():
+    ours, half = build(), build(18, vision=SMALL)
+    cut = torch.tensor([prompt([BUDGET], [])])
+    with pytest.raises(ValueError, match="Image features and image tokens do not match for certain"):
+        ours(input_ids=cut, pixel_values=pixels(1))
+    ours(input_ids=cut, pixel_values=pixels(1), num_visual_tokens=[BUDGET])  # as our processor says it
+    run = torch.tensor([[BOS, 5, *[IMAGE] * 36, 20, 21]])
+    with pytest.raises(ValueError, match="Image features and image tokens do not match for certain"):
+        half(input_ids=run, pixel_values=small_pixels(2))
+
+
+@torch.no_grad()
+def test_the_layout_of_rl_trainers(ours):
+    """Prompts padded on the left, answers on the right; each row scores as alone."""
+    prompts, answers = [prompt([NUM_PATCHES], [7, 8]), prompt([NUM_PATCHES], [7, 8, 9, 10])], [[11, 12], [11, 12, 13]]
+    left = batch(prompts)
+    ids = torch.cat([left["input_ids"], torch.tensor([[11, 12, 0], [11, 12, 13]])], dim=1)
+    mask = torch.cat([left["attention_mask"], torch.tensor([[1, 1, 0], [1, 1, 1]])], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(2)}
+    for positions in ({}, {"position_ids": mask.cumsum(1) - 1}):
+        logits = ours(**inputs, **positions).logits[:, -4:-1]
+        torch.testing.assert_close(ours(**inputs, **positions, logits_to_keep=4).logits[:, :-1], logits)
+        for row, answer in enumerate(answers):
+            whole = torch.tensor([prompts[row] + answer])
+            alone = ours(input_ids=whole, pixel_values=pixels(2)[[row]]).logits[0, -len(answer) - 1 : -1]
+            # Rotary angles of other positions are rounded to float32.
+            torch.testing.assert_close(logits[row, : len(answer)], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_labels_of_placeholders_and_their_count_are_no_matter(ours):
+    ids = torch.tensor([prompt([NUM_PATCHES], [7, 8, 9])])
+    ignored = ids.masked_fill(ids == IMAGE, -100)
+    inputs = {"input_ids": ids, "pixel_values": pixels(1)}
+    expected = ours(**inputs, labels=ignored, num_items_in_batch=(ignored != -100).sum()).loss
+    got = ours(**inputs, labels=ids, num_items_in_batch=torch.tensor(ids.numel())).loss
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    logits = ours(**inputs).logits
+    outside = torch.nn.functional.cross_entropy(logits[0, :-1], ignored[0, 1:])
+    torch.testing.assert_close(ours(**inputs, labels=ids).loss.double(), outside, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_masked_placeholders_stay_with_their_features(ours):
+    ids = torch.tensor([[1, 7, 8, 9, 10, *[IMAGE] * NUM_PATCHES]])
+    mask = (ids != IMAGE).long()
+    logits = ours(input_ids=ids, attention_mask=mask, pixel_values=pixels(1)).logits
+    torch.testing.assert_close(logits[:, :5], stock_twin(ours)(input_ids=ids[:, :5]).logits)
