@@ -415,11 +415,13 @@ def test_visionzip_merges_each_other_token_into_its_most_similar_target(tokens, 
 
 
 def test_visionzip_dyn_gives_tokens_by_information():
-    model = build(reference_information=0.7)
-    images = pixels(14)
+    model, images = build(reference_information=0.7), pixels(14)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        next(weight for name, weight in tower.named_parameters() if "position_embedding" in name).mul_(0.01)
     for row, image in enumerate(images):
-        image[:, 2 * row :] = 0
-    states = run_tower(model.model.vision_tower, images, [3]).hidden_states[3][:, 1:]
+        image[:, 2 * row :] = 1
+    states = run_tower(tower, images, [3]).hidden_states[3][:, 1:]
     expected = information_budgets(redundancy(states), 20, NUM_PATCHES, 0.7, 2).tolist()
     found = features_of(model, "visionzip-dyn", images, 20)
     assert [len(view) for view in found.pooler_output] == expected
@@ -713,7 +715,8 @@ from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained("repo", trust_remote_code=True, dtype=torch.float64)
 assert "modeling_prunesid" not in sys.modules
 with torch.no_grad():
-    torch.save(model.get_image_features(pixel_values=torch.load("images.pt"), return_dict=True).pooler_output, "out.pt")
+    output = model.get_image_features(pixel_values=torch.load("images.pt"), return_dict=True)
+torch.save(output.pooler_output, "out.pt")
 model.save_pretrained("again")
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -5,9 +5,9 @@ added, and one token more is the attention-weighted sum of all that are not kept
 patches besides.
 
 Attention is that of the tower's last layer (`layer=-1`), its heads taken as one. The budget is fixed here: the
-adaptive count of the paper is not used, and N counts the last token, so that N - 1 patches are kept. Of these PruMerge+
-(`strided`) takes half by attention, rounded up, and half evenly from the others. All are in raster order, the token of
-those that are not kept in the place of the last of these; in the release it comes last.
+adaptive count of the paper is not used, and N counts the last token, so that N - 1 patches are kept. Of these
+PruMerge+ (`strided`) takes half by attention, rounded up, and half evenly from the others. All are in raster order,
+the token of those that are not kept in the place of the last of these; in the release it comes last.
 """
 
 from typing import Any

@@ -5,8 +5,8 @@ contextual tokens, which add the mean of those most similar to them by their key
 all settings of the paper, and CLS counts.
 
 CLS comes first (`keep_cls`), the others follow in raster order; the release has the contextual tokens last.
-VisionZip-Dyn (PruneSID, section 4.2), which is `dynamic`, gives each image the tokens that PruneSID's information score
-gives it.
+VisionZip-Dyn (PruneSID, section 4.2), which is `dynamic`, gives each image the tokens that PruneSID's information
+score gives it.
 """
 
 from typing import Any
