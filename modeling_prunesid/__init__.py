@@ -4,6 +4,10 @@ import importlib
 import sys
 from typing import Any
 
+from .configuration_prunesid import PruneSIDConfig  # first: it checks the version of Transformers
+
+
+# isort: split
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -12,7 +16,6 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from .auto import PruneSIDForImageTextToText
 from .compress import compress
 from .configuration_mini_gemini import MiniGeminiConfig
-from .configuration_prunesid import PruneSIDConfig
 from .families import FAMILIES, release_with
 from .methods import register_method
 from .modeling_layer_pruned_llava import (
@@ -34,6 +37,8 @@ from .modeling_vitcop_llava import (
 )
 from .processing_mini_gemini import MiniGeminiProcessor
 
+
+__version__ = "0.2.0"
 
 _KINDS = ("Config", "Model", "ForConditionalGeneration", "Processor")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from .checks import resolve_budget
+from .checks import resolve_budget, warn_once
 from .configuration_prunesid import check_budget
 from .context import Context, counts_on
 from .methods import method_of
@@ -144,11 +144,44 @@ def request_budgets(
                 f"frames), which keep at least {smallest}: {extra_kept + 1} of each. Ask for more."
             )
         totals.append(total)
+    if listed_budgets(num_visual_tokens, len(num_tokens)) is not None:
+        _compare_with_settings(settings, totals, num_tokens, full_view)
     if all(total >= sum(views) for total, views in zip(totals, num_tokens)):
+        _warn_of_excess(budgets, [sum(views) if is_total else max(views, default=0) for views in num_tokens])
         return None
     if is_by_reference:
         return Budgets(totals, "reference")
     return Budgets(totals, "information" if settings.dynamic and is_total else "equal")
+
+
+def _warn_of_excess(budgets: list[int | float], num_tokens: list[int]) -> None:
+    """Say once that a count above all tokens, of which it leaves all, may be a slip."""
+    for budget, tokens in zip(budgets, num_tokens):
+        if not isinstance(budget, float) and budget > tokens > 0:
+            warn_once(
+                "budget above tokens",
+                f"A budget of {budget} visual tokens is above the {tokens} that there are: all of them are kept.",
+            )
+
+
+def _compare_with_settings(
+    settings: PretrainedConfig, totals: list[int], num_tokens: Sequence[Sequence[int]], full_view: int | None
+) -> None:
+    """Say once that a prompt brings another budget than the model's, which somebody may have set in vain."""
+    budget = settings.budget
+    if budget is None:
+        expected = [sum(views) for views in num_tokens]
+    elif settings.budget_scope == "image":
+        expected = [resolve_budget(budget, sum(views)) for views in num_tokens]
+    else:
+        expected = [sum(nominal_budgets(settings, budget, views, full_view)) for views in num_tokens]
+    if totals != expected and not (settings.dynamic and settings.budget_scope == "view"):
+        warn_once(
+            "budget of the prompt",
+            f"The prompt was written for num_visual_tokens={totals}, which replaces the model's own "
+            f"prunesid_config.budget={budget}. Set processor.num_visual_tokens to the budget that you want, or to "
+            "None: then it writes full prompts, which leave the budget to the model.",
+        )
 
 
 def nominal_budgets(

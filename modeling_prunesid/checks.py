@@ -1,7 +1,35 @@
-"""Checks of counts and budgets."""
+"""Checks of versions, counts and budgets, and what is said once in a process."""
 
 import math
 from numbers import Integral, Real
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers.utils import logging
+
+
+OLDEST_TRANSFORMERS = "5.18"
+
+logger = logging.get_logger(__name__)
+
+_said: set[str] = set()
+
+
+def check_transformers() -> None:
+    """Raise an `ImportError` for a version of Transformers that lacks what this code builds on."""
+    if Version(transformers.__version__).release < Version(OLDEST_TRANSFORMERS).release:
+        raise ImportError(
+            f"PruneSID needs transformers {OLDEST_TRANSFORMERS} or newer, found {transformers.__version__}. Upgrade "
+            f"it: pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
+        )
+
+
+def warn_once(kind: str, message: str) -> None:
+    """Log a warning, the first of its kind in this process. Compiled code says nothing."""
+    if kind not in _said and not torch.compiler.is_compiling():
+        _said.add(kind)
+        logger.warning(message)
 
 
 def resolve_budget(budget: int | float, tokens: int) -> int:

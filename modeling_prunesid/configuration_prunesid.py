@@ -1,15 +1,23 @@
 """Settings of PruneSID, and the model configurations that carry them."""
 
+import copy
+import importlib
 import math
 import numbers
+import os
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig, __version__
 from transformers.models.auto import modeling_auto
 
+from .checks import check_transformers
 from .methods import DEFAULT_METHOD, OF_CLS, check_method, method_of_saved, needs_of, options_of
 
+
+check_transformers()
 
 # Tables of Transformers in which pipelines and serving look up the names of classes with a head.
 _CLASS_NAME_TABLES = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
@@ -46,10 +54,22 @@ def is_budget(value: Any) -> bool:
 def check_budget(value: Any, name: str = "prunesid_config.budget") -> None:
     """Raise a `ValueError` unless `value` is a count of tokens, a share of them, or None."""
     if not is_budget(value):
+        of_none = "off" if name.endswith("budget") else "the model's budget; 1.0 keeps all"
         raise ValueError(
             f"{name} must be a positive integer (tokens kept of each encoded view), a float in (0, 1] (share of its "
-            f"tokens) or None (off), got {value!r}. Write for example {name.split('.')[-1]}=64."
+            f"tokens) or None ({of_none}), got {value!r}. Write for example {name.split('.')[-1]}=64."
         )
+
+
+def find_presets() -> ModuleType:
+    """The module that reads presets. They stay in the package: a repo on the Hub has settings of its own."""
+    try:
+        return importlib.import_module("modeling_prunesid.presets")
+    except ImportError as error:
+        raise ValueError(
+            "Presets come with the package prunesid-transformers, which is not installed. Install it, or give the "
+            "settings themselves."
+        ) from error
 
 
 def _one_of(*choices: str):
@@ -95,6 +115,29 @@ class NestedSettings(PretrainedConfig):
 
     # field: (is it valid?, what is valid)
     _rules = {}
+    # The preset that these settings were read from, so that a model of another type can refuse them. It is not saved.
+    _preset: str | None = None
+
+    @classmethod
+    def from_preset(cls, name: str | os.PathLike):
+        """
+        The settings of a preset. `prunesid presets` lists them.
+
+        Args:
+            name (`str` or `os.PathLike`): for example `"llava_1.5_64"`, or the path of a JSON file.
+
+        Raises:
+            `ValueError`: if there is no such preset, with a list of those that exist; or if it is of another method.
+        """
+        preset, own = find_presets().read_preset(name), cls.model_type.partition("_")[0]
+        if preset.method != own:
+            raise ValueError(
+                f"The preset {str(name)!r} has settings of {preset.method!r}, and {cls.__name__} takes those of "
+                f"{own!r}. Take one of {', '.join(find_presets().preset_names(own))}."
+            )
+        settings = cls(**preset.fields)
+        settings._preset = str(name)
+        return settings
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
@@ -165,7 +208,8 @@ class PruneSIDConfig(NestedSettings):
             (ours), by score and by the distance, projected as the language model gets them, to those already kept.
         method_settings (`dict`, *optional*):
             What belongs to one method. paper: `grouping` (`"psca"`, or `"kmeans"` and `"random"` of table 5) and
-            `seed`. release: these, `score` (`"cls_attention"` or `"component"`), `center` (`"features"` or
+            `seed`. release: these, `score` (`"cls_attention"`, `"component"`, or ours: `"attention"`, the
+            mean attention that a token receives in `layer`, for towers without CLS), `center` (`"features"` or
             `"tokens"`), `quota` (`"bounded"` or `"proportional"`) and `keep_cls`, whether CLS is one of the N. spread:
             `score`, `center` and `keep_cls`.
         mrope_positions (`"original"` or `"contiguous"`, defaults to `"original"`):
@@ -230,8 +274,45 @@ class PruneSIDConfig(NestedSettings):
         if self.dynamic and self.budget_scope == "view" and self.reference_information is None:
             raise ValueError(
                 "prunesid_config.dynamic=True needs reference_information, the mean information score of typical "
-                "images, got None. `scripts/calibrate.py` measures it."
+                "images, got None. `prunesid calibrate` measures it."
             )
+
+
+def as_own(fields: dict[str, Any], config_class: type, checkpoint: Any) -> dict[str, Any]:
+    """
+    The fields of a checkpoint's `config.json` with the `model_type` of `config_class`, whose stock model it is.
+
+    Raises:
+        `ValueError`: if it is a checkpoint of another model, with the class that loads it.
+    """
+    given, own = fields.get("model_type"), config_class.model_type
+    if given in (None, own):
+        return fields
+    stock = next(base.model_type for base in config_class.__mro__[1:] if issubclass(base, PretrainedConfig))
+    bare = _bare_type(given)
+    if bare == stock:
+        return {**fields, "model_type": own}
+    family = config_class.__name__.removesuffix("Config")
+    raise ValueError(
+        f"{checkpoint} is a checkpoint of model_type {given!r}, and {family} classes load those of {stock!r}. "
+        f"{_advise_class(bare)}"
+    )
+
+
+def _bare_type(model_type: str) -> str:
+    for prefix in ("prunesid_layer_pruned_", "prunesid_", "vitcop_"):
+        model_type = model_type.removeprefix(prefix)
+    return model_type
+
+
+def _advise_class(model_type: str) -> str:
+    try:
+        package = importlib.import_module("modeling_prunesid")
+    except ImportError:
+        return "Load it with AutoModelForImageTextToText."
+    if model_type in package.FAMILIES:
+        return f"Load it with PruneSID{package.FAMILIES[model_type]}ForConditionalGeneration."
+    return f"PruneSID does not support that model; it supports {', '.join(sorted(package.FAMILIES))}."
 
 
 def ignored_at_inference(config_class: type) -> list[str]:
@@ -240,10 +321,43 @@ def ignored_at_inference(config_class: type) -> list[str]:
     return list(dict.fromkeys([*stock, "keep_mask", "layer_visual_tokens", "image_outputs", "video_outputs"]))
 
 
+def read_settings(value: Any, settings_class: type, current: Any, with_defaults: Callable) -> Any:
+    """
+    What is assigned to a model's `prunesid_config` as settings: those of a dict or of a preset by its name; for None
+    the defaults where there are none yet, else the current ones with the budget None.
+    """
+    if value is None and current is not None:
+        settings = copy.deepcopy(current)
+        settings.budget = None
+        return settings
+    settings = value
+    if value is None or isinstance(value, dict):
+        settings = settings_class(**with_defaults(value or {}))
+    elif isinstance(value, str):
+        preset = settings_class.from_preset(value)
+        settings = settings_class(**with_defaults(find_presets().read_preset(value).fields))
+        settings._preset = preset._preset
+    for name in ("base_model_name_or_path", "base_model_revision"):
+        if getattr(current, name, None) is not None and getattr(settings, name) is None:
+            setattr(settings, name, getattr(current, name))
+    return settings
+
+
+def without_none(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None or name not in names}
+
+
+def check_preset(settings: Any, model_type: str) -> None:
+    """Raise a `ValueError` for settings of a preset that is for models of another type."""
+    if getattr(settings, "_preset", None) is not None:
+        find_presets().check_model_type(settings._preset, model_type)
+
+
 class NestsPruneSIDConfig:
     """
-    Mixin of the model configurations, which gives them the field `prunesid_config` (`dict` or `PruneSIDConfig`,
-    *optional*): how visual tokens are chosen. A dict passed to `from_pretrained` is merged into the saved one.
+    Mixin of the model configurations, which gives them the field `prunesid_config` (`dict`, `PruneSIDConfig` or the
+    name of a preset, *optional*): how visual tokens are chosen. A dict passed to `from_pretrained` is merged into the
+    saved one, and None leaves it as it was saved. Set to None later, the budget is None: off.
     """
 
     # The family's settings where the caller gives none.
@@ -266,12 +380,24 @@ class NestsPruneSIDConfig:
         cls.keys_to_ignore_at_inference = ignored_at_inference(cls)
         register_class_names(cls)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Upstream's. A stock checkpoint is one of ours; see [`as_own`]."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return as_own(fields, cls, pretrained_model_name_or_path), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Upstream's, with `prunesid_config=None` for the saved settings."""
+        return super().from_dict(config_dict, **without_none(kwargs, "prunesid_config"))
+
     def __setattr__(self, name, value):
-        if name == "prunesid_config" and (value is None or isinstance(value, dict)):
-            value = self._settings_class(**self._with_defaults(value or {}))
+        if name != "prunesid_config":
+            return super().__setattr__(name, value)
+        value = read_settings(value, self._settings_class, vars(self).get(name), self._with_defaults)
         super().__setattr__(name, value)
-        if name == "prunesid_config":
-            self.check_settings()
+        check_preset(value, self.model_type)
+        self.check_settings()
 
     def check_settings(self) -> None:
         """Raise a `ValueError` for settings that this family cannot follow. Runs before each use as well."""

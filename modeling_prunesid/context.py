@@ -12,7 +12,7 @@ from .exact import is_batched, without_autocast
 
 
 VIEWS_AT_ONCE = 32
-_TENSORS = ("cls_attention", "joined_attention", "projected", "keys", "features")
+_TENSORS = ("attention", "joined_attention", "projected", "keys", "features")
 
 
 @dataclass
@@ -26,9 +26,10 @@ class Context:
         lengths (`list[int]`, *optional*): T of each view, where views are padded behind their own tokens.
         extra_kept (`int`): tokens kept besides, which count in the N of K, of lambda and of the bounds.
         lambda_of_share (`bool`): `nms_lambda=None` means 18 * N / T in place of N / 32.
-        cls_attention (`torch.Tensor` of shape `(views, tokens)`, *optional*): attention of CLS, summed over heads.
+        attention (`torch.Tensor` of shape `(views, tokens)`, *optional*):
+            The attention that each token receives, of CLS (summed over heads) or of all tokens alike.
         joined_attention (`torch.Tensor` of shape `(views, tokens)`, *optional*):
-            The same with the heads taken as one: the softmax of the product of whole queries and keys.
+            That of CLS with the heads taken as one: the softmax of the product of whole queries and keys.
         keys (`torch.Tensor` of shape `(views, tokens, heads, any dim)`, *optional*): the tower's keys.
         projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*):
             The tokens as the language model gets them; None where these are the views themselves.
@@ -42,7 +43,7 @@ class Context:
     lengths: list[int] | None = None
     extra_kept: int = 0
     lambda_of_share: bool = False
-    cls_attention: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
     joined_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     projected: torch.Tensor | None = None

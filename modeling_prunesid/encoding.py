@@ -5,12 +5,14 @@ Hooks read the hidden states that are compared when the tower has run; when the 
 chosen, and only the kept ones go through it.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .attention import attending_layer, watch_attention
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
 from .methods import OF_CLS, needs_of, options_of
 from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
@@ -92,7 +94,7 @@ class TowerEncoding:
         self.inputs, self.settings = inputs, model.config.prunesid_config
         if self.keeps_fed:  # a PruneSIDConfig
             model.config.check_settings()
-        self.projector = getattr(model, model.projector)
+        self.projector = getattr(model, model.projector_name)
         self.information = model.video_information if modality == "video" else view_information
         self.tower = getattr(model, model.towers[modality]) if model.towers else None
         self.num_prefix = self.num_fed = 0  # tokens before the patches: in the tower, and fed to the language model
@@ -114,9 +116,9 @@ class TowerEncoding:
         if not isinstance(views[0], int):
             if self.num_fed:
                 raise ValueError(
-                    f"vision_feature_select_strategy leaves no whole grid of patches: the language model is fed "
-                    f"{self.num_fed} tokens before them. Use 'default' for a tower with a CLS token, 'full' for one "
-                    "without."
+                    f"vision_feature_select_strategy={self.strategy!r} leaves no whole grid of patches: the language "
+                    f"model is fed {self.num_fed} tokens before them. Use 'default' for a tower with a CLS token, "
+                    "'full' for one without."
                 )
             return list(views)
         laid, start = [], 0
@@ -137,8 +139,9 @@ class TowerEncoding:
         if OF_CLS & self.needs:
             check_has_cls(self.tower)
         self.num_prefix = self.num_fed = count_prefix(self.tower)
-        strategy = self.inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
-        if strategy == "default" and modality == "image":
+        given = self.inputs.get("vision_feature_select_strategy")
+        self.strategy = given or model.config.vision_feature_select_strategy
+        if self.strategy == "default" and modality == "image":
             self.num_fed = self.num_prefix - 1
         if self.num_fed < 0:
             raise ValueError(
@@ -167,7 +170,7 @@ class TowerEncoding:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What of a [`Context`] the method reads."""
+        """What the method reads of the tokens beside what it compares: of CLS, `"attention"`, `"projected"`, ..."""
         return needs_of(self.settings)
 
     @property
@@ -203,7 +206,14 @@ class TowerEncoding:
             self.selection_layer if OF_CLS & self.needs else None,
             self.runs_whole,
         )
-        with watched as self.states, project_rows(self.projector, self._choose_rows) as result:
+        attention = contextlib.nullcontext([])
+        if "attention" in self.needs:
+            attention = watch_attention(attending_layer(self.tower, self.settings.layer))
+        with (
+            watched as self.states,
+            attention as self.received,
+            project_rows(self.projector, self._choose_rows) as result,
+        ):
             output = encode(**self.inputs)
         return self._finish(output, result["projected"][:, 0] if self.has_own_cls else None)
 
@@ -219,7 +229,10 @@ class TowerEncoding:
             heads = self.tower.config.num_attention_heads
             for name in OF_CLS & self.needs:
                 value = getattr(states, name)[:, self.num_prefix :]
-                seen[name] = value.unflatten(-1, (heads, -1)) if name == "keys" else value
+                value = value.unflatten(-1, (heads, -1)) if name == "keys" else value
+                seen["attention" if name == "cls_attention" else name] = value
+            if "attention" in self.needs:
+                seen["attention"] = torch.cat(self.received)[:, self.num_prefix :]
             if self.has_own_cls:
                 cls = torch.cat([states.hidden_states[layer][:, :1] for layer in self.feature_layers], dim=-1)
                 features = torch.cat([cls, features], dim=1)

@@ -94,7 +94,7 @@ class PruneSIDForLmmsEval(lmms):
         if not config.model_type.startswith(("prunesid_", "vitcop_")):
             raise ValueError(
                 f"pretrained={pretrained!r} is no PruneSID or ViTCoP repo but a {config.model_type!r}, which would "
-                "run without compression. Make a variant of it with scripts/convert.py."
+                "run without compression. Make a variant of it with `prunesid convert`."
             )
         budget_field = config.prunesid_config.base_config_key
         settings = {} if num_visual_tokens is None else {budget_field: {"budget": num_visual_tokens}}

@@ -5,6 +5,7 @@ of the package are `method_<name>.py` and have two lines below; others are added
 the Hub carries its own method alone: `carried_source`, `method_source`.
 """
 
+import importlib
 import inspect
 import re
 import sys
@@ -21,7 +22,10 @@ METHODS: dict[str, Callable] = {
     "release": release,
     "spread": spread,
 }
-DEFAULT_METHOD = next(iter(METHODS))
+# The module of each method. A configuration knows methods by name alone: pickled by value, as vLLM does, it takes no
+# selector along.
+MODULES = {name: f"{__name__.rpartition('.')[0]}.method_{name}" for name in METHODS}
+DEFAULT_METHOD = next(iter(MODULES))
 # What a method may need that is read in the layer of the tower whose CLS attention is watched.
 OF_CLS = frozenset({"cls_attention", "joined_attention", "keys"})
 
@@ -38,27 +42,32 @@ def register_method(name: str, module: Any) -> None:
     Raises:
         `ValueError`: for another name, or a module that lacks one of the four.
     """
-    if not name.isidentifier() or name in METHODS:
-        raise ValueError(f"name must be a Python name and none of {tuple(METHODS)}, got {name!r}. Take another.")
+    if not name.isidentifier() or name in MODULES:
+        raise ValueError(f"name must be a Python name and none of {tuple(MODULES)}, got {name!r}. Take another.")
     missing = [part for part in ("select", "needs", "DEFAULTS", "RULES") if not hasattr(module, part)]
     if missing:
         raise ValueError(f"module {module.__name__!r} of method {name!r} lacks {', '.join(missing)}. Define them.")
-    METHODS[name] = module.select
+    METHODS[name], MODULES[name] = module.select, module.__name__
 
 
 def method_of(name: str, field: str = "prunesid_config.method") -> Callable:
     """The `select` of a method. `ValueError` if no such method is carried here."""
-    if name not in METHODS:
-        raise ValueError(
-            f"{field} must be one of {tuple(METHODS)}, the methods that are carried here, got {name!r}. A model "
-            "saved on the Hub carries its own method only: convert it with the package to change it. A method of your "
-            "own must first be registered: register_method(name, module)."
-        )
+    check_name(name, field)
     return METHODS[name]
 
 
+def check_name(name: str, field: str = "prunesid_config.method") -> None:
+    """Raise a `ValueError` for a method that is not carried here."""
+    if name not in MODULES:
+        raise ValueError(
+            f"{field} must be one of {tuple(MODULES)}, the methods that are carried here, got {name!r}. A model "
+            "saved on the Hub carries its own method only: convert it with the package to change it. A method of your "
+            "own must first be registered: register_method(name, module)."
+        )
+
+
 def needs_of(settings: Any) -> frozenset[str]:
-    """What of a `Context` the method of the settings reads: names of its tensors."""
+    """What of a `Context` the method of the settings reads: `"cls_attention"`, `"attention"`, `"projected"`, ..."""
     return _module_of(settings.method).needs(settings.method_settings or {})
 
 
@@ -106,7 +115,7 @@ def method_of_saved(fields: dict) -> tuple[str, dict]:
 
 def carried_source(name: str) -> str:
     """The source of this file for a repository that carries one method."""
-    method_of(name)
+    check_name(name)
     source = inspect.getsource(sys.modules[__name__])
     source = re.sub(
         r"(from \.method_\w+ import .*\n)+", f"from .method_{name} import select as {name}\n", source, count=1
@@ -121,4 +130,6 @@ def method_source(name: str) -> str:
 
 
 def _module_of(name: str) -> Any:
-    return sys.modules[method_of(name).__module__]
+    check_name(name)
+    module = MODULES[name]
+    return sys.modules[module] if module in sys.modules else importlib.import_module(module)

@@ -74,7 +74,7 @@ class LayerPrunedLlavaModel(CoPrunedModelMixin, PrunedModelMixin, LlavaModel):
 
     config_class = LayerPrunedLlavaConfig
     towers = {"image": "vision_tower"}
-    projector = "multi_modal_projector"
+    projector_name = "multi_modal_projector"
     encoding_class = _GroupedEncoding
 
     def is_off(self, num_visual_tokens) -> bool:

@@ -18,7 +18,7 @@ class PruneSIDLlavaModel(PrunedModelMixin, LlavaModel):
 
     config_class = PruneSIDLlavaConfig
     towers = {"image": "vision_tower"}
-    projector = "multi_modal_projector"
+    projector_name = "multi_modal_projector"
 
     def tokens_of_an_image(self) -> int:
         vision = self.config.vision_config

@@ -24,7 +24,7 @@ class PruneSIDMiniGeminiModel(PrunedModelMixin, MiniGeminiModel):
     """[`MiniGeminiModel`] with a compressing `get_image_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDMiniGeminiConfig
-    projector = "multi_modal_projector"
+    projector_name = "multi_modal_projector"
 
     def tokens_of_an_image(self) -> int:
         return self.config.num_image_tokens

@@ -33,7 +33,7 @@ class PruneSIDVideoLlavaModel(PrunedModelMixin, VideoLlavaModel):
 
     config_class = PruneSIDVideoLlavaConfig
     towers = {"image": "image_tower", "video": "video_tower"}
-    projector = "multi_modal_projector"
+    projector_name = "multi_modal_projector"
     pools_tensor = ("image", "video")
     video_information = staticmethod(frame_information)
 

@@ -15,12 +15,16 @@ from .checks import resolve_budget
 from .co_pruning import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .configuration_prunesid import (
     NestedSettings,
+    as_own,
+    check_preset,
     ignored_at_inference,
     is_integer,
     is_number,
     optional_count,
     optional_name,
+    read_settings,
     register_class_names,
+    without_none,
 )
 from .encoding import TowerEncoding
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
@@ -99,7 +103,8 @@ class ViTCoPConfig(NestedSettings):
 class ViTCoPLlavaConfig(LlavaConfig):
     """
     [`LlavaConfig`] with a nested [`ViTCoPConfig`] as `vitcop_config`, which also answers to the name
-    `prunesid_config`. A dict passed to `from_pretrained` is merged into the saved one.
+    `prunesid_config`: a dict, a `ViTCoPConfig` or the name of a preset. A dict passed to `from_pretrained` is merged
+    into the saved one, and None leaves it as it was saved. Set to None later, the budget is None: off.
     """
 
     model_type = "vitcop_llava"
@@ -109,9 +114,21 @@ class ViTCoPLlavaConfig(LlavaConfig):
 
     vitcop_config: dict | PretrainedConfig | None = None
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Upstream's. A stock checkpoint is one of ours; see [`as_own`]."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return as_own(fields, cls, pretrained_model_name_or_path), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Upstream's, with `vitcop_config=None` for the saved settings."""
+        return super().from_dict(config_dict, **without_none(kwargs, "vitcop_config", "prunesid_config"))
+
     def __setattr__(self, name, value):
-        if name == "vitcop_config" and (value is None or isinstance(value, dict)):
-            value = ViTCoPConfig(**(value or {}))
+        if self.attribute_map.get(name, name) == "vitcop_config":
+            value = read_settings(value, ViTCoPConfig, vars(self).get("vitcop_config"), dict)
+            check_preset(value, self.model_type)
         super().__setattr__(name, value)
 
 
@@ -141,7 +158,7 @@ class _SalientEncoding(TowerEncoding):
         self.groups = []
         for image, total in enumerate(self.budgets.totals):
             count, num_centers = self.model.plan_tower(total, len(grid))
-            patches = select_salient(seen["cls_attention"][image], count)
+            patches = select_salient(seen["attention"][image], count)
             clusters = cluster_tokens(seen["keys"][image][patches].flatten(1), grid[patches], num_centers)
             kept.append(patches)
             self.groups.append(describe_tokens(image, clusters, plan_counts(total, count, num_layers, *layers)))
@@ -165,7 +182,7 @@ class ViTCoPLlavaModel(CoPrunedModelMixin, PrunedModelMixin, LlavaModel):
 
     config_class = ViTCoPLlavaConfig
     towers = {"image": "vision_tower"}
-    projector = "multi_modal_projector"
+    projector_name = "multi_modal_projector"
     encoding_class = _SalientEncoding
     _first_rule = staticmethod(merge_clusters)
 

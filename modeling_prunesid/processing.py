@@ -18,7 +18,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processo
 from transformers.utils import PROCESSOR_NAME
 
 from .budgets import request_budgets, share_total
-from .configuration_prunesid import PruneSIDConfig
+from .configuration_prunesid import PruneSIDConfig, check_budget
 from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .prompts import largest_remainder
 
@@ -150,6 +150,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             return
 
         def __init__(self, *args, num_visual_tokens=None, budget_scope="view", min_budget=None, **kwargs):
+            check_budget(num_visual_tokens, name="num_visual_tokens")
             settings = PruneSIDConfig(budget=num_visual_tokens, budget_scope=budget_scope, min_budget=min_budget)
             self.num_visual_tokens, self.budget_scope = settings.budget, settings.budget_scope
             self.min_budget = settings.min_budget

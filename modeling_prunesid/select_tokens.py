@@ -1,8 +1,8 @@
 """`select_tokens`: a selection on tensors alone, without a model. Checks its arguments and calls a method."""
 
 import math
-from dataclasses import dataclass, field
 from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,13 +19,12 @@ CHOICES = {
 }
 
 
-@dataclass
-class _Settings:
-    """What methods read of a `PruneSIDConfig`."""
+class _Settings(NamedTuple):
+    """What a method reads of a `PruneSIDConfig`; `torch.compile` can make it."""
 
     num_groups: int | None
     nms_lambda: float | str | None
-    method_settings: dict = field(default_factory=dict)
+    method_settings: dict[str, Any]
 
 
 @torch.no_grad()
@@ -105,11 +104,11 @@ def select_tokens(
     counts = _budget_of_each_image(budget, len(hidden_states), tokens)
     options = {"score": score, "center": center, "quota": quota, "grouping": grouping, "seed": seed}
     method, method_settings = method_of_saved(options)
-    settings = _Settings(num_groups, nms_lambda, method_settings)
+    settings = _Settings(num_groups=num_groups, nms_lambda=nms_lambda, method_settings=method_settings)
     context = Context(
         counts=counts,
         extra_kept=extra_kept,
-        cls_attention=cls_attention,
+        attention=cls_attention,
         projected=projected,
         details=return_details,
     )

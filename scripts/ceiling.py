@@ -1,8 +1,8 @@
-"""What a selector that is told where everything is drawn keeps of the accuracy: a ceiling beside `evaluate.py`.
+"""What a selector that is told where everything is drawn keeps of the accuracy: a ceiling beside `prunesid evaluate`.
 
 It knows the scene and not the question. In every round each printed text hands over four patches in reading order,
 each object the one that it covers most, each band of a material a random one, until the budget is met; what is left of
-it goes to random patches of the photograph. Scenes, questions, prompts and decoding are those of `evaluate.py`.
+it goes to random patches of the photograph. Scenes, questions, prompts and decoding are those of `prunesid evaluate`.
 
     python scripts/ceiling.py                                           # test scenes; some 10 minutes of one core
 """
@@ -17,14 +17,15 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from answer_statistics import summarise
-from baselines import METHODS, Method
-from baselines.encoder import Kept, encoder_method, patch_features
-from evaluate import BUDGETS, Answers, collect, list_cases, load_model, num_patches, scene_of
-from evaluation_pages import percent, ranged
-from measuring import machine
-from scenes import KINDS, SPLITS, Scene
 from train_demo import coverage
+
+from prunesid_cli.answer_statistics import summarise
+from prunesid_cli.baselines import METHODS, Method
+from prunesid_cli.baselines.encoder import Kept, encoder_method, patch_features
+from prunesid_cli.evaluate import BUDGETS, Answers, collect, list_cases, load_model, num_patches, scene_of
+from prunesid_cli.evaluation_pages import percent, ranged
+from prunesid_cli.measuring import machine
+from prunesid_cli.scenes import KINDS, SPLITS, Scene
 
 
 TEXT_PATCHES = 4

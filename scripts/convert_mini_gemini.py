@@ -1,4 +1,4 @@
-"""Make a Mini-Gemini checkpoint in Transformers' conventions from a published one, for convert.py to go on with.
+"""Make a Mini-Gemini checkpoint in Transformers' conventions from a published one, for `prunesid convert`.
 
 The published checkpoints (MGM) hold the language model, the projectors, and in some of them the towers as they were
 trained; the other towers come from the checkpoints that MGM names: OpenAI's CLIP, and OpenCLIP's ConvNeXt
@@ -11,7 +11,7 @@ that of Vicuna, with `Image 1:`, `Image 2:` before the images of a chat that has
 Example:
     python scripts/convert_mini_gemini.py MGM-7B --vision-tower clip-vit-large-patch14-336 \\
         --high-res-vision-tower CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup --output out/mini-gemini-7b
-    python scripts/convert.py out/mini-gemini-7b --preset mini_gemini_64 --output out/mini-gemini-7b-64
+    prunesid convert out/mini-gemini-7b --preset mini_gemini_64 --output out/mini-gemini-7b-64
 """
 
 import argparse
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convert import find_place
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlavaImageProcessorPil
 
 from modeling_prunesid import MiniGeminiConfig, MiniGeminiForConditionalGeneration, MiniGeminiProcessor
+from prunesid_cli.convert import find_place
 
 
 LANGUAGE_MODELS = {"mgm": "llama", "mgm_gemma": "gemma", "mgm_mistral": "mistral"}
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         convert(arguments.checkpoint, arguments.vision_tower, arguments.high_res_vision_tower, arguments.output)
     except (ValueError, OSError) as error:
         sys.exit(f"convert_mini_gemini.py: {error}")
-    print(f"{arguments.output} holds the model and its processor; go on with scripts/convert.py")
+    print(f"{arguments.output} holds the model and its processor; go on with `prunesid convert`")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
-from scenes import SPLITS, VARIANTS, ask, make_scene
+
+from prunesid_cli.scenes import SPLITS, VARIANTS, ask, make_scene
 
 
 FEATURES = Features(

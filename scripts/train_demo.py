@@ -21,7 +21,7 @@ as far as PyTorch can tell, and in float32 elsewhere: without them bfloat16 take
     python scripts/train_demo.py train WORK               # stop and start again at will; on 2 cores rather
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 scripts/train_demo.py train WORK
     python scripts/train_demo.py validate WORK            # accuracy by question type, all 576 tokens
-    python scripts/train_demo.py export WORK              # the Hub folder embedded/, which embedded.py completes
+    python scripts/train_demo.py export WORK              # the Hub folder embedded/, which `prunesid demo` completes
 """
 
 import argparse
@@ -37,11 +37,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from lines import append_to, count_lines, read_lines
-from parts import vision_tower
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scenes import (
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (
+    AttentionInterface,
+    CLIPImageProcessorPil,
+    Dinov2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from modeling_prunesid import (
+    PruneSIDLlavaConfig,
+    PruneSIDLlavaForConditionalGeneration,
+    PruneSIDLlavaProcessor,
+)
+from prunesid_cli.embedded import FOLDER, TOWER, TRAINED, link_code
+from prunesid_cli.lines import append_to, count_lines, read_lines
+from prunesid_cli.parts import vision_tower
+from prunesid_cli.scenes import (
     COLOURS,
     DIGITS,
     KINDS,
@@ -59,26 +79,6 @@ from scenes import (
     ask,
     make_scene,
     rephrase,
-)
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordLevel
-from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    CLIPImageProcessorPil,
-    Dinov2Config,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
-
-from embedded import FOLDER, TOWER, TRAINED, link_code
-from modeling_prunesid import (
-    PruneSIDLlavaConfig,
-    PruneSIDLlavaForConditionalGeneration,
-    PruneSIDLlavaProcessor,
 )
 
 
@@ -652,7 +652,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, budget: int | None = Non
 
 
 def export(work: Path, folder: Path) -> None:
-    """Write the PruneSID Hub folder that `embedded.py` completes: all but the frozen tower.
+    """Write the PruneSID Hub folder that `prunesid demo` completes: all but the frozen tower.
 
     In this repository the folder's code files are links to the package.
     """

@@ -4,8 +4,7 @@ An independent reading of the contract of `forward` and `generate`, for every fa
 Each row of a batch is run alone in the stock class, on a prompt shortened by hand: of the stock features of a view,
 and of its placeholders, those remain that `keep_indices` names. What comes out is laid along the caller's columns by
 loops. (ViTCoP and `llm_budget` drop tokens where no stock class does: there a row alone, short, in our own class
-stands
-in.) Everything runs in float64, because two orders of summation are compared.
+stands in.) Everything runs in float64, because two orders of summation are compared.
 """
 
 import contextlib
@@ -24,9 +23,10 @@ from tiny_qwen import stock_twin as stock_qwen
 from tiny_vitcop import build_vitcop
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 import modeling_prunesid
-from modeling_prunesid.anyres_prunesid import PackedImage
+from modeling_prunesid.anyres import pack_patches
 
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -192,18 +192,18 @@ class LlavaNext(Family):
         return _random(modeling_prunesid.PruneSIDLlavaNextForConditionalGeneration, config)
 
     def packed(self, size):
-        return PackedImage.from_size(size, self.grids, 28, 4)
+        return pack_patches(size, self.grids, 28, 4)
 
     def view(self, rng):
         return self.view_of(rng.choice(self.sizes), rng.randrange(1000))
 
     def view_of(self, size, seed):
-        return View("image", size, seed, (IMAGE,) * len(self.packed(size).placeholders))
+        return View("image", size, seed, (IMAGE,) * len(self.packed(size)))
 
     def pixels(self, views):
         if not views:
             return {}
-        crops = [len(self.packed(view.size).crops) for view in views]
+        crops = [image_size_to_num_patches(list(view.size), self.grids, 28) for view in views]
         pixel_values = torch.zeros(len(views), max(crops), 3, 28, 28, dtype=torch.float64)
         for image, (view, count) in enumerate(zip(views, crops)):
             pixel_values[image, :count] = _noise(view.seed, count, 3, 28, 28)
@@ -266,8 +266,9 @@ class LlmBudget(Family):
     def make(self, budget):
         parts = self.parts()
         parts["text_config"] = {**parts["text_config"], "num_hidden_layers": 4}
-        config = modeling_prunesid.PruneSIDLlavaConfig(**parts, prunesid_config={"budget": budget, "llm_budget": 8})
-        return _random(modeling_prunesid.PruneSIDLlavaForConditionalGeneration, config)
+        settings = {"budget": budget, "llm_budget": 8}
+        config = modeling_prunesid.LayerPrunedLlavaConfig(**parts, prunesid_config=settings)
+        return _random(modeling_prunesid.LayerPrunedLlavaForConditionalGeneration, config)
 
 
 class ViTCoP(Family):

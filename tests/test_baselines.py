@@ -28,10 +28,7 @@ from modeling_prunesid.context import Context, counts_on, highest
 from modeling_prunesid.methods import METHODS as method_registry
 from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.tower import run_tower
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from baselines import (
+from prunesid_cli.baselines import (
     METHODS,
     applied,
     cdpruner,
@@ -51,9 +48,9 @@ from baselines import (
     visionzip,
     vispruner,
 )
-from baselines.encoder import encoder_method
-from baselines.llm import Row, llm_method, scaled_layer
-from baselines.seam import registered
+from prunesid_cli.baselines.encoder import encoder_method
+from prunesid_cli.baselines.llm import Row, llm_method, scaled_layer
+from prunesid_cli.baselines.seam import registered
 
 
 RELEASE = Path(__file__).parents[1] / "configuration" / "llava_1.5_64_release.json"
@@ -90,7 +87,7 @@ def make_view(tokens, seed=0, **changes):
     values = {
         "features": random(DIM),
         "projected": random(WIDTH),
-        "cls_attention": random().softmax(1),
+        "attention": random().softmax(1),
         "joined_attention": random().softmax(1) * 0.9,
         "keys": random(HEADS, WIDTH // HEADS),
     }
@@ -140,7 +137,7 @@ def test_views_of_several_lengths_are_chosen_as_by_themselves(name):
     def padded(values):
         return torch.nn.utils.rnn.pad_sequence([value[0] for value in values], batch_first=True, padding_value=7.0)
 
-    names = ("features", "projected", "cls_attention", "joined_attention", "keys")
+    names = ("features", "projected", "attention", "joined_attention", "keys")
     tensors = {name: padded([getattr(context, name) for _, context in alone]) for name in names}
     settings = PruneSIDConfig()
     object.__setattr__(settings, "method_settings", method_settings)
@@ -181,7 +178,7 @@ def test_hired_keeps_the_most_attended():
         kept, _ = choose(hired, view, budget)
         others = torch.ones(tokens, dtype=torch.bool)
         others[kept] = False
-        attention = view[1].cls_attention[0]
+        attention = view[1].attention[0]
         assert attention[kept].min() >= attention[others].max()
     assert highest(torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]), 3).tolist() == [0, 1, 3]
 
@@ -280,7 +277,7 @@ def test_cdpruner_weighs_the_kernel_by_relevance():
 def test_vispruner_keeps_the_important_half_and_removes_duplicates_of_the_rest():
     for seed, (tokens, budget) in enumerate(random_cases(60)):
         view = make_view(tokens, seed)
-        attention, features = view[1].cls_attention[0], view[1].features[0]
+        attention, features = view[1].attention[0], view[1].features[0]
         ranked = sorted(range(tokens), key=lambda token: -float(attention[token]))
         important, rest = ranked[: budget // 2], ranked[budget // 2 :]
         while len(rest) > budget - budget // 2:
@@ -372,7 +369,7 @@ def test_features_are_averaged_over_cells():
 
 def zipped(view, num_dominant, num_contextual):
     _, context = view
-    one = {name: getattr(context, name)[0] for name in ("features", "cls_attention", "keys")}
+    one = {name: getattr(context, name)[0] for name in ("features", "attention", "keys")}
     return visionzip.zip_tokens(Context(**one), num_dominant, num_contextual)
 
 
@@ -380,7 +377,7 @@ def test_visionzip_of_dominant_tokens_alone_is_top_attention():
     for seed, (tokens, budget) in enumerate(random_cases(60)):
         view = make_view(tokens, seed)
         indices, features = zipped(view, budget, 0)
-        assert indices.tolist() == view[1].cls_attention[0].topk(budget).indices.sort().values.tolist()
+        assert indices.tolist() == view[1].attention[0].topk(budget).indices.sort().values.tolist()
         assert torch.equal(features, view[1].features[0, indices])
 
 
@@ -391,7 +388,7 @@ def test_visionzip_splits_budgets_as_the_paper_does(budget, dominant):
     indices, merged = choose(visionzip, (features, replace(context, extra_kept=1)), budget - 1)
     unmerged = (merged == context.features[0, indices]).all(1)
     assert int(unmerged.sum()) == dominant - 1
-    assert set(context.cls_attention[0].topk(dominant - 1).indices.tolist()) == set(indices[unmerged].tolist())
+    assert set(context.attention[0].topk(dominant - 1).indices.tolist()) == set(indices[unmerged].tolist())
 
 
 @pytest.mark.parametrize(("tokens", "dominant", "contextual"), [(40, 6, 5), (23, 1, 7), (12, 4, 7), (30, 20, 1)])
@@ -400,7 +397,7 @@ def test_visionzip_merges_each_other_token_into_its_most_similar_target(tokens, 
     own = view[1].features[0]
     indices, features = zipped(view, dominant, contextual)
     keys = view[1].keys[0].mean(1)
-    kept = view[1].cls_attention[0].topk(dominant).indices.tolist()
+    kept = view[1].attention[0].topk(dominant).indices.tolist()
     rest = sorted(set(range(tokens)) - set(kept))
     targets = rest[:: max(1, len(rest) // contextual)][:contextual]
     assert indices.tolist() == sorted(kept + targets)
@@ -734,15 +731,17 @@ def test_a_method_that_cannot_travel_is_refused(tmp_path):
         register_method("dpp-2", dpp)
     with pytest.raises(ValueError, match="name must be a Python name and none of .*'paper'.* got 'paper'"):
         register_method("paper", dpp)
-    with pytest.raises(ValueError, match="module 'baselines.fastv' of method 'fastv' lacks select, needs, DEFAULTS"):
+    with pytest.raises(
+        ValueError, match="module 'prunesid_cli.*fastv' of method 'fastv' lacks select, needs, DEFAULTS"
+    ):
         register_method("fastv", fastv)
     (tmp_path / "short_method.py").write_text(
         Path(uniform.__file__).read_text().replace("return middles", "return middles[1:]")
         + "from .dpp import likeliest\n"
     )
-    sys.modules.pop("baselines.short_method", None)
-    spec = importlib.util.spec_from_file_location("baselines.short_method", tmp_path / "short_method.py")
-    module = sys.modules["baselines.short_method"] = importlib.util.module_from_spec(spec)
+    sys.modules.pop("prunesid_cli.baselines.short_method", None)
+    spec = importlib.util.spec_from_file_location("prunesid_cli.baselines.short_method", tmp_path / "short_method.py")
+    module = sys.modules["prunesid_cli.baselines.short_method"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = build()
     with registered(module) as name:
@@ -1129,5 +1128,4 @@ def test_a_stock_checkpoint_in_our_class_is_accepted(tmp_path):
     model = build(None)
     stock_twin(model).save_pretrained(tmp_path)
     loaded = PruneSIDLlavaForConditionalGeneration.from_pretrained(tmp_path)
-    assert loaded.config.model_type == "llava"
     assert len(features_of(loaded, "visionzip", pixels(1)).pooler_output[0]) == BUDGET

@@ -2,19 +2,18 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from test_selection import tokens_like_a_tower
 
 from modeling_prunesid.select_tokens import select_tokens
+from prunesid_cli.command import main
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
-    module = importlib.import_module("benchmark")
+    module = importlib.import_module("prunesid_cli.benchmark")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     monkeypatch.setitem(module.TEXT, "vocab_size", module.IMAGE + 1)
     monkeypatch.setattr(module, "CLIP_L", {**module.CLIP_L, **small, "num_hidden_layers": 2})
@@ -43,8 +42,7 @@ def test_all_ways_hold_the_same_share_of_the_cache(benchmark, capsys):
 
 def test_the_last_line_has_the_names_that_are_promised(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "tokens_of_photographs", lambda count: torch.rand(count, 200, 64))
-    monkeypatch.setattr("sys.argv", ["benchmark.py", "--quick"])
-    benchmark.main()
+    main(["benchmark", "--quick"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("selection_time_ratio", "selection_memory_ratio"):
         assert {f"{name}_b5_n192", f"{name}_b1_n64"} <= set(report)

@@ -7,7 +7,7 @@ from tiny import BOS, BUDGET, IMAGE, NUM_PATCHES, batch, build, pixels, prompt, 
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_prunesid.upstream_prunesid import CACHE_NAME
+from modeling_prunesid.upstream import CACHE_NAME
 
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}

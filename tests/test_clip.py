@@ -1,17 +1,12 @@
 """The clip of the demo: frames as upstream samples them, and what is measured on a tiny Video-LLaVA."""
 
-import sys
-from pathlib import Path
-
 import av
 import numpy as np
 import pytest
 import torch
 from test_video_llava import BUDGET, FED, FRAMES, VIDEO, batch, build, clips, rows
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import clip
+from prunesid_cli import clip
 
 
 def write_video(path, num_frames):

@@ -1,5 +1,7 @@
-"""convert.py, verify.py, calibrate.py and the presets of `configuration/`."""
+"""`prunesid convert`, its verification, `prunesid calibrate` and the presets of `configuration/`."""
 
+import contextlib
+import io
 import json
 import os
 import resource
@@ -25,19 +27,18 @@ from modeling_prunesid import (
     PruneSIDLlavaForConditionalGeneration,
     PruneSIDLlavaNextConfig,
     PruneSIDQwen2VLConfig,
+    ViTCoPConfig,
     ViTCoPLlavaForConditionalGeneration,
 )
+from modeling_prunesid.presets import read_preset
 from modeling_prunesid.selection import information_budgets, redundancy
+from prunesid_cli import calibrate, convert
+from prunesid_cli.baselines import applied
+from prunesid_cli.command import build_parser, main
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import calibrate
-import convert
-from baselines import applied
-
-
-SCRIPTS = Path(convert.__file__).parent
-PRESETS = sorted(path for path in convert.PRESETS.glob("*.json") if "vitcop" not in path.stem)
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted((ROOT / "configuration").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -50,43 +51,51 @@ def arguments(base, output, *more):
     return [str(base), "--budget", "8", "--output", str(output), *more]
 
 
-def refusal(*argv, script=convert):
-    """The message with which a script ends."""
-    with pytest.raises(SystemExit) as ended:
-        script.main([str(argument) for argument in argv])
-    assert isinstance(ended.value.code, str)
-    return ended.value.code
+def run(*argv):
+    main([str(argument) for argument in argv])
+
+
+def refusal(*argv, command="convert"):
+    """The message with which a command ends."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        run(command, *argv)
+    assert ended.value.code == 2
+    return said.getvalue()
+
+
+def load_preset(name):
+    return read_preset(name).fields
 
 
 class TestPresets:
     @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
     def test_is_valid_and_loads_by_name_and_as_a_file(self, path):
-        fields = convert.load_preset(path.stem)
-        assert fields == convert.load_preset(path)
-        saved = PruneSIDConfig.from_pretrained(path)
-        assert {name: getattr(saved, name) for name in fields} == fields
-        assert json.loads(path.read_text())["model_type"] == "prunesid"
+        preset = read_preset(path.stem)
+        assert preset[:2] == read_preset(path)[:2]
+        assert preset.model_types
+        settings_class = {"prunesid": PruneSIDConfig, "vitcop": ViTCoPConfig}[preset.method]
+        settings = settings_class.from_preset(path.stem)
+        assert settings.to_dict() == settings_class.from_preset(path).to_dict()
+        assert settings.to_dict() == settings_class.from_pretrained(path).to_dict()
 
     @pytest.mark.parametrize("budget", [192, 128, 64])
     def test_of_llava_are_the_papers_and_the_releases(self, budget):
-        assert convert.load_preset(f"llava_1.5_{budget}") == {"budget": budget}
-        assert convert.load_preset(f"llava_1.5_{budget}_release") == {
-            "budget": budget,
-            "method": "release",
-        }
+        assert load_preset(f"llava_1.5_{budget}") == {"budget": budget}
+        assert load_preset(f"llava_1.5_{budget}_release") == {"budget": budget, "method": "release"}
 
     @pytest.mark.parametrize("budget", [192, 128, 64])
     def test_ours_selects_as_the_method_of_the_tables(self, budget):
         model = build()
         with applied(model, "prunesid-spread", budget):
             of_tables = model.config.prunesid_config.to_dict()
-        assert PruneSIDConfig(**convert.load_preset(f"llava_1.5_{budget}_spread")).to_dict() == of_tables
+        assert PruneSIDConfig(**load_preset(f"llava_1.5_{budget}_spread")).to_dict() == of_tables
 
     @pytest.mark.parametrize("name", ["640_128", "320_64", "160_32"])
     def test_the_release_for_llava_next_is_that_of_llava_for_each_crop(self, name):
         crop = int(name.split("_")[1])
-        release = {**convert.load_preset("llava_1.5_64_release"), "budget": crop, "budget_scope": "view"}
-        assert convert.load_preset(f"llava_next_{name}_per_crop_release") == release
+        release = {**load_preset("llava_1.5_64_release"), "budget": crop, "budget_scope": "view"}
+        assert load_preset(f"llava_next_{name}_per_crop_release") == release
         PruneSIDLlavaNextConfig(prunesid_config=release)
 
     @pytest.mark.parametrize(("percent", "published"), [(11, 64), (22, 128), (33, 192)])
@@ -95,7 +104,7 @@ class TestPresets:
         The release: lambda = max(N / (n / 18), 1), and rho is the mean over n x n of the upper triangle with the
         diagonal in it, which is rho / 2 + (1 - rho / 2) / n.
         """
-        preset = convert.load_preset(f"qwen_vl_{percent}_percent_release")
+        preset = load_preset(f"qwen_vl_{percent}_percent_release")
         tokens = 576
         units = torch.nn.functional.normalize(torch.randn(tokens, 8, dtype=torch.double) + 1, dim=1)
         similarity = units @ units.T
@@ -105,28 +114,29 @@ class TestPresets:
         assert preset["budget"] == pytest.approx(published / 576)
         assert tau - preset["nms_lambda"] * rho == pytest.approx(float(scale / tokens * (1 - rho / 2)))
         assert scale / tokens < 0.011
-        fixed = {"min_budget": 16, "budget_scope": "view", "center": "features", "quota": "bounded"}
+        method = {"method": "release", "method_settings": {"keep_cls": False, "score": "component"}}
+        fixed = {"min_budget": 16, "budget_scope": "view", **method}
         assert preset == {**fixed, "budget": preset["budget"], "nms_lambda": scale / 2}
         PruneSIDQwen2VLConfig(prunesid_config=preset)
 
     def test_unknown_name_lists_the_known_ones(self):
-        with pytest.raises(ValueError, match=r"one of llava_1.5_128, .*, got 'llava_1.5_65'"):
-            convert.load_preset("llava_1.5_65")
+        with pytest.raises(ValueError, match=r"one of llava_1.5_64, .*, got 'llava_1.5_65'"):
+            PruneSIDConfig.from_preset("llava_1.5_65")
 
     def test_invalid_file_is_refused(self, tmp_path):
         (tmp_path / "broken.json").write_text("{")
         with pytest.raises(ValueError, match="is no JSON"):
-            convert.load_preset(tmp_path / "broken.json")
+            load_preset(tmp_path / "broken.json")
         (tmp_path / "misspelt.json").write_text('{"bugdet": 64}')
         with pytest.raises(ValueError, match="no field 'bugdet'"):
-            convert.load_preset(tmp_path / "misspelt.json")
+            PruneSIDConfig.from_preset(tmp_path / "misspelt.json")
 
 
 class TestConvert:
     @pytest.mark.parametrize("kind", ["thin", "full"])
     def test_writes_a_verified_variant(self, base, tmp_path, capsys, kind):
         output = tmp_path / "new" / "variant"
-        convert.main(arguments(base, output, *(["--thin"] if kind == "thin" else [])))
+        run("convert", *arguments(base, output, *(["--thin"] if kind == "thin" else [])))
         report = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert report == {
             "model": str(base),
@@ -146,19 +156,19 @@ class TestConvert:
         assert os.listdir(tmp_path) == ["new"]
         assert os.listdir(tmp_path / "new") == ["variant"]
 
-    def test_settings_come_from_preset_and_arguments(self):
-        given = ["model", "--output", "out", "--preset", "llava_1.5_64_release"]
-        settings = convert.read_settings(convert.parse_arguments([*given, "--budget", "0.25"]))
-        assert settings == {**convert.load_preset("llava_1.5_64_release"), "budget": 0.25}
-        dynamic = [*given, "--dynamic", "--reference-information", "0.4"]
-        settings = convert.read_settings(convert.parse_arguments(dynamic))
+    def test_settings_come_from_preset_and_arguments(self, base):
+        given = ["convert", str(base), "--output", "out", "--preset", "llava_1.5_64_release"]
+
+        def read(*more):
+            return convert.read_settings(build_parser("convert").parse_args([*given, *more]))[0]
+
+        settings = read("--budget", "0.25")
+        assert settings == {**load_preset("llava_1.5_64_release"), "budget": 0.25}
+        settings = read("--dynamic", "--reference-information", "0.4")
         assert (settings["dynamic"], settings["reference_information"]) == (True, 0.4)
 
-    def test_a_dynamic_budget_without_its_reference_names_the_mend(self, base, tmp_path):
-        assert "calibrate.py" in refusal(*arguments(base, tmp_path / "out", "--dynamic"))
-
-    def test_supported_families_are_all_of_the_package(self):
-        assert {"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llava"} <= set(convert.families())
+    def test_a_dynamic_budget_without_its_reference_says_how_to_get_it(self, base, tmp_path):
+        assert "prunesid calibrate" in refusal(*arguments(base, tmp_path / "out", "--dynamic"))
 
     @pytest.mark.parametrize("budget", ["0", "-3", "1.5"])
     def test_invalid_budget(self, base, tmp_path, budget):
@@ -166,9 +176,17 @@ class TestConvert:
         assert "budget must be a positive integer" in message
         assert budget in message
 
-    def test_a_preset_of_vitcop_is_refused(self, base, tmp_path):
-        message = refusal(base, "--preset", "llava_1.5_vitcop_64", "--output", tmp_path / "out")
-        assert "got 'llava_1.5_vitcop_64'" in message and "ViTCoPLlavaForConditionalGeneration" in message
+    def test_a_preset_of_vitcop_makes_a_variant_of_vitcop(self, base, tmp_path, capsys):
+        run("convert", base, "--preset", "llava_1.5_vitcop_64", "--budget", 8, "--thin", "--output", tmp_path / "out")
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert report["class"] == "ViTCoPLlavaForConditionalGeneration"
+        saved = json.loads((tmp_path / "out" / "config.json").read_text())["vitcop_config"]
+        assert (saved["budget"], saved["keep_share"], saved["center_share"]) == (8, 0.3, 0.12)
+
+    def test_a_preset_of_another_model_is_refused(self, base, tmp_path):
+        message = refusal(base, "--preset", "llava_next_320_64_per_crop", "--output", tmp_path / "out")
+        assert "'llava_next_320_64_per_crop' is for models of type 'llava_next', got one of type 'llava'" in message
+        assert "llava_1.5_64_spread" in message
 
     @pytest.mark.parametrize("place", ["link", "link/variant", "file/variant"])
     def test_a_place_that_cannot_become_a_folder_is_refused_before_the_work(self, base, tmp_path, monkeypatch, place):
@@ -183,11 +201,11 @@ class TestConvert:
     def test_a_link_to_an_empty_folder_is_kept(self, base, tmp_path):
         (tmp_path / "folder").mkdir()
         (tmp_path / "link").symlink_to("folder")
-        convert.main(arguments(base, tmp_path / "link", "--thin"))
+        run("convert", *arguments(base, tmp_path / "link", "--thin"))
         assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "config.json").exists()
 
     def test_the_next_run_removes_what_a_killed_one_left(self, base, tmp_path, capsys):
-        command = [sys.executable, convert.__file__, *arguments(base, tmp_path / "out" / "variant")]
+        command = [sys.executable, "-m", "prunesid_cli", "convert", *arguments(base, tmp_path / "out" / "variant")]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not list(tmp_path.glob(".convert-*/variant")):
             time.sleep(0.01)
@@ -196,14 +214,14 @@ class TestConvert:
         [left] = tmp_path.glob(".convert-*")
         with convert.staging_folder(tmp_path) as running:  # of a run beside it, which is left alone
             assert not left.exists()
-            convert.main(arguments(base, tmp_path / "out" / "variant", "--thin"))
+            run("convert", *arguments(base, tmp_path / "out" / "variant", "--thin"))
             assert running.exists()
         assert f"removing {left}" in capsys.readouterr().err
         assert os.listdir(tmp_path) == ["out"]
 
     def test_a_thin_variant_becomes_a_full_one(self, base, tmp_path):
-        convert.main(arguments(base, tmp_path / "thin", "--thin"))
-        convert.main([str(tmp_path / "thin"), "--output", str(tmp_path / "full")])
+        run("convert", *arguments(base, tmp_path / "thin", "--thin"))
+        run("convert", str(tmp_path / "thin"), "--output", str(tmp_path / "full"))
         assert (tmp_path / "full" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
         thin, full = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("thin", "full"))
         assert thin["prunesid_config"].pop("base_model_name_or_path") == str(base)
@@ -213,7 +231,7 @@ class TestConvert:
     def test_a_variant_of_vitcop_becomes_a_full_one(self, base, tmp_path):
         model = ViTCoPLlavaForConditionalGeneration.from_pretrained(base, vitcop_config={"budget": 8})
         model.save_pretrained(tmp_path / "thin", thin=True)
-        convert.main([str(tmp_path / "thin"), "--output", str(tmp_path / "full")])
+        run("convert", str(tmp_path / "thin"), "--output", str(tmp_path / "full"))
         assert (tmp_path / "full" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
     def test_settings_are_required_of_a_checkpoint_without(self, base, tmp_path):
@@ -221,7 +239,7 @@ class TestConvert:
         assert "one of --budget and --preset is required: " in message and "has no settings of its own" in message
 
     def test_nothing_is_left_behind_when_it_is_terminated(self, base, tmp_path):
-        command = [sys.executable, convert.__file__, *arguments(base, tmp_path / "out" / "variant")]
+        command = [sys.executable, "-m", "prunesid_cli", "convert", *arguments(base, tmp_path / "out" / "variant")]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not list(tmp_path.glob(".convert-*/variant")):
             time.sleep(0.01)
@@ -232,7 +250,7 @@ class TestConvert:
     def test_unsupported_family_lists_the_supported_ones(self, tmp_path):
         BertConfig().save_pretrained(tmp_path / "bert")
         message = refusal(*arguments(tmp_path / "bert", tmp_path / "out"))
-        assert "model_type 'bert', which PruneSID does not support. It supports llava, llava_next, " in message
+        assert "No PruneSID family is declared for model_type='bert'" in message and "llava_next" in message
 
     def test_missing_checkpoint(self, tmp_path):
         (tmp_path / "empty").mkdir()
@@ -264,14 +282,14 @@ class TestConvert:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
         done = subprocess.run(
-            [sys.executable, str(SCRIPTS / "convert.py"), *arguments(base, tmp_path / "out")],
-            env={**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", "prunesid_cli", "convert", *arguments(base, tmp_path / "out")],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             preexec_fn=limit,
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1].startswith("convert.py: ")
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith("prunesid convert: ")
         assert "File too large" in done.stderr.splitlines()[-1]
         assert os.listdir(tmp_path) == []
 
@@ -308,9 +326,9 @@ def photographs(tmp_path_factory):
 class TestCalibrate:
     def test_the_mean_budget_is_the_one_asked_for(self, base, photographs, tmp_path, capsys):
         output = tmp_path / "settings" / "calibrated.json"
-        calibrate.main([str(base), str(photographs), "--budget", "12", "--output", str(output)])
+        run("calibrate", str(base), str(photographs), "--budget", "12", "--output", str(output))
         report = json.loads(capsys.readouterr().out.splitlines()[-1])
-        settings = convert.load_preset(output)
+        settings = load_preset(output)
         assert report["views"] == 24
         assert abs(report["mean_budget"] - 12) < 0.5
         assert (settings["budget"], settings["dynamic"]) == (12, True)
@@ -325,24 +343,31 @@ class TestCalibrate:
         assert settings["reference_information"] == pytest.approx((1 - redundancy(states)).mean().item(), abs=1e-4)
 
     def test_draws_the_histogram(self, base, photographs, tmp_path):
-        calibrate.main([str(base), str(photographs), "--budget", "12", "--output", str(tmp_path / "calibrated.json")])
+        run("calibrate", str(base), str(photographs), "--budget", "12", "--output", str(tmp_path / "calibrated.json"))
         drawn = matplotlib.image.imread(tmp_path / "calibrated.png")
         assert drawn.shape[:2] == (600, 1050)
         blue = (np.abs(drawn[..., :3] - np.array([0x3B, 0x6F, 0xB6]) / 255) < 0.02).all(-1)
         assert blue.mean() > 0.02
 
-    def test_a_limit_of_no_image_is_refused(self, base, tmp_path, capsys):
-        with pytest.raises(SystemExit):
-            calibrate.main([str(base), str(tmp_path), "--budget", "12", "--limit", "0", "--output", "out.json"])
-        assert "--limit must be at least 1 image, got 0" in capsys.readouterr().err
+    def test_a_limit_of_no_image_is_refused(self, base, tmp_path):
+        message = refusal(base, tmp_path, "--budget", 12, "--limit", 0, "--output", "out.json", command="calibrate")
+        assert "--limit must be at least 1 image, got 0" in message
 
     def test_reads_a_saved_dataset_and_stops_at_the_limit(self, base, photographs, tmp_path, capsys):
         rows = {"id": list(range(24)), "photo": [str(path) for path in sorted(photographs.iterdir())]}
         dataset = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())
         dataset.save_to_disk(tmp_path / "dataset")
         output = tmp_path / "calibrated.json"
-        calibrate.main(
-            [str(base), str(tmp_path / "dataset"), "--budget", "12", "--limit", "9", "--output", str(output)]
+        run(
+            "calibrate",
+            str(base),
+            str(tmp_path / "dataset"),
+            "--budget",
+            "12",
+            "--limit",
+            "9",
+            "--output",
+            str(output),
         )
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["views"] == 9
 
@@ -359,7 +384,7 @@ class TestCalibrate:
             calibrate.find_reference([(0.2, 49), (0.7, 49)], PruneSIDConfig(budget=16, min_budget=20))
 
     def test_no_images(self, base, tmp_path):
-        message = refusal(base, tmp_path, "--budget", 12, "--output", tmp_path / "out.json", script=calibrate)
+        message = refusal(base, tmp_path, "--budget", 12, "--output", tmp_path / "out.json", command="calibrate")
         assert f"The folder {tmp_path} has no images" in message
 
     @pytest.mark.parametrize("broken", [b"no image", bytes(100)])
@@ -370,12 +395,12 @@ class TestCalibrate:
         dataset = datasets.Dataset.from_dict(rows, features=features).cast_column("photo", datasets.Image())
         dataset.save_to_disk(tmp_path / "dataset")
         given = (base, tmp_path / "dataset", "--budget", 12, "--output", tmp_path / "out.json")
-        message = refusal(*given, script=calibrate)
+        message = refusal(*given, command="calibrate")
         assert f"'photo' in row 1 of {tmp_path / 'dataset'} is not a readable image" in message
 
     def test_unreadable_image(self, base, tmp_path):
         picture().save(tmp_path / "a.png")
         (tmp_path / "b.png").write_bytes(b"no image")
-        message = refusal(base, tmp_path, "--budget", 12, "--output", tmp_path / "out.json", script=calibrate)
+        message = refusal(base, tmp_path, "--budget", 12, "--output", tmp_path / "out.json", command="calibrate")
         assert "b.png is not a readable image" in message
         assert not (tmp_path / "out.json").exists()

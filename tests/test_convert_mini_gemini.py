@@ -19,8 +19,10 @@ from modeling_prunesid import MiniGeminiForConditionalGeneration, MiniGeminiProc
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import convert  # noqa: E402
 import convert_mini_gemini  # noqa: E402
+
+from modeling_prunesid.presets import read_preset  # noqa: E402
+from prunesid_cli import convert  # noqa: E402
 
 
 NUM_WORDS = 120
@@ -277,7 +279,7 @@ def test_the_processor_and_the_model_answer_a_chat_with_two_pictures(converted):
 
 def test_convert_goes_on_with_it(converted, tmp_path):
     report = convert.convert(
-        str(converted / "out"), tmp_path / "variant", convert.load_preset("mini_gemini_64") | {"budget": 8}
+        str(converted / "out"), tmp_path / "variant", read_preset("mini_gemini_64").fields | {"budget": 8}
     )
     assert report["class"] == "PruneSIDMiniGeminiForConditionalGeneration"
     assert report["processor"]
@@ -285,7 +287,7 @@ def test_convert_goes_on_with_it(converted, tmp_path):
 
 @pytest.mark.parametrize("budget", [192, 128, 64])
 def test_presets_are_the_papers(budget):
-    assert convert.load_preset(f"mini_gemini_{budget}") == {"budget": budget}
+    assert read_preset(f"mini_gemini_{budget}").fields == {"budget": budget}
 
 
 def test_towers_in_the_checkpoint_take_precedence_and_hd_is_a_setting(towers, tmp_path):

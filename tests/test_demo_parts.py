@@ -1,9 +1,7 @@
 """The real parts of the demo: fetched whole or not at all, converted exactly; and what the demo measures and draws."""
 
 import hashlib
-import sys
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,13 +16,8 @@ from tiny_checkpoint import picture, save_checkpoint
 from transformers import BertConfig, Dinov2Config, Dinov2Model
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import assemble
-import demo
-import measuring
-import parts
+from prunesid_cli import assemble, demo, measuring, parts
+from prunesid_cli.command import main
 
 
 @pytest.fixture
@@ -275,10 +268,9 @@ def test_every_patch_of_a_tower_is_drawn(tower, kept):
     assert selection["kept"].max() < NUM_PATCHES
 
 
-def test_a_budget_that_is_no_number_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--budgets", "many"])
+def test_a_budget_that_is_no_number_is_refused(capsys):
     with pytest.raises(SystemExit):
-        demo.main()
+        main(["demo", "--budgets", "many"])
     assert (
         "budget must be a positive integer such as 64, or a share such as 0.1, got 'many'" in capsys.readouterr().err
     )

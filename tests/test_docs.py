@@ -13,6 +13,7 @@ import torch
 from tiny_checkpoint import picture, save_checkpoint
 
 from modeling_prunesid.context import Context
+from prunesid_cli.baselines.divprune import most_diverse
 
 
 ROOT = Path(__file__).parents[1]
@@ -64,9 +65,6 @@ def test_the_page_on_methods_runs(tmp_path):
 
 
 def test_the_method_of_the_page_is_divprune(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from baselines.divprune import most_diverse
-
     (tmp_path / "page_divprune.py").write_text(dict(blocks_of("new_method.md"))["divprune.py"])
     monkeypatch.syspath_prepend(str(tmp_path))
     import page_divprune

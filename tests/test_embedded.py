@@ -11,9 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import embedded
+from prunesid_cli import embedded
 
 
 PACKAGE = Path(__file__).parents[1] / "modeling_prunesid"
@@ -112,7 +110,7 @@ def test_the_code_in_the_folder_is_that_of_the_package():
 
 @pytest.mark.slow
 def test_the_pipeline_answers_about_a_scene_in_a_process_without_the_package(tmp_path):
-    from scenes import ask, make_scene
+    from prunesid_cli.scenes import ask, make_scene
 
     embedded.complete()
     scene = make_scene("salient", "test", 0)

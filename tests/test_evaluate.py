@@ -16,6 +16,7 @@ from tiny import IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, TEXT, VISION
 from transformers import CLIPImageProcessorPil, LlavaProcessor
 
 from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGeneration
+from prunesid_cli import command
 
 
 KINDS = ("presence", "count", "where", "colour", "reading", "region")
@@ -25,8 +26,11 @@ KINDS = ("presence", "count", "where", "colour", "reading", "region")
 def modules():
     scripts = str(Path(__file__).parents[1] / "scripts")
     sys.path.insert(0, scripts)
-    names = ("evaluate", "answer_statistics", "tower_memo", "train_demo", "scenes", "evaluation_pages", "ceiling")
-    yield {name: importlib.import_module(name) for name in names}
+    names = ("evaluate", "answer_statistics", "tower_memo", "scenes", "evaluation_pages")
+    yield {
+        **{name: importlib.import_module(f"prunesid_cli.{name}") for name in names},
+        **{name: importlib.import_module(name) for name in ("train_demo", "ceiling")},
+    }
     sys.path.remove(scripts)
 
 
@@ -339,7 +343,7 @@ def run(modules, evaluate, loaded, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "load_model", lambda folder: copy.deepcopy(loaded))
 
     def main(out, *options):
-        evaluate.main(["--out", str(out), "--scenes", "3", "--questions", "2", *options])
+        command.main(["evaluate", "--out", str(out), "--scenes", "3", "--questions", "2", *options])
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return main
@@ -468,20 +472,22 @@ def test_wrong_names_are_refused(evaluate):
         evaluate.list_cases(["full"], [8], 49)
 
 
-def test_wrong_counts_end_the_script(run, tmp_path):
-    with pytest.raises(SystemExit, match="--questions must be at least 1, got 0"):
+def test_wrong_counts_end_the_command(run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
         run(tmp_path, "--quick", "--questions", "0")
+    assert "--questions must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_a_page_has_the_name_and_title_asked_for(run, tmp_path):
+def test_a_page_has_the_name_and_title_asked_for(run, tmp_path, capsys):
     options = ("--quick", "--methods", "random", "--budgets", "8")
     run(tmp_path, *options, "--page", "accuracy_of_chance")
     page = (tmp_path / "accuracy_of_chance.md").read_text()
     assert page.startswith("# Accuracy of chance at every budget\n") and "](accuracy_of_chance.png)" in page
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"answers.jsonl", *(f"accuracy_of_chance.{end}" for end in ("md", "json", "png"))}
-    with pytest.raises(SystemExit, match="--page must be a name such as accuracy, got 'a/b'"):
+    with pytest.raises(SystemExit, match="2"):
         run(tmp_path, *options, "--page", "a/b")
+    assert "--page must be a name such as accuracy, got 'a/b'" in capsys.readouterr().err
 
 
 # The ceiling

@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[1]
 PUBLISH = """
 import json, sys
 from pathlib import Path
-import convert
+from prunesid_cli.command import main
 from huggingface_hub import ModelCard
 from tiny_checkpoint import CARD, build_processor, save_checkpoint
 from transformers import LlavaForConditionalGeneration
-from verify import answer
+from prunesid_cli.verify import answer
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
 
 save_checkpoint(Path("stock"))
@@ -44,7 +44,7 @@ model.push_to_hub("owner/slimmed", thin=True)
 model.push_to_hub("owner/branched", thin=True, revision="experiment")
 model.save_pretrained("saved", thin=True, push_to_hub=True, repo_id="owner/saved", commit_message="From a folder")
 to_hub = ["--push-to-hub", "owner/converted", "--private"]
-convert.main(["owner/base", "--budget", "4", "--thin", "--output", "out", *to_hub])
+main(["convert", "owner/base", "--budget", "4", "--thin", "--output", "out", *to_hub])
 
 stock = LlavaForConditionalGeneration.from_pretrained("stock")
 stock.push_to_hub("owner/secret-base", private=True)
@@ -60,7 +60,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
-sys.path.insert(0, SCRIPTS)
+sys.path.insert(0, COMMANDS)
 from verify import QUESTION, answer
 
 report = {}
@@ -106,7 +106,7 @@ print(json.dumps({"refused": refused, "loaded": type(model).__name__}))
 
 LOAD_OFFLINE = """
 import json, sys
-sys.path.insert(0, SCRIPTS)
+sys.path.insert(0, COMMANDS)
 from transformers import AutoModel, AutoProcessor
 from verify import answer
 model = AutoModel.from_pretrained("owner/thin", trust_remote_code=True, local_files_only=True)
@@ -141,7 +141,7 @@ def run(hub, home):
 
     def run(script, with_package=False, token=None, **environment):
         if with_package:
-            paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+            paths = [str(ROOT), str(ROOT / "tests")]
             script = f"import sys\nsys.path[:0] = {paths!r}\n{script}"
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
         environment = {
@@ -173,7 +173,7 @@ def published(run):
 
 @pytest.fixture(scope="module")
 def loaded(run, published):
-    preamble = f"SCRIPTS = {str(ROOT / 'scripts')!r}\nFIRST = {published['commits']['8']!r}\n"
+    preamble = f"COMMANDS = {str(ROOT / 'prunesid_cli')!r}\nFIRST = {published['commits']['8']!r}\n"
     return output_of(run(preamble + LOAD))
 
 
@@ -264,7 +264,7 @@ def test_a_private_variant_of_a_private_base_needs_a_token_and_says_so(run, publ
 
 
 def test_a_loaded_variant_loads_again_without_the_hub(run, loaded, published):
-    script = f"SCRIPTS = {str(ROOT / 'scripts')!r}\n{LOAD_OFFLINE}"
+    script = f"COMMANDS = {str(ROOT / 'prunesid_cli')!r}\n{LOAD_OFFLINE}"
     assert output_of(run(script, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")) == published["answers"]["4"]
 
 

@@ -1,17 +1,14 @@
 """Every script opens an image in one way, and says in a sentence what cannot be opened."""
 
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import images
-from images import open_image
+from prunesid_cli import images
+from prunesid_cli.images import open_image
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)

@@ -503,9 +503,9 @@ class TestErrors:
         output, whole = ours.get_image_features(**inputs), stock.model.get_image_features(**inputs).pooler_output
         for features, kept, expected in zip(output.pooler_output, output.keep_indices, whole):
             torch.testing.assert_close(features, expected[kept])
-        with pytest.raises(ValueError, match="keep_cls=True needs a vision tower with a CLS token"):
+        with pytest.raises(ValueError, match="keep_cls=True, which needs a vision tower with a CLS token"):
             build(vision=siglip, strategy="full", keep_cls=True).get_image_features(**inputs)
-        with pytest.raises(ValueError, match="'full' for one without"):
+        with pytest.raises(ValueError, match="tower: it has no CLS token. Set it to 'full'"):
             build(vision=siglip).get_image_features(**inputs)
 
 

@@ -2,22 +2,15 @@
 
 import importlib
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
-
 @pytest.fixture(scope="module")
 def scenes():
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module("scenes")
-    sys.path.remove(str(SCRIPTS))
+    return importlib.import_module("prunesid_cli.scenes")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 def modules():
     scripts = str(Path(__file__).parents[1] / "scripts")
     sys.path.insert(0, scripts)
-    yield importlib.import_module("train_demo"), importlib.import_module("scenes")
+    yield importlib.import_module("train_demo"), importlib.import_module("prunesid_cli.scenes")
     sys.path.remove(scripts)
 
 

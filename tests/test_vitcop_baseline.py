@@ -1,8 +1,5 @@
 """ViTCoP, and PruneSID with `llm_budget`, as methods of the comparison: the published classes, measured."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_config
@@ -13,11 +10,8 @@ from modeling_prunesid import (
     ViTCoPLlavaConfig,
     ViTCoPLlavaForConditionalGeneration,
 )
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from baselines import applied
-from evaluate import repeat_views
+from prunesid_cli.baselines import applied
+from prunesid_cli.evaluate import repeat_views
 
 
 BUDGET = 12

@@ -1,0 +1,6 @@
+"""`python -m prunesid_cli` is the command `prunesid`."""
+
+from .command import entry_point
+
+
+entry_point()

