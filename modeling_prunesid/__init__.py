@@ -17,6 +17,7 @@ from .auto import PruneSIDForImageTextToText
 from .compress import compress
 from .configuration_mini_gemini import MiniGeminiConfig
 from .families import FAMILIES, release_with
+from .methods import register_method
 from .modeling_layer_pruned_llava import (
     LayerPrunedConfig,
     LayerPrunedLlavaAutoModel,
@@ -59,6 +60,7 @@ __all__ = [
     "ViTCoPLlavaModel",
     "ViTCoPLlavaProcessor",
     "compress",
+    "register_method",
 ]
 
 

@@ -252,9 +252,7 @@ def choose_tokens(
     full_view: int | None = None,
     extra_kept: int = 0,
     lambda_of_share: bool = False,
-    attention: torch.Tensor | None = None,
-    projected: torch.Tensor | None = None,
-    keys: torch.Tensor | None = None,
+    seen: dict[str, torch.Tensor] | None = None,
     information: Callable = view_information,
 ) -> Chosen:
     """
@@ -267,9 +265,8 @@ def choose_tokens(
         num_tokens (`list[list[int]]`), full_view (`int`), extra_kept (`int`): as given to `request_budgets`.
         budgets ([`Budgets`]).
         lambda_of_share (`bool`): lambda is 18 N/T where `settings` have none, in place of N/32.
-        attention (`torch.Tensor` of shape `(views, tokens)`, *optional*): for methods that read it.
-        projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*): for methods that read it.
-        keys (`torch.Tensor` of shape `(views, tokens, dim)`, *optional*): for methods that read them.
+        seen (`dict[str, torch.Tensor]`, *optional*):
+            `(views, tokens, ...)`: what else of the tokens the method reads, by its name in [`Context`].
         information (`Callable`): the scores that a total is shared by with rule `"information"`.
     """
     settings.check()
@@ -295,7 +292,7 @@ def choose_tokens(
         rows = None if everything else torch.tensor(chosen).to(device, non_blocking=True)
 
         def part(values):
-            return values if values is None or everything else values.index_select(0, rows)
+            return values if everything else values.index_select(0, rows)
 
         chosen_counts = [counts[view] for view in chosen]
         context = Context(
@@ -303,9 +300,7 @@ def choose_tokens(
             lengths=None if set(lengths) == {views.shape[1]} else [lengths[view] for view in chosen],
             extra_kept=extra_kept,
             lambda_of_share=lambda_of_share,
-            attention=part(attention),
-            projected=part(projected),
-            keys=part(keys),
+            **{name: part(value) for name, value in (seen or {}).items()},
         )
         selection = method_of(settings.method)(part(views), counts_on(device, chosen_counts), settings, context)
         kept = torch.nn.functional.pad(selection.indices, (0, most - selection.indices.shape[1]))

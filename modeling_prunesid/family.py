@@ -240,7 +240,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             lengths,
             num_tokens,
             budgets,
-            attention=attention,
+            seen={} if attention is None else {"attention": attention},
             lambda_of_share=True,
             information=self.video_information if modality == "video" else view_information,
         )

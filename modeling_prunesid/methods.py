@@ -1,7 +1,8 @@
 """The methods that choose tokens: by name, what each reads, and what settings it has of its own.
 
-A method is a file `method_<name>.py` with `select(views, counts, settings, context) -> Selection`, `needs`, `DEFAULTS`
-and `RULES`, and has its two lines below. A repository on the Hub carries those of its own method: `carried_source`.
+A method is a file with `select(views, counts, settings, context) -> Selection`, `needs`, `DEFAULTS` and `RULES`. Those
+of the package are `method_<name>.py` and have two lines below; others are added by `register_method`. A repository on
+the Hub carries its own method alone: `carried_source`, `method_source`.
 """
 
 import importlib
@@ -21,10 +22,32 @@ METHODS: dict[str, Callable] = {
     "release": release,
     "spread": spread,
 }
-# A configuration knows methods by name alone: pickled by value, as vLLM does, it takes no selector along.
-NAMES = tuple(METHODS)
-DEFAULT_METHOD = NAMES[0]
-_PACKAGE = __name__.rpartition(".")[0]
+# The module of each method. A configuration knows methods by name alone: pickled by value, as vLLM does, it takes no
+# selector along.
+MODULES = {name: f"{__name__.rpartition('.')[0]}.method_{name}" for name in METHODS}
+DEFAULT_METHOD = next(iter(MODULES))
+# What a method may need that is read in the layer of the tower whose CLS attention is watched.
+OF_CLS = frozenset({"cls_attention", "joined_attention", "keys"})
+
+
+def register_method(name: str, module: Any) -> None:
+    """
+    Add a method, for `prunesid_config.method` to name. A model that is saved with it carries the module's file.
+
+    Args:
+        name (`str`): a Python name that no other method has.
+        module: an imported module of one file, with `select`, `needs`, `DEFAULTS` and `RULES` as the methods of the
+            package have them, which imports the package as `from modeling_prunesid.<file> import ...`.
+
+    Raises:
+        `ValueError`: for another name, or a module that lacks one of the four.
+    """
+    if not name.isidentifier() or name in MODULES:
+        raise ValueError(f"name must be a Python name and none of {tuple(MODULES)}, got {name!r}. Take another.")
+    missing = [part for part in ("select", "needs", "DEFAULTS", "RULES") if not hasattr(module, part)]
+    if missing:
+        raise ValueError(f"module {module.__name__!r} of method {name!r} lacks {', '.join(missing)}. Define them.")
+    METHODS[name], MODULES[name] = module.select, module.__name__
 
 
 def method_of(name: str, field: str = "prunesid_config.method") -> Callable:
@@ -35,10 +58,11 @@ def method_of(name: str, field: str = "prunesid_config.method") -> Callable:
 
 def check_name(name: str, field: str = "prunesid_config.method") -> None:
     """Raise a `ValueError` for a method that is not carried here."""
-    if name not in NAMES:
+    if name not in MODULES:
         raise ValueError(
-            f"{field} must be one of {NAMES}, the methods that are carried here, got {name!r}. A model "
-            "saved on the Hub carries its own method only: convert it with the package to change it."
+            f"{field} must be one of {tuple(MODULES)}, the methods that are carried here, got {name!r}. A model "
+            "saved on the Hub carries its own method only: convert it with the package to change it. A method of your "
+            "own must first be registered: register_method(name, module)."
         )
 
 
@@ -93,13 +117,19 @@ def carried_source(name: str) -> str:
     """The source of this file for a repository that carries one method."""
     check_name(name)
     source = inspect.getsource(sys.modules[__name__])
-    for other in set(METHODS) - {name}:
-        source = re.sub(rf"from \.method_{other} import .*\n", "", source)
-        source = re.sub(rf'    "{other}": {other},\n', "", source)
-    return source
+    source = re.sub(
+        r"(from \.method_\w+ import .*\n)+", f"from .method_{name} import select as {name}\n", source, count=1
+    )
+    return re.sub(r'(    "\w+": \w+,\n)+', f'    "{name}": {name},\n', source, count=1)
+
+
+def method_source(name: str) -> str:
+    """The source of a method's file for a repository, where the package's files lie beside it."""
+    source = inspect.getsource(_module_of(name))
+    return re.sub(r"^from modeling_prunesid\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
 
 
 def _module_of(name: str) -> Any:
     check_name(name)
-    module = f"{_PACKAGE}.method_{name}"
+    module = MODULES[name]
     return sys.modules[module] if module in sys.modules else importlib.import_module(module)

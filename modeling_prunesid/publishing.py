@@ -9,6 +9,7 @@ import copy
 import importlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,11 +154,23 @@ def carry_own_method(model: Any, folder: str | os.PathLike) -> None:
     path = Path(folder, "methods.py")
     if not path.exists():
         return
-    methods = importlib.import_module(f"{package}.methods")
-    method = getattr(settings, "method", methods.DEFAULT_METHOD)  # ViTCoP has none
+    methods: Any = importlib.import_module(f"{package}.methods")
+    name = getattr(settings, "method", methods.DEFAULT_METHOD)  # ViTCoP has none
     own = f"{type(model).__module__.rpartition('.')[2]}.py"
     copied = files_imported_by(own, Path(folder))
-    path.write_text(methods.carried_source(method), encoding="utf-8")
+    path.write_text(methods.carried_source(name), encoding="utf-8")
+    method, sources = Path(folder, f"method_{name}.py"), Path(methods.__file__).parent
+    if not (sources / method.name).exists():  # registered
+        method.write_text(methods.method_source(name), encoding="utf-8")
+        for imported in [f"{module}.py" for module in get_relative_imports(method)]:
+            if not (sources / imported).exists():
+                raise ValueError(
+                    f"prunesid_config.method={name!r} imports {imported}, which does not travel with a model: only "
+                    "its own file does, and what that imports of modeling_prunesid. Move what it needs into the file."
+                )
+            for needed in files_imported_by(imported, sources):
+                if not Path(folder, needed).exists():
+                    shutil.copy(sources / needed, folder)
     for name in copied - files_imported_by(own, Path(folder)):
         Path(folder, name).unlink()
 

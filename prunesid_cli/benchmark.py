@@ -94,8 +94,9 @@ def release_style(hidden_states: torch.Tensor, budget: int) -> list[list[int]]:
 
     As the release does, all images at once: a randomised SVD; a copy of the similarity matrix for every group, and a
     mask as large, filled by rows and then by columns; NMS that takes the best token left of every group in each round.
-    A group gets one token and others by cumulative rounding of its survivors' share, up to a bound that rises until
-    all groups together hold `budget`, suppressed tokens behind survivors. CLS and its scores are left out.
+    A group gets one token and others by cumulative rounding of its survivors' share, halves to the even number, up to
+    a bound that rises until all groups together hold `budget`, suppressed tokens behind survivors. CLS and its scores
+    are left out.
     """
     batch, tokens, _ = hidden_states.shape
     groups = max(budget // 4, 1)
@@ -122,7 +123,7 @@ def release_style(hidden_states: torch.Tensor, budget: int) -> list[list[int]]:
         upper[short] += 1
         upper = upper.minimum(sizes)
     shared, total = (budget - lower.sum(1))[:, None], survivors.sum(1)[:, None]
-    until = (2 * shared * survivors.cumsum(1) + total) // (2 * total)
+    until = (shared * survivors.cumsum(1) / total).round().long()
     quotas = (lower + until.diff(prepend=torch.zeros_like(shared))).minimum(upper)
     for image, group in enumerate(survivors.argsort(descending=True, stable=True)):
         for number in group:
