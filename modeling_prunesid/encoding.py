@@ -146,7 +146,8 @@ class TowerEncoding:
             )
         if self.keeps_cls and not self.num_prefix:
             raise ValueError(
-                "prunesid_config.method_settings has keep_cls=True, which needs a vision tower with a CLS token. Set it to False."
+                "prunesid_config.method_settings has keep_cls=True, which needs a vision tower with a CLS token. Set "
+                "it to False."
             )
 
     @property

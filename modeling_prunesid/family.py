@@ -193,8 +193,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     ):
         """
         Upstream's output with the kept rows alone, chosen by the features that enter the language model, and by the
-        attention that the `patches` `(patches,)` of the tower receive, if the method reads it. lambda is 18 N/T where the
-        configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
+        attention that the `patches` `(patches,)` of the tower receive, if the method reads it. lambda is 18 N/T where
+        the configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
         """
         settings, features = self.config.prunesid_config, self.features_of(output)
         sizes = [len(own) for own in features]

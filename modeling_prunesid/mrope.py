@@ -30,7 +30,7 @@ class MRoPEModelMixin(CompressedModelMixin):
     _short_rope_deltas: torch.LongTensor | None = None
 
     def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As the other families, but what positions follow stays; and a cache brings back its own prompt's deltas."""
+        """As the other families, but what positions follow stays; a cache brings back the deltas of its own prompt."""
         cache = cache_of(inputs)
         deltas = getattr(cache, "_prunesid_rope_deltas", None)
         if inputs.get("position_ids") is None and deltas is not None and cache.get_seq_length():
@@ -99,7 +99,7 @@ class MRoPEModelMixin(CompressedModelMixin):
             positions, deltas = self._positions_in_full_prompt(inputs, columns, mask, is_generation)
             if seen.any():
                 offset = seen + deltas_of_cache.to(seen.device) if continues else seen
-                positions, deltas = positions + offset * (mask > 0), deltas + offset - seen
+                positions, deltas = self._behind(positions, offset * (mask > 0)), deltas + offset - seen
         else:
             deltas = deltas_of_cache.repeat_interleave(batch // len(deltas_of_cache), dim=0).to(seen.device)
             positions = (text_positions + deltas * (mask > 0)).expand(self.num_axes, -1, -1)
@@ -109,6 +109,10 @@ class MRoPEModelMixin(CompressedModelMixin):
         if is_generation and self.has_text_axis:
             positions = torch.cat([text_positions[None], positions])
         return {**inputs, "position_ids": positions}
+
+    def _behind(self, positions: torch.LongTensor, offset: torch.LongTensor) -> torch.LongTensor:
+        """Positions `(axes, batch, length)` of a part of a conversation, `offset` behind the part in a cache."""
+        return positions + offset
 
     def _has_every_view(self, inputs: dict[str, Any]) -> bool:
         """Whether there is a view for every placeholder of the prompt."""

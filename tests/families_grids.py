@@ -300,6 +300,7 @@ add_grids(
     48,
     video=None,
     tokens=(4 * 5 + 2, 2 * 5 + 2, 4 * 5 + 2),
+    cached_chat=False,  # new images alone are refused
     rows=(3,),  # upstream numbers the images of a batch through, so that a row depends on those before it
     mrope=True,
 )
