@@ -58,10 +58,12 @@ FAMILIES = {
     "molmo2": "Molmo2",
     "muse_glimmer": "MuseGlimmer",
     "muse_spark": "MuseSpark",
+    "nemotron_h_omni": "NemotronHOmni",
     "ovis2": "Ovis2",
     "paddleocr_vl": "PaddleOCRVL",
     "paligemma": "PaliGemma",
     "perception_lm": "PerceptionLM",
+    "pp_chart2table": "PPChart2Table",
     "qianfan_ocr": "QianfanOCR",
     "qwen2_5_omni_thinker": "Qwen2_5OmniThinker",
     "qwen2_5_vl": "Qwen2_5_VL",
@@ -74,6 +76,8 @@ FAMILIES = {
     "qwen4_exp": "Qwen4Exp",
     "smolvlm": "SmolVLM",
     "step3p7": "Step3p7",
+    "unlimited_ocr": "UnlimitedOcr",
+    "video_llama_3": "VideoLlama3",
     "video_llava": "VideoLlava",
     "vipllava": "VipLlava",
 }
@@ -82,21 +86,17 @@ FAMILIES = {
 _OWN = ("mini_gemini",)
 # The first release that was seen to have a family as it is declared; the others are in 5.18.0, the oldest supported.
 _RELEASES = {
-    **{
-        family: "5.23.0"
-        for family in (
-            "dots3_note",
-            "granite_docling",
-            "inkling2",
-            "lfm3_vl",
-            "mistral_large4",
-            "molmo2",
-            "muse_spark",
-            "qwen2_5_omni_thinker",  # one class for head and base before
-            "qwen3_omni_moe_thinker",
-        )
-    },
+    "dots3_note": "5.23.0",
+    "granite_docling": "5.23.0",
     "hy_v4_vl": "5.24.0",
+    "inkling2": "5.23.0",
+    "lfm3_vl": "5.23.0",
+    "mistral_large4": "5.22.0",
+    "molmo2": "5.20.0",
+    "muse_spark": "5.23.0",
+    "qwen2_5_omni_thinker": "5.23.0",  # one class for head and base before
+    "qwen3_omni_moe_thinker": "5.23.0",
+    "unlimited_ocr": "5.20.0",
 }
 
 _CROSS_ATTENTION = "its language model reads the image through cross-attention, so that no token of the prompt is one"

@@ -113,6 +113,10 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         short = min(resolve_budget(self.config.prunesid_config.budget, full), full)
         return any(all(length % tokens == 0 for length in run_lengths) for tokens in (full, short))
 
+    def complete(self, modality: str, output: Any, inputs: dict[str, Any]) -> Any:
+        """Does to upstream's output what its `forward` does to it besides, by arguments among `own_arguments`."""
+        return output
+
     def get_image_features(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
         """Upstream's, of the kept tokens alone. See [`PrunedModelMixin`]."""
         return self._encode("image", super().get_image_features, num_visual_tokens, inputs)
@@ -160,7 +164,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         if num_visual_tokens is _ALL_TOKENS:
             return encode(**inputs)
         if self.is_off(num_visual_tokens):
-            output = encode(**inputs)
+            output = self.complete(modality, encode(**inputs), given)
         elif self.projector_name is not None:
             output = self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)
         else:
@@ -171,7 +175,9 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
                 output, patches = encode_with_attention(self, modality, encode, arguments)
             else:
                 output = encode(**arguments)
-            output = self.keep_tokens(modality, output, num_visual_tokens, given, patches)
+            output = self.keep_tokens(
+                modality, self.complete(modality, output, given), num_visual_tokens, given, patches
+            )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def pool_attention(
@@ -332,4 +338,5 @@ def _take_signatures(cls: type) -> None:
 @functools.cache
 def _encodes_as_images(cls: type) -> bool:
     """Whether upstream's encoder of videos calls that of images, by the name that we override."""
-    return "self.get_image_features(" in inspect.getsource(stock_class(cls).get_video_features)
+    encode = getattr(stock_class(cls), "get_video_features", None)
+    return encode is not None and "self.get_image_features(" in inspect.getsource(encode)

@@ -128,7 +128,7 @@ class MRoPEModelMixin(CompressedModelMixin):
     def _positions_in_full_prompt(
         self, inputs: dict[str, Any], columns: torch.Tensor, mask: torch.LongTensor, is_generation: bool
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Positions `(axes, batch, length)` of the columns in the full prompt, and the deltas `(batch, 1)` after them."""
+        """Positions `(axes, batch, length)` of the columns in the full prompt, and deltas `(batch, 1)` after them."""
         before, after = self._dropped_around(inputs, columns)
         repeats = before + 1 + after
         ends = repeats.cumsum(1)

@@ -6,6 +6,7 @@ image library. Rows are added at the end of the file, by `add`.
 """
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ class Row:
         family (`str`): the end of the name of the modeling file; by default the first word of `name`.
         since (`str`): the first release of Transformers that was seen to have the family.
         features (`Callable`): the stock output's rows of all inputs, one behind the other.
-        put_features (`Callable`): the stock output with the rows of some inputs in place of its own.
+        put_features (`Callable`):
+            Given a copy of the stock output, the output, and what chooses the rows of some inputs, changes the copy.
         prepare (`Callable`): changes a new model, ours and the stock one alike.
         ours (`tuple[str, ...]`): those of `inputs` that only our classes take.
         several_runs (`bool`): a view is written as several runs of placeholders, of which it keeps equal shares.
@@ -64,6 +66,9 @@ class Row:
         beams (`bool`): False where the stock class itself cannot search by beams.
         cached_chat (`bool`): False where a cache cannot go on with a second turn of views in the stock class either.
         static_cache (`bool`): False where the stock class cannot use one.
+        stock_encodes_as_images (`bool`): the stock class has no `get_video_features`, and encodes videos as images.
+        needs (`tuple[str, ...]`): further packages, without which there is no row.
+        broken_in (`tuple[str, ...]`): releases in which the stock class's own `forward` raises.
         checks_loading (`bool`): False where the stock class itself does not load its own checkpoint.
     """
 
@@ -84,7 +89,7 @@ class Row:
     family: str = ""
     since: str = SHIPPED
     features: Callable[[Any], torch.Tensor] = lambda output: torch.cat(list(output.pooler_output))
-    put_features: Callable[[Any, list[torch.Tensor]], None] | None = None
+    put_features: Callable[[Any, Any, Callable], None] | None = None
     prepare: Callable[[Any], None] | None = None
     ours: tuple[str, ...] = ()
     several_runs: bool = False
@@ -93,6 +98,9 @@ class Row:
     beams: bool = True
     cached_chat: bool = True
     static_cache: bool = True
+    stock_encodes_as_images: bool = False
+    needs: tuple[str, ...] = ()
+    broken_in: tuple[str, ...] = ()
     checks_loading: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -102,8 +110,11 @@ class Row:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the installed Transformers has the family."""
-        return tuple(map(int, transformers.__version__.split(".")[:2])) >= tuple(map(int, self.since.split(".")[:2]))
+        """Whether the installed Transformers has the family, and the packages that it needs are there."""
+        version = tuple(map(int, transformers.__version__.split(".")[:2]))
+        has_family = version >= tuple(map(int, self.since.split(".")[:2]))
+        has_packages = all(importlib.util.find_spec(package) is not None for package in self.needs)
+        return has_family and has_packages and transformers.__version__ not in self.broken_in
 
     @property
     def module(self):
@@ -163,7 +174,7 @@ def tiles(num_tiles: Sequence[int], *shape: int) -> Callable:
 
 
 def tiles_of_rows(num_tiles: Sequence[int], *shape: int, mask: str | None = None) -> Callable:
-    """As `tiles`, but `(batch, largest number of tiles, ...)`, where missing tiles are zero; `mask` marks the others."""
+    """As `tiles`, but `(batch, largest number of tiles, ...)` with missing tiles zero; `mask` marks the others."""
 
     def inputs(rows: list[list[int]]) -> dict[str, Any]:
         pixels = [torch.cat([noise(index, num_tiles[index], *shape) for index in row]) for row in rows]
@@ -326,7 +337,19 @@ def image_token(text: dict = LLAMA, vision: dict = SIGLIP, index: bool = False, 
     }
 
 
-TILES = ("num_tiles",)
+def plain_experts(model):
+    """The grouped matrix products of experts have no float64."""
+    model.set_experts_implementation("eager")
+
+
+def double_router(model):
+    """Inkling routes in float32, whatever the weights are: the router's come back to it."""
+    plain_experts(model)
+    for module in model.modules():
+        if "Router" in type(module).__name__:
+            module.float()
+
+
 BOTH_TILES = ("num_tiles", "num_video_tiles")
 SAM = {
     "hidden_size": 32,
@@ -469,6 +492,7 @@ add(
     images(3, 32, 32),
     tokens=(64,) * 3,
     kept=(5,) * 3,
+    along=types_of(IMAGE, 0, "token_type_ids"),
 )
 GEMMA3_TEXT = {
     **TEXT,
@@ -611,7 +635,8 @@ add(
     kept=(5,) * 3,
     write=runs(4),
     several_runs=True,
-    since="5.23.0",
+    since="5.22.0",
+    prepare=plain_experts,
 )
 add(
     "aya_vision",
@@ -727,7 +752,15 @@ KIMI = image_token(
     vision_start_token_id=VISION_START,
     vision_end_token_id=VISION_END,
 )
-add("kimi_k25", KIMI, patches(GRIDS, 3, 4, 4), tokens=(16, 8, 16), kept=(5, 5, 5), ours=BOTH_TILES)
+add(
+    "kimi_k25",
+    KIMI,
+    patches(GRIDS, 3, 4, 4),
+    tokens=(16, 8, 16),
+    kept=(5, 5, 5),
+    ours=BOTH_TILES,
+    prepare=plain_experts,
+)
 
 
 def chunks(rows: list[list[int]]) -> dict[str, Any]:
@@ -749,6 +782,7 @@ add(
     view="chunk of four frames",
     write=runs(16, [TAG, 104], [105]),
     ours=BOTH_TILES,
+    prepare=plain_experts,
 )
 MOLMO2 = {
     "vision_config": {
@@ -814,7 +848,7 @@ add(
     along=types_of(IMAGE, 1),
     several_runs=True,
     view_length=16,
-    since="5.23.0",
+    since="5.20.0",
 )
 add(
     "molmo2 video",
@@ -827,8 +861,16 @@ add(
     view="frame",
     write=runs(16, [113], [114, TAG]),
     along=types_of(IMAGE, 1),
-    since="5.23.0",
+    since="5.20.0",
 )
+
+
+def put_before_projector(encoded, output, choose):
+    encoded.last_hidden_state = torch.cat(choose(output.last_hidden_state))[None]
+
+
+def put_pairs(encoded, output, choose):
+    encoded.deepstack_features = [(layer, choose(features)) for layer, features in output.deepstack_features]
 
 
 def spread_weights(model):
@@ -874,10 +916,11 @@ add(
     view="tile",
     write=runs(16),
     features=lambda output: output.last_hidden_state.flatten(0, -2),
-    put_features=lambda encoded, chosen: encoded.update({"last_hidden_state": torch.cat(chosen)[None]}),
+    put_features=put_before_projector,
     prepare=spread_weights,
     ours=BOTH_TILES,
     beams=False,
+    broken_in=("5.24.0",),
 )
 add(
     "deepseek_vl",
@@ -979,6 +1022,7 @@ add(
     kept=(10, 5, 5),
     view="crop",
     ours=BOTH_TILES,
+    prepare=plain_experts,
 )
 
 
@@ -1130,6 +1174,7 @@ add(
     tokens=(433, 145, 145),
     kept=(15, 5, 5),
     view="crop",
+    prepare=plain_experts,
 )
 add(
     "inkling2",
@@ -1166,6 +1211,7 @@ add(
     tokens=(16,) * 3,
     kept=(5,) * 3,
     since="5.23.0",
+    prepare=double_router,
 )
 add(
     "granite4_vision",
@@ -1197,6 +1243,223 @@ add(
     budget=2,
     view="crop",
     features=lambda output: torch.cat(list(output.deepstack_features[0][1])),
+    put_features=put_pairs,
+)
+add(
+    "unlimited_ocr",
+    {
+        "vision_config": {
+            "sam_config": {**SAM, "downsample_channels": [16, 32]},
+            "encoder_config": {**VISION, "image_size": 16},
+        },
+        "text_config": {
+            **TEXT,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+        "image_token_id": IMAGE,
+    },
+    lambda rows: {**step_crops(64)(rows), "patches_grid": [[(2, 1), (0, 0), (0, 0)][index] for index in flat(rows)]},
+    tokens=(4 * 9 + 21, 21, 21),
+    kept=(15, 5, 5),
+    view="crop",
+    prepare=plain_experts,
+    since="5.20.0",
+)
+NEMOTRON = {
+    "vision_config": {
+        "model_type": "radio",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 4,
+        "max_img_size": 64,
+        "video_temporal_patch_size": 2,
+        "initializer_range": 0.3,
+    },
+    "text_config": {
+        **{name: value for name, value in TEXT.items() if name != "num_hidden_layers"},
+        "model_type": "nemotron_h",
+        "head_dim": 8,
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 16,
+        "use_mamba_kernels": False,
+        "num_nextn_predict_layers": 0,
+    },
+    "vision_hidden_size": 32,
+    "projector_hidden_size": 32,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+}
+add(
+    "nemotron_h_omni",
+    NEMOTRON,
+    patches([[8, 8], [4, 8], [8, 8]], 48, grid="image_grid_hw"),
+    tokens=(16, 8, 16),
+    kept=(5, 5, 5),
+)
+VIDEO_LLAMA = {
+    "vision_config": {name: value for name, value in VISION.items() if name != "image_size"},
+    "text_config": QWEN2,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+}
+add(
+    "video_llama_3",
+    VIDEO_LLAMA,
+    patches([[1, 8, 8], [1, 4, 16], [1, 8, 8]], 48, image_merge_sizes=[1, 2, 2]),
+    tokens=(64, 16, 16),
+    kept=(5, 5, 5),
+)
+add(
+    "video_llama_3 video",
+    VIDEO_LLAMA,
+    patches(
+        [[2, 8, 8], [1, 8, 8], [1, 8, 8]],
+        48,
+        pixels="pixel_values_videos",
+        grid="video_grid_thw",
+        video_merge_sizes=[2] * 3,
+    ),
+    modality="video",
+    tokens=(32, 16, 16),
+    kept=(10, 5, 5),
+    view="frame",
+    write=runs(16, [TAG], []),
+)
+
+
+def thinned(rows: list[list[int]]) -> dict[str, Any]:
+    """As its processor leaves them: static tokens of the second frame are marked to be dropped."""
+    masks = [torch.ones(tokens, dtype=torch.bool) for tokens in (32, 16, 16)]
+    masks[0][18:30] = False
+    mask = torch.cat([masks[index] for index in flat(rows)])
+    return {**ROWS["video_llama_3 video"].inputs(rows), "video_compression_mask": mask}
+
+
+add(
+    "video_llama_3 thinned",
+    VIDEO_LLAMA,
+    thinned,
+    modality="video",
+    tokens=(20, 16, 16),
+    kept=(9, 5, 5),
+    view="frame, as far as the processor leaves it",
+    write=lambda num_tokens, index, token: [
+        TAG,
+        *[token] * 16,
+        *[TAG, *[token] * (num_tokens - 16)] * (num_tokens > 16),
+    ],
+)
+add(
+    "pp_chart2table",
+    image_token(QWEN2, SAM, index=True),
+    tiles((2, 1, 1), 3, 64, 64),
+    tokens=(32, 16, 16),
+    kept=(10, 5, 5),
+    view="page or tile",
+    ours=BOTH_TILES,
+)
+RESNET = {"model_type": "timm_wrapper", "architecture": "resnet18", "do_pooling": False, "hidden_size": 512}
+add(
+    "fast_vlm",
+    image_token(QWEN2, RESNET, index=True),
+    images(3, 128, 128),
+    tokens=(16,) * 3,
+    kept=(5,) * 3,
+    needs=("timm",),
+)
+PERCEPTION = image_token(
+    LLAMA,
+    {
+        "model_type": "timm_wrapper",
+        "architecture": "vit_tiny_patch16_224",
+        "do_pooling": False,
+        "model_args": {"img_size": [64, 64], "embed_dim": 32, "depth": 2, "num_heads": 4},
+    },
+    video_token_id=VIDEO,
+    projector_pooling_ratio=2,
+    vision_use_cls_token=True,
+)
+add(
+    "perception_lm",
+    PERCEPTION,
+    images(2, 3, 64, 64),
+    tokens=(8,) * 3,
+    kept=(4,) * 3,
+    budget=2,
+    view="tile",
+    needs=("timm",),
+)
+add(
+    "perception_lm video",
+    PERCEPTION,
+    images(3, 3, 64, 64, name="pixel_values_videos"),
+    modality="video",
+    tokens=(12,) * 3,
+    kept=(6,) * 3,
+    budget=2,
+    view="frame",
+    needs=("timm",),
+    stock_encodes_as_images=True,
+)
+add(
+    "gemma3n",
+    {
+        "vision_config": {
+            "model_type": "gemma3n_vision",
+            "architecture": "resnet18",
+            "hidden_size": 512,
+            "vocab_size": 4,
+            "vocab_offset": 112,
+            "do_pooling": False,
+        },
+        "text_config": {
+            **TEXT,
+            "head_dim": 8,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": 112,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0, 0.0],
+            "tie_word_embeddings": False,
+        },
+        "audio_config": {
+            "hidden_size": 32,
+            "vocab_size": 4,
+            "vocab_offset": 116,
+            "conf_num_hidden_layers": 1,
+            "conf_num_attention_heads": 4,
+            "input_feat_size": 16,
+            "sscp_conv_channel_size": [4, 4],
+        },
+        "vision_soft_tokens_per_image": 16,
+        "image_token_id": 113,
+        "audio_token_id": 117,
+        "boi_token_id": 110,
+        "eoi_token_id": 112,
+        "boa_token_id": 111,
+        "eoa_token_id": 116,
+        "tie_word_embeddings": False,
+    },
+    images(3, 128, 128),
+    tokens=(16,) * 3,
+    kept=(5,) * 3,
+    token=113,
+    needs=("timm",),
 )
 
 

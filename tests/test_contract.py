@@ -50,7 +50,7 @@ def build(name):
                 parameter.numel() > 1 and parameter.dim() > 1 and parameter.std() == 0
             ):
                 parameter.normal_(0, 0.3)
-        weight = ours.get_output_embeddings().weight
+        weight = (ours.get_output_embeddings() or ours.language_model.lm_head).weight
         unlikely = (PAD, EOS, IMAGE, VIDEO, row.token)  # never the best of random logits
         weight[[token for token in unlikely if token < len(weight)]] = 0
     reference.load_state_dict(ours.state_dict(), strict=True)
@@ -100,13 +100,22 @@ def for_stock(row, inputs):
     return {name: value for name, value in inputs.items() if name not in row.ours}
 
 
-def encode(model, row, layout=None, **ours):
-    """What the model's own encoder gives for the inputs of a batch."""
-    inputs = row.inputs(rows_of(row) if layout is None else layout)
-    inputs = (
-        {**inputs, **ours} if ours or row.ours and hasattr(model, "forward_compressed") else for_stock(row, inputs)
-    )
-    return getattr(base_of(model), f"get_{row.modality}_features")(**inputs, return_dict=True)
+def encode_ours(model, row, **ours):
+    """What our encoder gives for the inputs of the batch."""
+    encode = getattr(base_of(model), f"get_{row.modality}_features")
+    return encode(**row.inputs(rows_of(row)), **ours, return_dict=True)
+
+
+def encode(model, row):
+    """What the stock class puts into prompts for the inputs of the batch."""
+    inputs = for_stock(row, row.inputs(rows_of(row)))
+    if row.stock_encodes_as_images:
+        return base_of(model).get_image_features(inputs["pixel_values_videos"], return_dict=True)
+    mask = inputs.pop("video_compression_mask", None)
+    output = getattr(base_of(model), f"get_{row.modality}_features")(**inputs, return_dict=True)
+    if mask is not None:  # upstream's `forward` applies it
+        output.pooler_output = [torch.cat(list(output.pooler_output))[mask]]
+    return output
 
 
 def shorten(row, ids, kept):
@@ -142,7 +151,6 @@ def level(row, flag, ids):
 def hand_shortened(reference, row, kept):
     """For each row of the batch the stock class's arguments for its short prompt, and the mask of its columns."""
     output = encode(reference, row)
-    features = row.features(output).split(list(row.tokens[: row.num_inputs]))
     shortened = []
     for place, own in enumerate(rows_of(row)):
         ids = torch.tensor([write(row, own, [row.tokens[index] for index in own], place)])
@@ -156,24 +164,26 @@ def hand_shortened(reference, row, kept):
         if row.mrope:
             arguments["position_ids"] = positions(reference, row, ids, along, place)[0][..., keep]
         encoded = copy.copy(output)
-        put(row, encoded, output, own, kept, features)
+        put(row, encoded, output, own, kept)
         arguments["mm_encoder_outputs"] = {row.modality: encoded}
         shortened.append((arguments, keep))
     return shortened
 
 
-def put(row, encoded, output, own, kept, features):
-    chosen = [features[index][kept[index]] for index in own]
+def put(row, encoded, output, own, kept):
+    """Replaces what the stock class puts into prompts by the kept rows of some inputs."""
+
+    def choose(entries):
+        every = torch.cat(list(entries)).split(list(row.tokens[: row.num_inputs]))
+        return [every[index][kept[index]] for index in own]
+
     if row.put_features is not None:
-        row.put_features(encoded, chosen)
+        row.put_features(encoded, output, choose)
         return
-    is_tensor = isinstance(output.pooler_output, torch.Tensor)
-    encoded.pooler_output = torch.cat(chosen)[None] if is_tensor else chosen
+    chosen = choose(output.pooler_output)
+    encoded.pooler_output = torch.cat(chosen)[None] if isinstance(output.pooler_output, torch.Tensor) else chosen
     if output.get("deepstack_features") is not None:
-        layers = [
-            torch.cat(list(layer)).split([len(image) for image in features]) for layer in output.deepstack_features
-        ]
-        encoded.deepstack_features = [[layer[index][kept[index]] for index in own] for layer in layers]
+        encoded.deepstack_features = [choose(layer) for layer in output.deepstack_features]
 
 
 def positions(reference, row, ids, along, place):
@@ -211,7 +221,7 @@ def budget_of(model, budget):
 @torch.no_grad()
 def test_each_input_keeps_exactly_n(name):
     ours, reference, row = build(name)
-    output = encode(ours, row, **row.inputs(rows_of(row)))
+    output = encode_ours(ours, row)
     count = row.num_inputs
     assert [len(kept) for kept in output["keep_indices"]] == list(row.kept[:count])
     assert list(output["num_placeholders"]) == list(row.tokens[:count])
@@ -239,7 +249,7 @@ def test_full_prompts_equal_the_stock_class_on_short_ones(name):
     ours, reference, row = build(name)
     inputs = prompt(row)
     output = ours(**inputs)
-    kept = encode(ours, row, **row.inputs(rows_of(row)))["keep_indices"]
+    kept = encode_ours(ours, row)["keep_indices"]
     whole = reference(**for_stock(row, inputs)).logits
     assert not close(output.logits[:, -1], whole[:, -1], 1e-3)  # dropping tokens changes the answer
     for place, (arguments, keep) in enumerate(hand_shortened(reference, row, kept)):
@@ -256,7 +266,7 @@ def test_greedy_answers_are_those_of_the_stock_class_on_short_prompts(name):
     answers = ours.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     length = inputs["input_ids"].shape[1]
     assert torch.equal(answers[:, :length], inputs["input_ids"])
-    kept = encode(ours, row, **row.inputs(rows_of(row)))["keep_indices"]
+    kept = encode_ours(ours, row)["keep_indices"]
     for place, (arguments, keep) in enumerate(hand_shortened(reference, row, kept)):
         expected = greedy(reference, row, arguments, place, int(len(keep)))
         assert answers[place, length : length + NEW_TOKENS].tolist() == expected
@@ -314,7 +324,8 @@ def test_signatures_are_those_of_the_stock_class(name):
             own = list(inspect.signature(getattr(mine, method)).parameters)
             stock = list(inspect.signature(getattr(theirs, method)).parameters)
             assert [parameter for parameter in own if parameter in stock] == stock
-            assert set(own) - set(stock) <= {"num_visual_tokens", *row.ours}
+            forward = inspect.signature(theirs.forward).parameters
+            assert set(own) - set(stock) <= {"num_visual_tokens", *row.ours, *forward}
             assert "num_visual_tokens" in own
 
 
@@ -462,12 +473,12 @@ def test_an_entry_of_a_list_is_the_total_of_one_input(name):
     views = [max(kept // row.budget, 1) for kept in row.kept[: row.num_inputs]]
     totals = [min(2 * count + index, tokens) for index, (count, tokens) in enumerate(zip(views, row.tokens))]
     for given in (totals, torch.tensor(totals)):
-        output = encode(ours, row, **row.inputs(rows_of(row)), num_visual_tokens=given)
+        output = encode_ours(ours, row, num_visual_tokens=given)
         assert [len(kept) for kept in output["keep_indices"]] == totals
     answer = ours.generate(**prompt(row), num_visual_tokens=totals, max_new_tokens=1)
     assert answer.shape == (len(row.rows), prompt(row)["input_ids"].shape[1] + 1)
     with pytest.raises(ValueError, match=f"one count for each of the {row.num_inputs}"):
-        encode(ours, row, **row.inputs(rows_of(row)), num_visual_tokens=[*totals, 3])
+        encode_ours(ours, row, num_visual_tokens=[*totals, 3])
 
 
 @pytest.mark.full
