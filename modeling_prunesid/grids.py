@@ -32,9 +32,8 @@ class GridModelMixin(PrunedModelMixin):
     """
 
     def slices(self, modality: str, inputs: dict[str, Any]) -> list[int]:
-        """In how many slices of equal length the tokens of each input lie one behind the other; none if unknown."""
-        grids = inputs.get(f"{modality}_grid_thw")
-        return [] if grids is None else grids[:, 0].tolist()
+        """In how many slices of equal length the tokens of each input lie one behind the other."""
+        return inputs[f"{modality}_grid_thw"][:, 0].tolist()
 
     def views(self, modality, inputs, sizes):
         return [[size // count] * count for size, count in zip(sizes, self.slices(modality, inputs))]

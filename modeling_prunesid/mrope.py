@@ -18,10 +18,7 @@ from .upstream import CACHE_NAME, cache_of
 
 
 class MRoPEModelMixin(CompressedModelMixin):
-    """
-    For a base model with upstream's `compute_3d_position_ids` and `rope_deltas`, and our `slices` (see
-    [`GridModelMixin`]).
-    """
+    """For a base model with upstream's `compute_3d_position_ids` and `rope_deltas`."""
 
     # How many coordinates a token has, and whether `generate` puts its place in the sequence before them.
     num_axes = 3
@@ -162,14 +159,15 @@ class MRoPEModelMixin(CompressedModelMixin):
         """How many tokens were dropped just before and just after each column of the short prompt."""
         before, after = (torch.zeros(columns.shape[:2], dtype=torch.long, device=columns.device) for _ in range(2))
         for modality, output in self._dropped_tokens(inputs).items():
-            slices, gaps = self.slices(modality, inputs) or [1] * len(output.num_placeholders), []
-            for kept, num_tokens, num_slices in zip(output.keep_indices, output.num_placeholders, slices):
-                # Timestamps may stand between the slices of a video, so that each slice ends for itself.
-                size = num_tokens // num_slices
-                place, start = kept % size, kept - kept % size
-                previous = torch.cat([kept.new_full((1,), -1), kept[:-1]]).maximum(start - 1) - start
+            gaps, views = [], output.get("view_lengths") or [[total] for total in output.num_placeholders]
+            for kept, lengths in zip(output.keep_indices, views):
+                # Text may stand between the views of an input (timestamps, tags), so that each ends for itself.
+                sizes = torch.tensor(lengths, device=kept.device)
+                view = torch.searchsorted(sizes.cumsum(0), kept, right=True)
+                start, size = (sizes.cumsum(0) - sizes)[view], sizes[view]
+                previous = torch.cat([kept.new_full((1,), -1), kept[:-1]]).maximum(start - 1)
                 is_last = torch.cat([start[1:] != start[:-1], kept.new_ones(1, dtype=torch.bool)])
-                gaps.append(torch.stack([place - previous - 1, (size - 1 - place) * is_last]))
+                gaps.append(torch.stack([kept - previous - 1, (start + size - 1 - kept) * is_last]))
             placeholders = self.find_placeholders(modality, *_ids_or_embeds(columns))
             before[placeholders], after[placeholders] = torch.cat(gaps, dim=1).to(columns.device)
         return before, after

@@ -49,7 +49,7 @@ def build(name):
             if not torch.isfinite(parameter).all() or (
                 parameter.numel() > 1 and parameter.dim() > 1 and parameter.std() == 0
             ):
-                parameter.normal_(0, 0.3)
+                parameter.copy_(0.3 * torch.randn(parameter.shape))  # exact in float32, in which some are loaded
         weight = (ours.get_output_embeddings() or ours.language_model.lm_head).weight
         unlikely = (PAD, EOS, IMAGE, VIDEO, row.token)  # never the best of random logits
         weight[[token for token in unlikely if token < len(weight)]] = 0
