@@ -440,7 +440,7 @@ def test_saved_models_load_through_auto_classes(name, tmp_path):
     if row.prepare is not None:
         row.prepare(loaded)
     inputs = prompt(row)
-    assert close(loaded.eval()(**inputs).logits, ours(**inputs).logits)
+    assert close(loaded.eval()(**inputs).logits, ours(**inputs).logits, 1e-5)  # parts are loaded in float32
     assert type(base_of(AutoModel.from_pretrained(tmp_path, dtype=torch.float64))) is type(base_of(ours))
 
 
