@@ -281,7 +281,8 @@ def register_family(head: Any, processor: type | None = None) -> type:
         "AutoModelForImageTextToText": head.__name__,
         "AutoModelForMultimodalLM": head.__name__,
     }
-    head._processor_class = processor
+    # Without the packages that it needs, Transformers has but a placeholder for a stock processor.
+    head._processor_class = None if getattr(processor, "is_dummy", False) else processor
     for ours in {head, model}:
         stock = stock_class(ours)
         names = {ours.__name__: stock.__name__, ours.config_class.model_type: stock.config_class.model_type}
