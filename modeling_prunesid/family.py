@@ -10,7 +10,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ from .upstream import like_upstream
 _ALL_TOKENS = object()
 _OVERRIDES = ("forward", "get_image_features", "get_video_features")
 
-NumVisualTokens = int | float | list[int] | torch.LongTensor | None
+NumVisualTokens: TypeAlias = int | float | list[int] | torch.LongTensor | None
 
 
 class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
@@ -166,7 +166,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             output = self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)
         else:
             self.config.check_settings()
-            is_nested = modality == "video" and _encodes_as_images(type(self))
+            own_class: Any = type(self)
+            is_nested = modality == "video" and _encodes_as_images(own_class)
             output = encode(**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {}))
             output = self.keep_tokens(modality, self.complete(modality, output, given), num_visual_tokens, given)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -18,12 +18,13 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processo
 from transformers.utils import PROCESSOR_NAME
 
 from .budgets import request_budgets, share_total
-from .configuration_prunesid import PruneSIDConfig
+from .configuration_prunesid import PruneSIDConfig, check_budget
 from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .prompts import largest_remainder
 
 
 _OF_VIDEOS = "num_visual_tokens_of_videos"
+_TYPED_DICT: Any = TypedDict
 
 
 def _locate(name: str | os.PathLike, is_trusted: bool, kwargs: dict[str, Any]) -> tuple[Any, dict, dict]:
@@ -149,6 +150,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             return
 
         def __init__(self, *args, num_visual_tokens=None, budget_scope="view", min_budget=None, **kwargs):
+            check_budget(num_visual_tokens, name="num_visual_tokens")
             settings = PruneSIDConfig(budget=num_visual_tokens, budget_scope=budget_scope, min_budget=min_budget)
             self.num_visual_tokens, self.budget_scope = settings.budget, settings.budget_scope
             self.min_budget = settings.min_budget
@@ -166,7 +168,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
 
     @classmethod
     def validate_init_kwargs(cls, processor_config, valid_kwargs):
-        """Upstream's, for the arguments that `__init__` takes; upstream reads them from code that only passes them on."""
+        """Upstream's, for the arguments in the signature; upstream reads them from code that only passes them on."""
         return super().validate_init_kwargs(processor_config, [*inspect.signature(cls.__init__).parameters][1:-1])
 
     def view_lengths(self, modality: str, inputs: dict, index: int, runs: list[int]) -> list[int]:
@@ -303,9 +305,9 @@ def _with_budget(upstream: Any) -> Any:
     fields = dict(upstream.__annotations__)
     for name, default in (("images_kwargs", ImagesKwargs), ("videos_kwargs", VideosKwargs)):
         own = fields.get(name, default)
-        fields[name] = TypedDict(
+        fields[name] = _TYPED_DICT(
             own.__name__, {**own.__annotations__, "num_visual_tokens": int | float | None}, total=False
         )
-    extended = TypedDict(upstream.__name__, fields, total=False)
+    extended = _TYPED_DICT(upstream.__name__, fields, total=False)
     extended._defaults = getattr(upstream, "_defaults", {})
     return extended
