@@ -106,7 +106,7 @@ class CoPrunedModelMixin:
         return {**inputs, "visual_groups": torch.nn.functional.pad(laid, (0, 0, before, 0), value=-1)}
 
     def forward(self, *, num_visual_tokens=None, visual_groups: torch.LongTensor | None = None, **inputs):
-        """As for every family; `visual_groups` `(batch, columns, 4)` are made by `generate` and the head's `forward`."""
+        """As in every family; `visual_groups` `(batch, columns, 4)` come from `generate` and the head's `forward`."""
         return super().forward(num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs)
 
     def forward_compressed(self, forward: Callable, **inputs):

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig, __version__
 from transformers.models.auto import modeling_auto
 
-from .methods import check_method, method_of_saved, needs_of, options_of
+from .methods import DEFAULT_METHOD, check_method, method_of_saved, needs_of, options_of
 
 
 # Tables of Transformers in which pipelines and serving look up the names of classes with a head.
@@ -160,7 +160,7 @@ class PruneSIDConfig(NestedSettings):
             Bounds of the dynamic budget of a view, in tokens; none with `budget_scope="image"`, whose totals are
             exact. A share of a view never stands for fewer tokens than `min_budget` either. In Qwen-VL it is 16 by
             default, so that a view of up to 16 tokens is left whole (release).
-        method (`str`, defaults to `"paper"`):
+        method (`str`, defaults to `"paper"`, in a Hub repo to the one that it carries):
             How tokens are chosen: `"paper"`, as section 3 has it; `"release"`, as its authors' code does; `"spread"`
             (ours), by score and by the distance, projected as the language model gets them, to those already kept.
         method_settings (`dict`, *optional*):
@@ -192,7 +192,7 @@ class PruneSIDConfig(NestedSettings):
     reference_information: int | float | None = None
     min_budget: int | None = None
     max_budget: int | None = None
-    method: str = "paper"
+    method: str = DEFAULT_METHOD
     method_settings: dict | None = None
     mrope_positions: str = "original"
     base_model_name_or_path: str | None = None
@@ -206,7 +206,7 @@ class PruneSIDConfig(NestedSettings):
                 "prunesid_config.llm_budget must be None for this model: tokens are dropped inside the language model "
                 "by LayerPrunedLlavaForConditionalGeneration. Load the model with it."
             )
-        if retired and self.method == "paper" and not self.method_settings:
+        if retired and self.method == DEFAULT_METHOD and not self.method_settings:
             self.method, settings = method_of_saved(retired)
             self.method_settings = settings or None
         elif retired:

@@ -21,7 +21,7 @@ class Context:
 
     Attributes:
         counts (`list[int]`, *optional*): N of each view on the host; without them `max_count` is needed.
-        max_count (`int`, *optional*): the largest N, by default of `counts`.
+        max_count (`int`): the largest N, where `counts` are None.
         lengths (`list[int]`, *optional*): T of each view, where views are padded behind their own tokens.
         extra_kept (`int`): tokens kept besides, which count in the N of K, of lambda and of the bounds.
         lambda_of_share (`bool`): `nms_lambda=None` means 18 * N / T in place of N / 32.
@@ -34,7 +34,7 @@ class Context:
     """
 
     counts: list[int] | None = None
-    max_count: int | None = None
+    max_count: int = 0
     lengths: list[int] | None = None
     extra_kept: int = 0
     lambda_of_share: bool = False

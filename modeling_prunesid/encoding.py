@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from .attention import attending_layer, watch_attention
-from .budgets import Budgets, View, choose_tokens, request_budgets, view_information
+from .budgets import View, choose_tokens, request_budgets, view_information
 from .methods import needs_of, options_of
-from .tower import TowerStates, count_prefix, project_rows, resolve_layer, watch_tower
+from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
 
 
 def as_views(views: list[int] | list[View]) -> list[View]:
     """Views given by their lengths, one behind the other, as [`View`]s."""
-    if views and isinstance(views[0], int):
-        return [View(rows) for rows in torch.arange(sum(views)).split(views)]
-    return list(views)
+    lengths: Any = views
+    if lengths and isinstance(lengths[0], int):
+        return [View(rows) for rows in torch.arange(sum(lengths)).split(lengths)]
+    return lengths
 
 
 def table_of(rows: list[torch.LongTensor]) -> torch.LongTensor:
@@ -54,7 +55,7 @@ def keep_rows(features: list[torch.Tensor], rows: torch.LongTensor, counts: list
         rows (`torch.LongTensor`): kept rows of all inputs, counted through, in any order.
         counts (`list[int]`): how many of each input, with its CLS tokens.
         cls (`tuple`, *optional*):
-            Features `(cls, hidden_size)` of CLS tokens, which have no row, and the row `(cls,)` that each comes before.
+            Features `(cls, hidden_size)` of CLS tokens, which have no row, and the row `(cls,)` that each precedes.
 
     Returns:
         Features `(N, hidden_size)`, and indices `(N,)` into its T rows, -1 for a CLS token, of each input.
@@ -101,23 +102,18 @@ class TowerEncoding:
         self.views = [self._lay_out(own) for own in model.views(modality, inputs, None)]
         self.num_tokens = [[len(view.rows) + self.num_fixed for view in own] for own in self.views]
         self.full_view = max(itertools.chain(*self.num_tokens), default=0)
-        self.budgets: Budgets | None = request_budgets(
+        self.budgets: Any = request_budgets(
             self.settings, num_visual_tokens, self.num_tokens, self.full_view, self.num_extra
         )
-        # An input that keeps all of its tokens keeps those of no view as well.
-        self.is_whole = [
-            self.budgets is not None and self.budgets.rule != "reference" and total >= sum(own)
-            for own, total in zip(self.num_tokens, self.budgets.totals if self.budgets is not None else ())
-        ]
 
     def _lay_out(self, views: list[int] | list[View]) -> list[View]:
         """Views given by their patches, each behind the tokens before them, as [`View`]s."""
         if not isinstance(views[0], int):
             if self.num_fed:
                 raise ValueError(
-                    f"vision_feature_select_strategy leaves no whole grid of patches: the language model is fed "
-                    f"{self.num_fed} tokens before them. Use 'default' for a tower with a CLS token, 'full' for one "
-                    "without."
+                    f"vision_feature_select_strategy={self.strategy!r} leaves no whole grid of patches: the language "
+                    f"model is fed {self.num_fed} tokens before them. Use 'default' for a tower with a CLS token, "
+                    "'full' for one without."
                 )
             return list(views)
         laid, start = [], 0
@@ -135,9 +131,12 @@ class TowerEncoding:
         layers = model.config.vision_feature_layer if layers is None else layers
         layers = [layers] if isinstance(layers, int) else layers
         self.feature_layers = [resolve_layer(layer, num_layers, "vision_feature_layer") for layer in layers]
+        if self.needs_cls_attention:
+            check_has_cls(self.tower)
         self.num_prefix = self.num_fed = count_prefix(self.tower)
-        strategy = self.inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
-        if strategy == "default" and modality == "image":
+        given = self.inputs.get("vision_feature_select_strategy")
+        self.strategy = given or model.config.vision_feature_select_strategy
+        if self.strategy == "default" and modality == "image":
             self.num_fed = self.num_prefix - 1
         if self.num_fed < 0:
             raise ValueError(
@@ -149,6 +148,12 @@ class TowerEncoding:
                 "prunesid_config.method_settings has keep_cls=True, which needs a vision tower with a CLS token. Set "
                 "it to False."
             )
+
+    @property
+    def is_whole(self) -> list[bool]:
+        """Which inputs keep all of their tokens, and with them those of no view."""
+        is_known = self.budgets.rule != "reference"
+        return [is_known and total >= sum(own) for own, total in zip(self.num_tokens, self.budgets.totals)]
 
     @property
     def keeps_cls(self) -> bool:
@@ -263,11 +268,9 @@ class TowerEncoding:
         """How many rows of the projector's features come before the patches of a view."""
         return self.num_fed + self.has_own_cls
 
-    def _choose(
-        self, compared: torch.Tensor, attention: torch.Tensor | None = None, projected: torch.Tensor | None = None
-    ) -> None:
+    def _choose(self, compared: Any, attention: Any = None, projected: Any = None) -> None:
         """Chooses the patches of each view, from what is compared of all patches `(views, patches, dim)`."""
-        views = list(itertools.chain(*self.views))
+        views: list[Any] = list(itertools.chain(*self.views))
         lengths = [len(view.patches) for view in views]
         if set(lengths) != {compared.shape[1]}:
             table = table_of([view.patches for view in views]).to(compared.device, non_blocking=True)

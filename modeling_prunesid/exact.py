@@ -10,6 +10,7 @@ library chooses for a batch makes no difference, and a GPU gives the bits that a
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ def gram(features: torch.Tensor) -> torch.Tensor:
     for _ in range(levels):
         parts.append(rest.round())
         rest = (rest - parts[-1]) * 2.0 ** (bits + 1)
-    total = None
+    total: Any = None
     for order in reversed(range(levels)):
         terms = []
         for first in range(order // 2 + 1):

@@ -10,7 +10,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ from .upstream import like_upstream
 _ALL_TOKENS = object()
 _OVERRIDES = ("forward", "get_image_features", "get_video_features")
 
-NumVisualTokens = int | float | list[int] | torch.LongTensor | None
+NumVisualTokens: TypeAlias = int | float | list[int] | torch.LongTensor | None
 
 
 class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
@@ -169,7 +169,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             output = self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)
         else:
             self.config.check_settings()
-            is_nested = modality == "video" and _encodes_as_images(type(self))
+            own_class: Any = type(self)
+            is_nested = modality == "video" and _encodes_as_images(own_class)
             arguments, patches = {**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {})}, None
             if "attention" in needs_of(self.config.prunesid_config):
                 output, patches = encode_with_attention(self, modality, encode, arguments)
@@ -311,7 +312,8 @@ def register_family(head: Any, processor: type | None = None) -> type:
         "AutoModelForImageTextToText": head.__name__,
         "AutoModelForMultimodalLM": head.__name__,
     }
-    head._processor_class = processor
+    # Without the packages that it needs, Transformers has but a placeholder for a stock processor.
+    head._processor_class = None if getattr(processor, "is_dummy", False) else processor
     for ours in {head, model}:
         stock = stock_class(ours)
         names = {ours.__name__: stock.__name__, ours.config_class.model_type: stock.config_class.model_type}

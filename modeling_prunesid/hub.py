@@ -1,50 +1,29 @@
 """What lets Auto classes, pipelines and the Hub treat our classes as they treat the stock ones."""
 
-import copy
+import importlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from safetensors import safe_open
+from huggingface_hub import CommitInfo
 from transformers import GenerationConfig, PretrainedConfig
-from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
     cached_file,
-    logging,
 )
 
-from .card import write_card
-
-
-logger = logging.get_logger(__name__)
 
 # How files are fetched, from the variant and from its base alike.
 ACCESS_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 # What a caller says of the variant's repo, and what is therefore never said of its base.
 VARIANT_ARGUMENTS = ("revision", "code_revision", "subfolder", "trust_remote_code", "_commit_hash", "_from_auto")
-_PUSH_ARGUMENTS = (
-    "repo_id",
-    "commit_message",
-    "commit_description",
-    "private",
-    "token",
-    "revision",
-    "create_pr",
-    "tags",
-)
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 _DEEPEST_JSON = 64  # levels; upstream copies configurations recursively
 _DYNAMIC_MODULES = "transformers_modules."
 
@@ -232,8 +211,8 @@ class HubModelMixin:
         **kwargs: Any,
     ) -> None:
         r"""
-        Upstream's `save_pretrained`, with the code for every Auto class, the processor of the checkpoint that the
-        model was loaded from, and a model card.
+        Upstream's `save_pretrained`, with the code for every Auto class. Where our package is installed, also with the
+        processor of the checkpoint that the model was loaded from, and a model card.
 
         Args:
             thin (`bool`, defaults to `False`):
@@ -243,168 +222,46 @@ class HubModelMixin:
                 are taken to be the base's.
 
         Raises:
+            `ImportError`: if `thin` and our package is not installed: a repo does not carry what publishes it.
             `ValueError`: if `save_directory` is a file; if `thin` and no base is known, a weight is not the base's
                 (trained, merged with an adapter, resized), the folder holds weights already, or the model has an
                 adapter.
             `OSError`: if `thin` and the base's weights cannot be read.
         """
-        if os.path.isfile(save_directory):
-            raise ValueError(
-                f"save_directory must be a folder, got the file {str(save_directory)!r}. Name another one."
-            )
-        push = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs}
-        if getattr(self, "_hf_peft_config_loaded", False):  # an adapter is saved, and not the model
-            if thin:
-                raise ValueError("thin=True saves the settings of a model without adapters. Unload the adapter first.")
-            return super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **push, **kwargs)
+        publishing = _find_publishing(is_needed=thin)
+        if publishing is None:
+            self.config.auto_map = self.own_auto_map()
+            super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
+        publishing.save_variant(
+            self, super().save_pretrained, save_directory, is_main_process, push_to_hub, thin, **kwargs
+        )
 
-        base, revision = self._find_base()
-        if thin and base is None:
-            raise ValueError(
-                "thin=True needs a base to load the weights from, and this model came from no checkpoint. Set "
-                "prunesid_config.base_model_name_or_path, or save it with its weights (thin=False)."
-            )
-        if thin and any(Path(save_directory).glob("*.safetensors")):
-            raise ValueError(
-                f"thin=True saves no weights, but save_directory={str(save_directory)!r} holds some, which would be "
-                "loaded in place of the base's. Save to another folder."
-            )
-        source = dict(self._sources.get((base, revision), {"revision": revision}))
-        revision = source["revision"]
-        if thin and base is not None:
-            revision = source["revision"] = find_commit(base, revision, source) or revision
-            _check_weights(self, base, source)
-        config_class, module = type(self.config), type(self).__module__.rsplit(".", 1)[-1]
-        self.config.auto_map = {
-            "AutoConfig": f"{config_class.__module__.rsplit('.', 1)[-1]}.{config_class.__name__}",
-            **{auto_class: f"{module}.{name}" for auto_class, name in self._auto_map.items()},
-        }
-        if is_main_process:
-            os.makedirs(save_directory, exist_ok=True)
-            processor = self._save_processor(save_directory, base, revision, thin)
-            if processor is not None:
-                self.config.auto_map["AutoProcessor"] = processor
-
-        settings = self.config.prunesid_config
-        recorded = settings.base_model_name_or_path, settings.base_model_revision
-        settings.base_model_name_or_path, settings.base_model_revision = (base, revision) if thin else (None, None)
-        try:
-            if not thin:
-                super().save_pretrained(save_directory, is_main_process, **kwargs)
-            elif is_main_process:
-                self._save_without_weights(save_directory)
-        finally:
-            settings.base_model_name_or_path, settings.base_model_revision = recorded
-        if is_main_process:
-            write_card(save_directory, self.config, base, thin, push.get("repo_id"), push.get("tags"), revision)
-        if push_to_hub and is_main_process:
-            push.setdefault("repo_id", Path(save_directory).name)
-            self.push_to_hub(**push, thin=thin, max_shard_size=kwargs.get("max_shard_size", "50GB"))
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str | None = "50GB",
-        tags: list[str] | None = None,
-        thin: bool = False,
-    ) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, *, thin: bool = False, **kwargs: Any) -> CommitInfo:
         r"""
-        Upstream's `push_to_hub` of all that [`~HubModelMixin.save_pretrained`] writes, in a single commit, so that
-        nothing is published by half.
+        Upstream's `push_to_hub` of all that [`~HubModelMixin.save_pretrained`] writes. Where our package is installed
+        it is a single commit, so that an interrupted upload publishes nothing.
 
         Args:
             thin (`bool`, defaults to `False`):
                 Leave the weights out; see [`~HubModelMixin.save_pretrained`].
 
         Raises:
+            `ImportError`: if `thin` and our package is not installed.
             `ValueError`: if `thin` and the base is a folder of this machine, which nobody else can load.
         """
-        if thin:
-            check_base_is_public(self._find_base()[0])
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, thin=thin, repo_id=repo_id, tags=tags, max_shard_size=max_shard_size)
-            return push_folder(
-                folder,
-                repo_id,
-                commit_message=commit_message or "Upload model",
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
+        publishing = _find_publishing(is_needed=thin)
+        if publishing is None:
+            return super().push_to_hub(repo_id, **kwargs)
+        return publishing.push_variant(self, repo_id, thin=thin, **kwargs)
 
-    def _find_base(self) -> tuple[str | None, str | None]:
-        """The checkpoint that has this model's weights, and its revision."""
-        settings, name = self.config.prunesid_config, self.config.name_or_path
-        if settings.base_model_name_or_path is not None:
-            return settings.base_model_name_or_path, settings.base_model_revision
-        if not name:
-            return None, None
-        return os.path.abspath(name) if os.path.isdir(name) else name, getattr(self, "loaded_revision", None)
-
-    def _save_without_weights(self, folder: str | os.PathLike) -> None:
-        config = copy.deepcopy(self.config)
-        config.architectures, config.dtype = [type(self).__name__], str(self.dtype).removeprefix("torch.")
-        if getattr(getattr(self, "hf_quantizer", None), "pre_quantized", True) is False:
-            del config.quantization_config  # the caller's, on weights that the base has in full precision
-        custom_object_save(self, folder, config=config)
-        config.save_pretrained(folder)
-        if self.can_generate():
-            self.generation_config.save_pretrained(folder)
-
-    def _save_processor(self, folder, base, revision, thin) -> str | None:
-        """
-        Save the base's processor, or only its name, with the model's budget. A processor that is in the folder already
-        only gets the budget. Returns its entry in the `auto_map`.
-        """
-        processor_class, path = self._processor_class, Path(folder, "processor_config.json")
-        if processor_class is None:
-            return None
-        arguments = processor_class.arguments_for(self.config.prunesid_config)
-        fields = read_fields(folder, path.name, {}) or {}
-        if fields and "base_model_name_or_path" not in fields:
-            fields |= {name: value for name, value in arguments.items() if name in fields}
-            path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            return fields.get("auto_map", {}).get("AutoProcessor")
-        if base is None:
-            return None
-        try:
-            processor = processor_class.from_pretrained(base, revision=revision, trust_remote_code=False)
-        except Exception as error:  # a model without its processor is better than no model
-            logger.warning(f"{folder} gets no processor, because that of {base} cannot be loaded: {error}")
-            return None
-        for name, value in arguments.items():
-            setattr(processor, name, value)
-        module = type(processor).__module__.rsplit(".", 1)[-1]
-        entry = f"{module}.{type(processor).__name__}"
-        if not thin:
-            processor.save_pretrained(folder)
-            return entry
-        fields = {
-            "processor_class": type(processor).__name__,
-            "auto_map": {"AutoProcessor": entry},
-            **arguments,
-            "base_model_name_or_path": base,
-            "base_model_revision": revision,
+    def own_auto_map(self) -> dict[str, str]:
+        """The `auto_map` of a repo with this model's code, without an entry for the processor."""
+        config_class, module = type(self.config), type(self).__module__.rsplit(".", 1)[-1]
+        return {
+            "AutoConfig": f"{config_class.__module__.rsplit('.', 1)[-1]}.{config_class.__name__}",
+            **{auto_class: f"{module}.{name}" for auto_class, name in self._auto_map.items()},
         }
-        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        custom_object_save(processor, folder)
-        # `AutoTokenizer` fetches the base's megabytes; `AutoImageProcessor` and its like read settings alone.
-        tokenizer = {"auto_map": {"AutoTokenizer": [None, "processing.BaseTokenizer"]}}
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n", encoding="utf-8")
-        for name in ("image_processor", "video_processor"):
-            part = getattr(processor, name, None)
-            if part is not None and type(part).__module__.startswith("transformers."):
-                part.save_pretrained(folder)
-        return entry
 
 
 class AutoModelMixin:
@@ -425,58 +282,17 @@ class AutoModelMixin:
         return cls._base_class._from_config(config, **kwargs)
 
 
-def push_folder(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload model",
-    commit_description: str | None = None,
-) -> CommitInfo:
-    """
-    Upload a saved variant in a single commit, which also removes weights of an earlier upload that it does not have.
-    An upload that is broken off leaves the repo as it was; the next one completes it.
-
-    Args:
-        folder: a flat folder that `save_pretrained` wrote.
-        repo_id: `"org/name"`; created where it does not exist.
-        private, token, revision, create_pr, commit_message, commit_description: as for upstream's `push_to_hub`.
-
-    Returns:
-        `CommitInfo`: of the one commit, for example its `commit_url`, and with `create_pr` its `pr_url`.
-    """
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-    names = {path.name for path in files}
-    published = api.list_repo_files(repo_id, revision=revision, token=token)
-    stale = [name for name in published if name.endswith(_WEIGHT_SUFFIXES) and name not in names]
-    return api.create_commit(
-        repo_id,
-        [
-            *(CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files),
-            *(CommitOperationDelete(path_in_repo=name) for name in stale),
-        ],
-        commit_message=commit_message,
-        commit_description=commit_description,
-        token=token,
-        revision=revision,
-        create_pr=create_pr,
-    )
-
-
-def check_base_is_public(base: str | None) -> None:
-    """Raise a `ValueError` for a base that a thin variant on the Hub could not be loaded from."""
-    if base is not None and os.path.isdir(base):
-        raise ValueError(
-            f"prunesid_config.base_model_name_or_path={base!r} is a folder of this machine, from which nobody else "
-            "can load a thin variant. Set it to the base's name on the Hub, or push the weights as well (thin=False)."
-        )
+def _find_publishing(is_needed: bool) -> ModuleType | None:
+    """What publishes variants. It stays in the package, so that who runs a repo has less to read; None without it."""
+    try:
+        return importlib.import_module("modeling_prunesid.publishing")
+    except ImportError as error:
+        if not is_needed:
+            return None
+        raise ImportError(
+            "thin=True needs the package prunesid-transformers, which is not installed: a repo carries only what runs "
+            "its model. Install it, or save the model with its weights (thin=False)."
+        ) from error
 
 
 def _pinned(revision: str | None) -> str | None:
@@ -528,8 +344,8 @@ def _has_weights(name: str | os.PathLike, location: dict[str, Any]) -> bool:
 
 def _check_family(base: str, config: PretrainedConfig, fields: dict[str, Any]) -> None:
     """The base must be a checkpoint of the same parts: `model_type` of the whole, of its tower and language model."""
-    stock = config.model_type.removeprefix("prunesid_").removeprefix("vitcop_")
-    parts = [("", {config.model_type, stock}, fields)]
+    own = {getattr(base, "model_type", "") for base in type(config).__mro__} - {""}  # with that of the stock class
+    parts = [("", own, fields)]
     for part in ("text_config", "vision_config"):
         if isinstance(fields.get(part), dict) and hasattr(getattr(config, part, None), "model_type"):
             parts.append((f"{part}.", {getattr(config, part).model_type}, fields[part]))
@@ -552,104 +368,3 @@ def _check_fit(base: str, info: dict[str, Any], has_head: bool) -> None:
                 f"{len(keys)} {kind.replace('_', ' ')}, for example {', '.join(keys[:3])}. The base may have changed: "
                 "pin base_model_revision to the one that the variant was made from, or convert the base anew."
             )
-
-
-def _check_weights(model: Any, base: str, source: dict[str, Any]) -> None:
-    """
-    Raise a `ValueError` unless every weight of the model is the base's, bit for bit in the model's dtype.
-
-    Names differ by what upstream renames when it loads: the base's tensor is the one of the same shape that shares
-    most of the last parts of the name, or any of those that share as many. Tied weights count as one.
-    """
-    quantised = getattr(model, "hf_quantizer", None) is not None
-    of_base = _weights_of(base, source)
-    by_last: dict[str, list[str]] = {}
-    for name in of_base:
-        by_last.setdefault(name.rpartition(".")[2], []).append(name)
-    verdicts: dict[Any, bool] = {}
-    names: dict[Any, str] = {}
-    for name, identity, tensor in _weights_in(model):
-        if quantised and not (type(tensor) is torch.Tensor and tensor.is_floating_point()):
-            continue
-        shares = {other: _shared_parts(name, other) for other in by_last.get(name.rpartition(".")[2], [])}
-        shares = {other: count for other, count in shares.items() if of_base[other][0] == tuple(tensor.shape)}
-        if quantised and not shares:
-            continue
-        nearest = [other for other, count in shares.items() if count == max(shares.values())]
-        names.setdefault(identity, name)
-        if not verdicts.get(identity):
-            verdicts[identity] = any(_is_same(of_base[other][1](), tensor) for other in nearest)
-    changed = [names[key] for key, is_same in verdicts.items() if not is_same]
-    if changed:
-        raise ValueError(
-            f"thin=True saves no weights, but {len(changed)} of this model's are not those of its base {base!r}, for "
-            f"example {', '.join(changed[:3])}: they were trained, merged, resized or loaded from elsewhere. Save the "
-            "model with its weights (thin=False)."
-        )
-
-
-def _shared_parts(name: str, other: str) -> int:
-    count = 0
-    for ours, theirs in zip(reversed(name.split(".")), reversed(other.split("."))):
-        if ours != theirs:
-            break
-        count += 1
-    return count
-
-
-def _is_same(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
-    theirs, ours = (value.contiguous().reshape(-1).view(torch.uint8) for value in (theirs.to(ours.dtype), ours.cpu()))
-    return torch.equal(theirs, ours)
-
-
-def _weights_in(model: Any) -> Iterator[tuple[str, Any, torch.Tensor]]:
-    """
-    Name, identity and value of what would be saved. Tied weights have one identity; those that are offloaded or spread
-    over devices are brought together one at a time.
-    """
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        if tensor.is_meta:
-            from accelerate.utils import align_module_device
-
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            with align_module_device(module, "cpu"):
-                yield name, name, getattr(module, leaf).detach().clone()
-        elif hasattr(tensor, "full_tensor"):
-            yield name, name, tensor.full_tensor()
-        else:
-            yield name, (tensor.data_ptr() or name, tuple(tensor.shape)), tensor.detach()
-
-
-def _weights_of(base: str, source: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]:
-    """Shape of each of the base's weights and what reads it, by its name in the files."""
-    weights: dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]] = {}
-    for path in _weight_files(base, source):
-        if path.endswith(".safetensors"):
-            file = safe_open(path, "pt")
-            for name in file.keys():  # noqa: SIM118
-                weights[name] = (
-                    tuple(file.get_slice(name).get_shape()),
-                    lambda file=file, name=name: file.get_tensor(name),
-                )
-        else:
-            for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
-                weights[name] = tuple(tensor.shape), lambda tensor=tensor: tensor
-    return weights
-
-
-def _weight_files(base: str, source: dict[str, Any]) -> list[str]:
-    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        path = cached_file(base, single, _raise_exceptions_for_missing_entries=False, **source)
-        if path is not None:
-            return [path]
-        fields = read_fields(base, index, source)
-        if fields is not None:
-            shards = sorted(set(fields["weight_map"].values()))
-            return [cached_file(base, shard, **source) for shard in shards]
-    raise OSError(
-        f"thin=True compares the weights with those of the base, but {base!r} has no {SAFE_WEIGHTS_NAME}. Name a base "
-        "that has weights, or save the model with its own (thin=False)."
-    )

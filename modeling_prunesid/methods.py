@@ -4,6 +4,7 @@ A method is a file `method_<name>.py` with `select(views, counts, settings, cont
 and `RULES`, and has its two lines below. A repository on the Hub carries those of its own method: `carried_source`.
 """
 
+import importlib
 import inspect
 import re
 import sys
@@ -20,16 +21,25 @@ METHODS: dict[str, Callable] = {
     "release": release,
     "spread": spread,
 }
+# A configuration knows methods by name alone: pickled by value, as vLLM does, it takes no selector along.
+NAMES = tuple(METHODS)
+DEFAULT_METHOD = NAMES[0]
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 def method_of(name: str, field: str = "prunesid_config.method") -> Callable:
     """The `select` of a method. `ValueError` if no such method is carried here."""
-    if name not in METHODS:
+    check_name(name, field)
+    return METHODS[name]
+
+
+def check_name(name: str, field: str = "prunesid_config.method") -> None:
+    """Raise a `ValueError` for a method that is not carried here."""
+    if name not in NAMES:
         raise ValueError(
-            f"{field} must be one of {tuple(METHODS)}, the methods that are carried here, got {name!r}. A model "
+            f"{field} must be one of {NAMES}, the methods that are carried here, got {name!r}. A model "
             "saved on the Hub carries its own method only: convert it with the package to change it."
         )
-    return METHODS[name]
 
 
 def needs_of(settings: Any) -> frozenset[str]:
@@ -81,7 +91,7 @@ def method_of_saved(fields: dict) -> tuple[str, dict]:
 
 def carried_source(name: str) -> str:
     """The source of this file for a repository that carries one method."""
-    method_of(name)
+    check_name(name)
     source = inspect.getsource(sys.modules[__name__])
     for other in set(METHODS) - {name}:
         source = re.sub(rf"from \.method_{other} import .*\n", "", source)
@@ -90,4 +100,6 @@ def carried_source(name: str) -> str:
 
 
 def _module_of(name: str) -> Any:
-    return sys.modules[method_of(name).__module__]
+    check_name(name)
+    module = f"{_PACKAGE}.method_{name}"
+    return sys.modules[module] if module in sys.modules else importlib.import_module(module)

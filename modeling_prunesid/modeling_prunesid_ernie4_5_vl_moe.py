@@ -22,7 +22,7 @@ class PruneSIDErnie4_5_VLMoeConfig(GridConfigMixin, Ernie4_5_VLMoeConfig):
 
 class PruneSIDErnie4_5_VLMoeModel(MRoPEModelMixin, GridModelMixin, Ernie4_5_VLMoeModel):
     """
-    [`Ernie4_5_VLMoeModel`] with compressing `get_*_features`; see [`GridModelMixin`]. A slice of a video is two frames.
+    [`Ernie4_5_VLMoeModel`] with compressing `get_*_features`; see [`GridModelMixin`]. Two frames make a slice.
     """
 
     config_class = PruneSIDErnie4_5_VLMoeConfig

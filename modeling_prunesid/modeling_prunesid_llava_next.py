@@ -39,11 +39,17 @@ class PruneSIDLlavaNextModel(PrunedModelMixin, LlavaNextModel):
     projector_name = "multi_modal_projector"
 
     def views(self, modality, inputs, sizes):
-        vision = self.config.vision_config
-        return [
+        vision, pixels = self.config.vision_config, inputs["pixel_values"]
+        views = [
             views_of_crops(size, self.config.image_grid_pinpoints, vision.image_size, vision.patch_size)
             for size in torch.as_tensor(inputs["image_sizes"]).tolist()
         ]
+        if len(pixels) != (len(views) if pixels.dim() == 5 else sum(map(len, views))):
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixels.shape)} do not fit {len(views)} image_sizes of "
+                f"{sum(map(len, views))} crops in all. Pass those that the processor gave."
+            )
+        return views
 
     def are_whole_views(self, run_lengths: list[int]) -> bool:
         """An image has at least the tokens of the crop that shows the whole of it."""

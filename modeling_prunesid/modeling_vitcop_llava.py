@@ -128,7 +128,10 @@ class _SalientEncoding(TowerEncoding):
         patch_size, (height, width) = model.config.vision_config.patch_size, inputs["pixel_values"].shape[-2:]
         rows, columns = height // patch_size, width // patch_size
         self.grid = torch.cartesian_prod(torch.arange(rows) / rows, torch.arange(columns) / columns)
-        self.is_whole = [False] * len(self.is_whole)
+
+    @property
+    def is_whole(self):
+        return [False] * len(self.num_tokens)
 
     def _choose(self, compared, attention=None, projected=None):
         num_layers, layers = len(self.model.language_model.layers), self.model.pruning_layers()

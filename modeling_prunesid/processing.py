@@ -18,12 +18,13 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processo
 from transformers.utils import PROCESSOR_NAME
 
 from .budgets import request_budgets, share_total
-from .configuration_prunesid import PruneSIDConfig
+from .configuration_prunesid import PruneSIDConfig, check_budget
 from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .prompts import largest_remainder
 
 
 _OF_VIDEOS = "num_visual_tokens_of_videos"
+_TYPED_DICT: Any = TypedDict
 
 
 def _locate(name: str | os.PathLike, is_trusted: bool, kwargs: dict[str, Any]) -> tuple[Any, dict, dict]:
@@ -149,6 +150,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             return
 
         def __init__(self, *args, num_visual_tokens=None, budget_scope="view", min_budget=None, **kwargs):
+            check_budget(num_visual_tokens, name="num_visual_tokens")
             settings = PruneSIDConfig(budget=num_visual_tokens, budget_scope=budget_scope, min_budget=min_budget)
             self.num_visual_tokens, self.budget_scope = settings.budget, settings.budget_scope
             self.min_budget = settings.min_budget
@@ -166,7 +168,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
 
     @classmethod
     def validate_init_kwargs(cls, processor_config, valid_kwargs):
-        """Upstream's, for the arguments that `__init__` takes; upstream reads them from code that only passes them on."""
+        """Upstream's, for the arguments in the signature; upstream reads them from code that only passes them on."""
         return super().validate_init_kwargs(processor_config, [*inspect.signature(cls.__init__).parameters][1:-1])
 
     def view_lengths(self, modality: str, inputs: dict, index: int, runs: list[int]) -> list[int]:
@@ -220,36 +222,18 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         token = self._placeholder(modality)
         return [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
 
-    def replace_image_token(
-        self, image_inputs: dict, image_idx: int, num_visual_tokens: int | float | None = None, **kwargs
-    ) -> str:
-        text = super().replace_image_token(image_inputs, image_idx, **kwargs)
-        return self._shorten(text, "image", image_inputs, image_idx, num_visual_tokens)
-
-    def replace_video_token(
-        self, video_inputs: dict, video_idx: int, num_visual_tokens: int | float | None = None, **kwargs
-    ) -> str:
-        text = super().replace_video_token(video_inputs, video_idx, **kwargs)
-        return self._shorten(text, "video", video_inputs, video_idx, num_visual_tokens)
-
     def _process_images(self, images, num_visual_tokens: int | float | None = None, **kwargs):
-        inputs, texts = super()._process_images(images, **kwargs)
-        texts = [
-            self.replace_image_token(inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
-            for index in range(len(texts))
-        ]
-        if self.num_visual_tokens is not None or num_visual_tokens is not None:
-            inputs["num_visual_tokens"] = [text.count(self._placeholder("image")) for text in texts]
-        return inputs, texts
+        return self._write("image", *super()._process_images(images, **kwargs), num_visual_tokens)
 
     def _process_videos(self, videos, num_visual_tokens: int | float | None = None, **kwargs):
-        inputs, texts = super()._process_videos(videos, **kwargs)
-        texts = [
-            self.replace_video_token(inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
-            for index in range(len(texts))
-        ]
+        return self._write("video", *super()._process_videos(videos, **kwargs), num_visual_tokens)
+
+    def _write(self, modality: str, inputs: dict, texts: list[str], num_visual_tokens: int | float | None):
+        """The stock processor's texts, shortened, and what it returns besides, with the budget of each input."""
+        texts = [self._shorten(text, modality, inputs, index, num_visual_tokens) for index, text in enumerate(texts)]
         if self.num_visual_tokens is not None or num_visual_tokens is not None:
-            inputs[_OF_VIDEOS] = [text.count(self._placeholder("video")) for text in texts]
+            name = "num_visual_tokens" if modality == "image" else _OF_VIDEOS
+            inputs[name] = [text.count(self._placeholder(modality)) for text in texts]
         return inputs, texts
 
     def __call__(self, *args, **kwargs):
@@ -321,9 +305,9 @@ def _with_budget(upstream: Any) -> Any:
     fields = dict(upstream.__annotations__)
     for name, default in (("images_kwargs", ImagesKwargs), ("videos_kwargs", VideosKwargs)):
         own = fields.get(name, default)
-        fields[name] = TypedDict(
+        fields[name] = _TYPED_DICT(
             own.__name__, {**own.__annotations__, "num_visual_tokens": int | float | None}, total=False
         )
-    extended = TypedDict(upstream.__name__, fields, total=False)
+    extended = _TYPED_DICT(upstream.__name__, fields, total=False)
     extended._defaults = getattr(upstream, "_defaults", {})
     return extended

@@ -2,7 +2,7 @@
 
 import math
 from numbers import Real
-from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,14 @@ CHOICES = {
     "quota": ("proportional", "bounded", "spread"),
     "grouping": ("psca", "kmeans", "random"),
 }
+
+
+class _Settings(NamedTuple):
+    """What a method reads of a `PruneSIDConfig`; `torch.compile` can make it."""
+
+    num_groups: int | None
+    nms_lambda: float | str | None
+    method_settings: dict[str, Any]
 
 
 @torch.no_grad()
@@ -96,7 +104,7 @@ def select_tokens(
     counts = _budget_of_each_image(budget, len(hidden_states), tokens)
     options = {"score": score, "center": center, "quota": quota, "grouping": grouping, "seed": seed}
     method, method_settings = method_of_saved(options)
-    settings = SimpleNamespace(num_groups=num_groups, nms_lambda=nms_lambda, method_settings=method_settings)
+    settings = _Settings(num_groups=num_groups, nms_lambda=nms_lambda, method_settings=method_settings)
     context = Context(
         counts=counts,
         extra_kept=extra_kept,

@@ -20,6 +20,7 @@ _num_layers_to_run: contextvars.ContextVar[int | None] = contextvars.ContextVar(
 # What towers call the embedding of their CLS token: CLIP, DINOv2.
 _CLS_EMBEDDINGS = ("class_embedding", "cls_token")
 # What attention modules call their query and key projections: CLIP and SigLIP, DINOv2.
+_INSTEAD = "Use PruneSID with method='paper', or method_settings={'score': 'component'}."
 _PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"))
 
 
@@ -99,7 +100,7 @@ def watch_tower(
     """
     layers = set(layers)
     if cls_attention_layer is not None:
-        _check_has_cls(tower)
+        check_has_cls(tower)
     blocks, states, thread = layers_of(tower), TowerStates(), threading.get_ident()
     blocks.__class__ = _StoppableLayers
     projections: list[torch.Tensor] = []
@@ -197,11 +198,11 @@ def layers_of(tower: nn.Module) -> nn.ModuleList:
     )
 
 
-def _check_has_cls(tower: nn.Module) -> None:
+def check_has_cls(tower: nn.Module) -> None:
     if not any(name.rsplit(".", 1)[-1] in _CLS_EMBEDDINGS for name, _ in tower.named_parameters()):
         raise ValueError(
-            "ViTCoP, and prunesid_config.score='cls_attention', need a vision tower with a CLS token, which "
-            f"{type(tower).__name__} has not. Use PruneSID with score='component'."
+            "ViTCoP, and methods that rank tokens by CLS attention, need a vision tower with a CLS token, which "
+            f"{type(tower).__name__} has not. {_INSTEAD}"
         )
 
 
@@ -243,15 +244,15 @@ def _capture_projections(blocks: nn.ModuleList, layer: int):
     if layer == 0:
         raise ValueError(
             "prunesid_config.layer=0 (or vitcop_config.layer=0) are the embeddings, which have no attention. Name a "
-            "later layer, or use PruneSID with score='component'."
+            "later layer. " + _INSTEAD
         )
     modules = dict(blocks[layer - 1].named_modules())
     by_suffix = {name.rsplit(".", 1)[-1]: module for name, module in modules.items()}
     names = next((pair for pair in _PROJECTIONS if all(name in by_suffix for name in pair)), None)
     if names is None:
         raise ValueError(
-            f"ViTCoP, and prunesid_config.score='cls_attention', need separate query and key projections, which "
-            f"{type(blocks[layer - 1]).__name__} has not. Use PruneSID with score='component'."
+            "ViTCoP, and methods that rank tokens by CLS attention, need separate query and key projections, which "
+            f"{type(blocks[layer - 1]).__name__} has not. {_INSTEAD}"
         )
     captured: list[torch.Tensor] = []
     with _hooked(by_suffix[names[0]], captured.append), _hooked(by_suffix[names[1]], captured.append):

@@ -50,6 +50,8 @@ from transformers import (
 from transformers.utils import logging
 
 from modeling_prunesid import (
+    LayerPrunedLlavaConfig,
+    LayerPrunedLlavaForConditionalGeneration,
     PruneSIDLlavaConfig,
     PruneSIDLlavaForConditionalGeneration,
     PruneSIDLlavaNextConfig,
@@ -284,7 +286,8 @@ def around(modules_of, model_class, config):
 
 
 def build(is_next: bool) -> dict:
-    """The stock model, PruneSID and, for LLaVA-1.5, ViTCoP around the same modules, with random weights."""
+    """The stock model, PruneSID and, for LLaVA-1.5, PruneSID with `llm_budget` and ViTCoP: around the same modules,
+    with random weights."""
     text = {**TEXT, **(SEVEN_B if DEVICE == "cuda" else SMALL)}
     common = {"vision_config": CLIP_L, "text_config": text, "image_token_index": IMAGE}
     torch.manual_seed(0)
@@ -302,8 +305,9 @@ def build(is_next: bool) -> dict:
         models = {"stock": stock, "prunesid": ours}
     else:
         stock = around(ours, LlavaForConditionalGeneration, LlavaConfig(**common))
+        layer_pruned = around(ours, LayerPrunedLlavaForConditionalGeneration, LayerPrunedLlavaConfig(**common))
         vitcop = around(ours, ViTCoPLlavaForConditionalGeneration, ViTCoPLlavaConfig(**common))
-        models = {"stock": stock, "prunesid": ours, "vitcop": vitcop}
+        models = {"stock": stock, "prunesid": ours, "layer_pruned": layer_pruned, "vitcop": vitcop}
     for model in models.values():
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
@@ -331,11 +335,11 @@ def list_cases(is_next: bool, budgets: list[int], inside: bool) -> dict[str, Cas
     cases = {"stock": Case(models["stock"], {}, "all")}
     for count in budgets:
         total = str(views * count)
-        cases[f"{views} x {count}"] = Case(ours, {"budget": count, "llm_budget": None}, total)
+        cases[f"{views} x {count}"] = Case(ours, {"budget": count}, total)
         if inside:
             entering = count + count // 2
             thinned = {"budget": entering, "llm_budget": count}
-            cases[f"{entering}, mean {count}"] = Case(ours, thinned, f"{total}_llm_budget")
+            cases[f"{entering}, mean {count}"] = Case(models["layer_pruned"], thinned, f"{total}_llm_budget")
             cases[f"ViTCoP {count}"] = Case(models["vitcop"], {"budget": count}, f"{total}_vitcop")
     return cases
 

@@ -38,7 +38,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from modeling_prunesid import PruneSIDConfig
-from modeling_prunesid.selection import information_budgets, redundancy, resolve_budget
+from modeling_prunesid.checks import resolve_budget
+from modeling_prunesid.selection import information_budgets, redundancy
 
 
 INK, MUTED, FILL = "#1f2430", "#6b7280", "#3b6fb6"
@@ -88,9 +89,9 @@ def recorded_views() -> Iterator[list[tuple[float, int]]]:
     """The redundancy and the number of tokens of every view whose dynamic budget is computed meanwhile."""
     views: list[tuple[float, int]] = []
 
-    def record(hidden_states: torch.Tensor) -> torch.Tensor:
-        rho = redundancy(hidden_states)
-        views.extend((value, hidden_states.shape[1]) for value in rho.tolist())
+    def record(hidden_states: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        rho = redundancy(hidden_states, lengths)
+        views.extend(zip(rho.tolist(), lengths))
         return rho
 
     users = [

@@ -38,9 +38,9 @@ from transformers import PretrainedConfig
 from verify import answer
 
 import modeling_prunesid
-from modeling_prunesid import PruneSIDConfig
+from modeling_prunesid import LayerPrunedLlavaForConditionalGeneration, PruneSIDConfig
 from modeling_prunesid.generation import CompressedGenerationMixin
-from modeling_prunesid.hub import check_base_is_public, push_folder
+from modeling_prunesid.publishing import check_base_is_public, push_folder
 
 
 _STAGING = ".convert-"
@@ -78,13 +78,14 @@ def families() -> dict[str, type]:
     """The supported stock `model_type`s, with our class for each of them."""
     classes = [getattr(modeling_prunesid, name) for name in modeling_prunesid.__all__]
     models = [model for model in classes if issubclass(model, CompressedGenerationMixin)]
-    models = [model for model in models if model.config_class.model_type.startswith("prunesid_")]
+    models = [model for model in models if model.__name__.startswith("PruneSID")]
     return {model.config_class.model_type.removeprefix("prunesid_"): model for model in models}
 
 
 def find_family(checkpoint: str, revision: str | None = None, keeps_settings: bool = False) -> type:
     """
-    Our class for a checkpoint, by the `model_type` in its config.json; with `keeps_settings` a variant of ViTCoP too.
+    Our class for a checkpoint, by the `model_type` in its config.json; with `keeps_settings` also one that drops
+    tokens between layers.
 
     Raises:
         `ValueError`: if the checkpoint is of no supported family.
@@ -95,8 +96,9 @@ def find_family(checkpoint: str, revision: str | None = None, keeps_settings: bo
         raise OSError(f"{checkpoint} has no config.json.")
     model_type = str(fields.get("model_type"))
     supported = families()
-    if keeps_settings and model_type == modeling_prunesid.ViTCoPLlavaConfig.model_type:
-        return modeling_prunesid.ViTCoPLlavaForConditionalGeneration
+    for inside in (modeling_prunesid.ViTCoPLlavaForConditionalGeneration, LayerPrunedLlavaForConditionalGeneration):
+        if keeps_settings and model_type == inside.config_class.model_type:
+            return inside
     if model_type.startswith("mgm"):
         raise ValueError(
             f"{checkpoint} is a published checkpoint of Mini-Gemini (model_type {model_type!r}). Bring it into "

@@ -11,7 +11,7 @@ How it is measured: time to first token is `generate(max_new_tokens=1)` on one p
 prefill), the stock class and every budget by turns, median. Peak memory is the largest sum of tensors that PyTorch
 allocated during one such call, on top of the weights. `rho` is the redundancy of the tokens and `tau` the similarity
 from which a token suppresses another of its group (paper, section 3.3); where tau >= 1, none is suppressed. "auto"
-stands for the smallest that leaves N tokens, "none" for `quota="spread"`, which has no threshold; the number in
+stands for the smallest that leaves N tokens, "none" for `method="spread"`, which has no threshold; the number in
 brackets is the paper's (N/32) * rho.
 
 Examples:
@@ -134,6 +134,7 @@ def ask(processor, photograph: Image.Image, prompt: str, model):
 @torch.no_grad()
 def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
     """Selection on one image: rho, tau and the paper's, the kept patches `(N,)` and the group of each patch `(T,)`."""
+    from modeling_prunesid.methods import options_of
     from modeling_prunesid.select_tokens import select_tokens
 
     settings = model.config.prunesid_config
@@ -147,16 +148,22 @@ def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
     # What the language model gets before the patches, CLS and register tokens, counts as kept too.
     kept = kept - (features["num_placeholders"][0] - num_patches if "num_placeholders" in features else 0)
     is_patch = kept >= 0
-    groups = {name: getattr(settings, name) for name in ("num_groups", "center", "grouping", "seed")}
+    options = options_of(settings)
+    groups = {name: options[name] for name in ("center", "grouping", "seed") if name in options}
     selection = select_tokens(
-        patches, int(is_patch.sum()), extra_kept=int((~is_patch).sum()), return_details=True, **groups
+        patches,
+        int(is_patch.sum()),
+        extra_kept=int((~is_patch).sum()),
+        return_details=True,
+        num_groups=settings.num_groups,
+        **groups,
     )
     rho, scale = selection.rho.item(), settings.nms_lambda
     paper_tau = len(kept) / 32 * rho
     tau = paper_tau if scale is None else scale if scale == "auto" else scale * rho
     return {
         "rho": rho,
-        "tau": "none" if settings.quota == "spread" else tau,
+        "tau": "none" if settings.method == "spread" else tau,
         "paper_tau": paper_tau,
         "kept": kept[is_patch].cpu(),
         "groups": selection.groups[0].cpu(),

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 
 FOLDER = Path(__file__).parents[1] / "embedded"
+PACKAGE = Path(__file__).parents[1] / "modeling_prunesid"
 TRAINED, TOWER = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 TOWER_DIGEST = (
     "0c0fc5895ca53bea2f27b5dbfe4c12dc795738d70c1e6ff8aa2b8083b21aefe8"  # of the pinned package's weights, see `digest`
@@ -79,6 +80,16 @@ def complete(folder: Path = FOLDER) -> Path:
         finally:
             unfinished.unlink(missing_ok=True)
     return folder
+
+
+def link_code(folder: Path = FOLDER) -> None:
+    """Make the code files of the folder links to those of the package that the model needs, for every method."""
+    from modeling_prunesid.publishing import files_imported_by
+
+    for link in folder.glob("*.py"):
+        link.unlink()
+    for name in sorted(files_imported_by("modeling_prunesid_llava.py", PACKAGE)):
+        (folder / name).symlink_to(Path(os.path.relpath(PACKAGE, folder), name))
 
 
 def load_embedded():

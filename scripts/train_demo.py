@@ -73,7 +73,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from embedded import FOLDER, TOWER, TRAINED
+from embedded import FOLDER, TOWER, TRAINED, link_code
 from modeling_prunesid import (
     PruneSIDLlavaConfig,
     PruneSIDLlavaForConditionalGeneration,
@@ -637,11 +637,8 @@ def export(work: Path, folder: Path) -> None:
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     whole.unlink()
-    package = Path(__file__).parents[1] / "modeling_prunesid"
-    if folder.resolve().parent == package.parent:
-        for file in folder.glob("*.py"):
-            file.unlink()
-            file.symlink_to(Path("..", package.name, file.name))
+    if folder.resolve() == FOLDER:
+        link_code(folder)
 
 
 def main() -> None:

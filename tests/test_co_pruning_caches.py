@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_twin
+from tiny import IMAGE, NUM_PATCHES, batch, build, build_layer_pruned, pixels, prompt, stock_twin
 from tiny_vitcop import build_vitcop
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -24,7 +24,7 @@ DECODING = {
 def model(request):
     if request.param == "vitcop":
         return build_vitcop()
-    return build(12, text={"num_hidden_layers": 8}, llm_budget=8)
+    return build_layer_pruned(12, 8, text={"num_hidden_layers": 8})
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ import pickle
 import pytest
 from tiny import build_config
 
-from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaConfig
+from modeling_prunesid import LayerPrunedConfig, PruneSIDConfig, PruneSIDLlavaConfig
 
 
 PAPER = {
     "budget": 64,
     "budget_scope": "view",
-    "llm_budget": None,
     "num_groups": None,
     "layer": -2,
     "nms_lambda": None,
@@ -21,17 +20,13 @@ PAPER = {
     "reference_information": None,
     "min_budget": None,
     "max_budget": None,
-    "score": "component",
-    "center": "tokens",
-    "quota": "proportional",
-    "keep_cls": False,
-    "grouping": "psca",
+    "method": "paper",
+    "method_settings": None,
     "mrope_positions": "original",
-    "seed": 0,
     "base_model_name_or_path": None,
     "base_model_revision": None,
 }
-RELEASE = {**PAPER, "score": "cls_attention", "center": "features", "quota": "bounded", "keep_cls": True}
+RELEASE = {**PAPER, "method": "release", "method_settings": {"grouping": "kmeans", "seed": 7}}
 DYNAMIC = {**PAPER, "dynamic": True, "reference_information": 0.4, "min_budget": 16, "max_budget": 192}
 
 INVALID = {
@@ -44,6 +39,10 @@ INVALID = {
     "budget_scope": ["crop", "", None, 1],
     "min_budget": [0, 1.5, "8", False],
     "max_budget": [0, 1.5, "8", True],
+    "method": [None, 1],
+    "method_settings": [[], "score", 1],
+}
+INVALID_OF_METHODS = {
     "score": ["attention", None, 1],
     "center": ["token", None, 0],
     "quota": ["even", None, 0],
@@ -83,8 +82,48 @@ def test_invalid_value_is_refused_at_assignment_and_changes_nothing(name, value)
     assert fields_of(config) == PAPER
 
 
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name in INVALID_OF_METHODS for value in INVALID_OF_METHODS[name]]
+)
+def test_an_invalid_setting_of_a_method_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"method_settings\['{name}'\] must be") as error:
+        PruneSIDConfig(method="release", method_settings={name: value})
+    assert repr(value) in str(error.value)
+    config = PruneSIDConfig(method="release")
+    config.method_settings = {name: value}
+    with pytest.raises(ValueError, match=rf"method_settings\['{name}'\] must be"):
+        config.check()
+
+
+def test_a_method_and_its_settings_are_named():
+    with pytest.raises(
+        ValueError, match=r"prunesid_config.method must be one of \('paper', 'release', 'spread'\).*'fps'"
+    ):
+        PruneSIDConfig(method="fps")
+    with pytest.raises(ValueError, match=r"of method 'paper' may have \('grouping', 'seed'\), got 'score'"):
+        PruneSIDConfig(method_settings={"score": "cls_attention"})
+    with pytest.raises(ValueError, match=r"quota of version 0.1.0 beside method='spread'"):
+        PruneSIDConfig(method="spread", quota="bounded")
+
+
+@pytest.mark.parametrize(
+    "saved, method, settings",
+    [
+        ({}, "paper", None),
+        ({"grouping": "random", "seed": 3}, "paper", {"grouping": "random", "seed": 3}),
+        ({"score": "cls_attention", "center": "features", "quota": "bounded", "keep_cls": True}, "release", None),
+        ({"keep_cls": True}, "release", {"score": "component", "center": "tokens", "quota": "proportional"}),
+        ({"score": "cls_attention", "quota": "spread"}, "spread", None),
+        ({"quota": "spread"}, "spread", {"score": "component"}),
+    ],
+)
+def test_settings_of_0_1_0_keep_their_meaning(saved, method, settings):
+    config = PruneSIDConfig(**saved, llm_budget=None)
+    assert (config.method, config.method_settings) == (method, settings)
+
+
 def test_a_misspelt_name_is_refused_and_the_right_ones_are_listed():
-    with pytest.raises(ValueError, match=r"no field 'bugdet'.*budget, budget_scope, center"):
+    with pytest.raises(ValueError, match=r"no field 'bugdet'.*budget, budget_scope, dynamic"):
         PruneSIDConfig(bugdet=32)
     with pytest.raises(ValueError, match="no field 'bugdet'"):
         PruneSIDConfig().bugdet = 32
@@ -94,7 +133,7 @@ def test_a_misspelt_name_is_refused_and_the_right_ones_are_listed():
 
 def test_contradicting_bounds_are_refused():
     with pytest.raises(ValueError, match=r"llm_budget=96.*exceeds budget=64"):
-        PruneSIDConfig(budget=64, llm_budget=96)
+        LayerPrunedConfig(budget=64, llm_budget=96)
     with pytest.raises(ValueError, match=r"min_budget=9.*max_budget=8"):
         PruneSIDConfig(min_budget=9, max_budget=8)
 
@@ -157,9 +196,9 @@ def test_a_dict_assigned_later_is_validated():
 
 
 def test_a_dict_given_to_from_pretrained_is_merged_into_the_saved_settings(tmp_path):
-    build_config(budget=64, score="cls_attention").save_pretrained(tmp_path)
+    build_config(budget=64, method="release").save_pretrained(tmp_path)
     loaded = PruneSIDLlavaConfig.from_pretrained(tmp_path, prunesid_config={"budget": 32})
-    assert (loaded.prunesid_config.budget, loaded.prunesid_config.score) == (32, "cls_attention")
+    assert (loaded.prunesid_config.budget, loaded.prunesid_config.method) == (32, "release")
 
 
 def test_the_placeholder_is_that_of_the_stock_configuration():

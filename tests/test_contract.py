@@ -51,7 +51,7 @@ def build(name):
             ):
                 parameter.copy_(0.3 * torch.randn(parameter.shape))  # exact in float32, in which some are loaded
         weight = (ours.get_output_embeddings() or ours.language_model.lm_head).weight
-        unlikely = (PAD, EOS, IMAGE, VIDEO, row.token)  # never the best of random logits
+        unlikely = (PAD, EOS, IMAGE, VIDEO, row.token, *row.special)  # never the best of random logits
         weight[[token for token in unlikely if token < len(weight)]] = 0
     reference.load_state_dict(ours.state_dict(), strict=True)
     for model in (ours, reference):
@@ -378,7 +378,8 @@ def test_beams_of_rows_with_several_inputs_have_the_scores_of_their_answers(name
         output_scores=True,
     )
     along = {
-        key: torch.nn.functional.pad(value, (0, NEW_TOKENS)) for key, value in row.along(inputs["input_ids"]).items()
+        key: torch.nn.functional.pad(value, (0, NEW_TOKENS), value=row.answer)
+        for key, value in row.along(inputs["input_ids"]).items()
     }
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW_TOKENS), value=1)
     again = {**inputs, "input_ids": output.sequences, "attention_mask": mask, **along}
@@ -440,7 +441,10 @@ def test_saved_models_load_through_auto_classes(name, tmp_path):
     if row.prepare is not None:
         row.prepare(loaded)
     inputs = prompt(row)
-    assert close(loaded.eval()(**inputs).logits, ours(**inputs).logits, 1e-5)  # parts are loaded in float32
+    expected = ours.state_dict()
+    assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in loaded.state_dict().items())
+    # Some parts are loaded in float32.
+    assert close(loaded.eval()(**inputs).logits, ours(**inputs).logits, 1e-5)
     assert type(base_of(AutoModel.from_pretrained(tmp_path, dtype=torch.float64))) is type(base_of(ours))
 
 

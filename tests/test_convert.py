@@ -70,10 +70,7 @@ class TestPresets:
         assert convert.load_preset(f"llava_1.5_{budget}") == {"budget": budget}
         assert convert.load_preset(f"llava_1.5_{budget}_release") == {
             "budget": budget,
-            "score": "cls_attention",
-            "center": "features",
-            "quota": "bounded",
-            "keep_cls": True,
+            "method": "release",
         }
 
     @pytest.mark.parametrize("budget", [192, 128, 64])

@@ -246,8 +246,8 @@ class TestOff:
         def refuse(*args, **kwargs):
             raise AssertionError("called")
 
-        monkeypatch.setattr("modeling_prunesid.budgets.select_tokens", refuse)
-        monkeypatch.setattr("modeling_prunesid.modeling_prunesid_llava.run_tower", refuse)
+        monkeypatch.setattr("modeling_prunesid.encoding.choose_tokens", refuse)
+        monkeypatch.setattr("modeling_prunesid.encoding.watch_tower", refuse)
         monkeypatch.setattr("modeling_prunesid.prompts.ShortPrompt.from_keep_mask", refuse)
         build(budget=None).generate(**full_batch(), max_new_tokens=2)
 

@@ -79,6 +79,45 @@ torch.save((tokens, len(local)), f"{sys.argv[2]}/{os.environ['RANK']}.pt")
 """
 
 
+# A repo without our package: settings of its own method alone, and saved again with what it carries.
+CARRIED = """
+import json, sys
+from pathlib import Path
+
+sys.modules["modeling_prunesid"] = None
+import torch
+from transformers import AutoModelForImageTextToText
+
+folder, other = Path(sys.argv[1]), sys.argv[2]
+trust = {"trust_remote_code": True}
+model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
+output = model.get_image_features(torch.randn(1, 3, 28, 28), return_dict=True)
+report = {"kept": len(output.keep_indices[0]), "refused": []}
+try:
+    AutoModelForImageTextToText.from_pretrained(folder, prunesid_config={"method": other}, **trust)
+except ValueError as error:
+    report["refused"].append(str(error))
+model.config.prunesid_config.method = other
+try:
+    model.get_image_features(torch.randn(1, 3, 28, 28))
+except ValueError as error:
+    report["refused"].append(str(error))
+assert len(report["refused"]) == 2
+model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
+try:
+    model.save_pretrained(folder.with_name("thin"), thin=True)
+except ImportError as error:
+    report["thin"] = str(error)
+copy = folder.with_name("copy")
+model.save_pretrained(copy)
+report["code of the copy"] = sorted(path.name for path in copy.glob("*.py"))
+again = AutoModelForImageTextToText.from_pretrained(copy, **trust)
+report["saved again"] = again.config.prunesid_config.method
+assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+print(json.dumps(report))
+"""
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A stock checkpoint."""
@@ -190,26 +229,35 @@ class TestSavedFolder:
         assert config["model_type"] == "prunesid_llava"
         assert config["architectures"] == ["PruneSIDLlavaForConditionalGeneration"]
         assert config["auto_map"] == {
-            "AutoConfig": "configuration_prunesid.PruneSIDLlavaConfig",
+            "AutoConfig": "modeling_prunesid_llava.PruneSIDLlavaConfig",
             "AutoModel": "modeling_prunesid_llava.PruneSIDLlavaAutoModel",
             "AutoModelForImageTextToText": "modeling_prunesid_llava.PruneSIDLlavaForConditionalGeneration",
             "AutoModelForMultimodalLM": "modeling_prunesid_llava.PruneSIDLlavaForConditionalGeneration",
-            "AutoProcessor": "processing_prunesid.PruneSIDLlavaProcessor",
+            "AutoProcessor": "modeling_prunesid_llava.PruneSIDLlavaProcessor",
         }
 
     def test_every_module_that_is_imported_is_there(self, variant):
         modules = {path.stem for path in Path(variant).glob("*.py")}
-        assert {"configuration_prunesid", "modeling_prunesid_llava", "processing_prunesid"} <= modules
+        assert {"configuration_prunesid", "modeling_prunesid_llava", "processing", "method_paper"} <= modules
+        assert not modules & {
+            "publishing",
+            "card",
+            "method_release",
+            "method_spread",
+            "co_pruning",
+            "qwen_vl",
+            "anyres",
+        }
         for path in Path(variant).glob("*.py"):
             for line in path.read_text().splitlines():
                 if line.strip().startswith("from ."):
                     assert line.split()[1].removeprefix(".") in modules, f"{path.name}: {line}"
 
     def test_settings_survive(self, base, tmp_path):
-        from_base(base, score="cls_attention", quota="bounded", keep_cls=True).save_pretrained(tmp_path)
+        from_base(base, method="release", method_settings={"center": "tokens"}).save_pretrained(tmp_path)
         settings = load(tmp_path).config.prunesid_config
-        got = (settings.budget, settings.score, settings.quota, settings.keep_cls)
-        assert got == (BUDGET, "cls_attention", "bounded", True)
+        got = (settings.budget, settings.method, settings.method_settings)
+        assert got == (BUDGET, "release", {"center": "tokens"})
 
     def test_a_saved_setting_may_be_changed_on_loading(self, variant):
         model = load(variant, prunesid_config={"budget": 3})
@@ -220,6 +268,38 @@ class TestSavedFolder:
         load(variant).save_pretrained(tmp_path)
         for name in ("config.json", "model.safetensors", "modeling_prunesid_llava.py", "processor_config.json"):
             assert Path(tmp_path, name).read_bytes() == Path(variant, name).read_bytes(), name
+
+    def test_no_code_is_there_that_no_other_imports(self, variant):
+        """What a user of `trust_remote_code` has to read."""
+        folder = Path(variant)
+        imported = {"modeling_prunesid_llava"}
+        for path in folder.glob("*.py"):
+            imported |= {line.split()[1][1:] for line in path.read_text().splitlines() if line.startswith("from .")}
+        assert {path.stem for path in folder.glob("*.py")} == imported
+
+    @pytest.mark.parametrize("method", ["paper", "release", "spread"])
+    def test_a_repo_carries_its_own_method_and_names_it_where_another_is_asked_for(self, base, tmp_path, method):
+        folder, home = tmp_path / "variant", tmp_path / "home"
+        from_base(base, method=method).save_pretrained(folder)
+        assert [path.stem for path in folder.glob("method_*.py")] == [f"method_{method}"]
+        other = "spread" if method == "paper" else "paper"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", CARRIED, str(folder), other],
+            env={**kept, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        report = json.loads(done.stdout.splitlines()[-1])
+        assert report["kept"] == BUDGET and report["saved again"] == method
+        message = (
+            f"prunesid_config.method must be one of ('{method}',), the methods that are carried here, got '{other}'"
+        )
+        assert all(message in refused for refused in report["refused"]), report
+        assert sorted(path.name for path in folder.glob("*.py")) == report["code of the copy"]
+        assert "thin=True needs the package prunesid-transformers" in report["thin"]
 
     def test_the_base_model_is_saved_for_auto_model_alone(self, tmp_path):
         build().model.save_pretrained(tmp_path)

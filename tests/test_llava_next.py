@@ -35,7 +35,7 @@ from modeling_prunesid import (
     PruneSIDLlavaNextModel,
     PruneSIDLlavaNextProcessor,
 )
-from modeling_prunesid.anyres import NEWLINE, PackedImage
+from modeling_prunesid.anyres import NEWLINE, pack_patches, views_of_crops
 from modeling_prunesid.budgets import share_total
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
@@ -92,12 +92,18 @@ def stock(ours):
 
 
 def packed(size):
-    return PackedImage.from_size(size, GRIDS, CROP, PATCH)
+    """`crop * patches_of_a_crop + patch` of each placeholder."""
+    return pack_patches(size, GRIDS, CROP, PATCH)
+
+
+def crops_of(size):
+    """The patches of each crop that are no padding."""
+    return [view.patches for view in views_of_crops(size, GRIDS, CROP, PATCH)]
 
 
 def images(sizes=SIZES, seed=0):
     """`pixel_values` and `image_sizes` as the processor gives them: crops that an image lacks are zero."""
-    crops = [len(packed(size).crops) for size in sizes]
+    crops = [len(crops_of(size)) for size in sizes]
     pixel_values = torch.zeros(len(sizes), max(crops), 3, CROP, CROP)
     generator = torch.Generator().manual_seed(seed)
     for image, count in enumerate(crops):
@@ -106,11 +112,11 @@ def images(sizes=SIZES, seed=0):
 
 
 def full_count(size):
-    return len(packed(size).placeholders)
+    return len(packed(size))
 
 
 def short_count(size, budget=BUDGET):
-    return sum(min(budget, len(crop)) for crop in packed(size).crops)
+    return sum(min(budget, len(crop)) for crop in crops_of(size))
 
 
 ROWS = [((0, 1), [7, 8, 9]), ((2,), [9, 4]), ((), [3, 4, 5, 6]), ((3, 4), [11])]
@@ -143,7 +149,7 @@ def oracle_features(stock, inputs, keep_indices):
 def tower_patches(stock, inputs):
     """What selection compares: for each image and crop, `(49, 32)` patch features."""
     crops = [
-        stock.model.vision_tower(pixels[: len(packed(size).crops)], output_hidden_states=True).hidden_states[-2][:, 1:]
+        stock.model.vision_tower(pixels[: len(crops_of(size))], output_hidden_states=True).hidden_states[-2][:, 1:]
         for pixels, size in zip(inputs["pixel_values"], inputs["image_sizes"].tolist())
     ]
     return crops
@@ -152,12 +158,12 @@ def tower_patches(stock, inputs):
 class TestPacking:
     @pytest.mark.parametrize("size", [*SIZES, (1000, 37), (33, 1000), (61, 59), (7, 300), (500, 400)], ids=str)
     def test_placeholders_stand_in_upstreams_order(self, stock, size):
-        crops = len(packed(size).crops)
+        crops = len(crops_of(size))
         numbers = torch.arange(crops * PATCHES).view(1, crops, PATCHES, 1)
         expected, _ = stock.model.pack_image_features(
             numbers, torch.tensor([size]), "default", image_newline=torch.tensor([NEWLINE])
         )
-        assert torch.equal(packed(size).placeholders, expected[0][:, 0])
+        assert torch.equal(packed(size), expected[0][:, 0])
 
     def test_each_kept_feature_is_the_one_at_its_position(self, ours, stock):
         inputs = images()
@@ -169,7 +175,7 @@ class TestPacking:
 
     def test_kept_tokens_are_in_the_raster_order_of_the_whole_image(self, ours):
         for kept, size in zip(ours.get_image_features(**images()).keep_indices, SIZES):
-            tokens = packed(size).placeholders[kept]
+            tokens = packed(size)[kept]
             base, grid = tokens[tokens < PATCHES], tokens[tokens >= PATCHES] - PATCHES
             assert torch.equal(tokens[: len(base)], base)
             assert torch.equal(base, base.sort().values)
@@ -182,9 +188,9 @@ class TestPacking:
 
     def test_every_crop_keeps_its_budget_of_what_is_no_padding(self, ours):
         for kept, size in zip(ours.get_image_features(**images()).keep_indices, SIZES):
-            crop = packed(size).placeholders[kept] // PATCHES
-            counts = torch.bincount(crop, minlength=len(packed(size).crops)).tolist()
-            assert counts == [min(BUDGET, len(shown)) for shown in packed(size).crops]
+            crop = packed(size)[kept] // PATCHES
+            counts = torch.bincount(crop, minlength=len(crops_of(size))).tolist()
+            assert counts == [min(BUDGET, len(shown)) for shown in crops_of(size)]
 
     def test_padding_takes_no_part_in_the_choice(self, ours, stock):
         inputs = images()
@@ -192,30 +198,31 @@ class TestPacking:
         for kept, size, crops in zip(output.keep_indices, SIZES, tower_patches(stock, inputs)):
             expected = [
                 crop * PATCHES + shown[select_tokens(states[shown][None], BUDGET).indices[0]]
-                for crop, (shown, states) in enumerate(zip(packed(size).crops, crops))
+                for crop, (shown, states) in enumerate(zip(crops_of(size), crops))
             ]
-            assert torch.equal(packed(size).placeholders[kept].sort().values, torch.cat(expected).sort().values)
+            assert torch.equal(packed(size)[kept].sort().values, torch.cat(expected).sort().values)
 
     def test_spread_measures_distances_of_projected_tokens(self, ours, stock, monkeypatch):
         inputs, settings = images(), ours.config.prunesid_config
-        monkeypatch.setattr(settings, "quota", "spread")
+        monkeypatch.setattr(settings, "method", "spread")
+        monkeypatch.setattr(settings, "method_settings", {"score": "component"})
         output = ours.get_image_features(**inputs)
         for kept, size, crops in zip(output.keep_indices, SIZES, tower_patches(stock, inputs)):
             expected = []
-            for crop, (shown, states) in enumerate(zip(packed(size).crops, crops)):
+            for crop, (shown, states) in enumerate(zip(crops_of(size), crops)):
                 projected = stock.model.multi_modal_projector(states)[shown]
                 chosen = select_tokens(states[shown][None], BUDGET, quota="spread", projected=projected[None]).indices
                 expected.append(crop * PATCHES + shown[chosen[0]])
-            assert torch.equal(packed(size).placeholders[kept].sort().values, torch.cat(expected).sort().values)
+            assert torch.equal(packed(size)[kept].sort().values, torch.cat(expected).sort().values)
 
     def test_newline_tokens_leave_with_the_first_dropped_patch(self, ours, stock):
         inputs = images()
-        visible = [sum(map(len, packed(size).crops)) for size in SIZES]
+        visible = [sum(map(len, crops_of(size))) for size in SIZES]
         totals = [visible[0], visible[1] - 1, 20, visible[3], 20]
         output = ours.get_image_features(**inputs, num_visual_tokens=totals)
         whole = stock.model.get_image_features(**inputs).pooler_output
         for index, (features, kept, size) in enumerate(zip(output.pooler_output, output.keep_indices, SIZES)):
-            newlines = int((packed(size).placeholders[kept] == NEWLINE).sum())
+            newlines = int((packed(size)[kept] == NEWLINE).sum())
             if totals[index] == visible[index]:
                 assert newlines == full_count(size) - visible[index] > 0
                 torch.testing.assert_close(features, whole[index])
@@ -226,7 +233,7 @@ class TestPacking:
     def test_crops_that_fill_up_a_batch_are_not_encoded(self, ours):
         inputs = images()
         expected = ours.get_image_features(**inputs)
-        joined = torch.cat([pixels[: len(packed(size).crops)] for pixels, size in zip(inputs["pixel_values"], SIZES)])
+        joined = torch.cat([pixels[: len(crops_of(size))] for pixels, size in zip(inputs["pixel_values"], SIZES)])
         inputs["pixel_values"][1, 4] = float("nan")  # the second image has four crops
         for pixel_values in (inputs["pixel_values"], joined):
             output = ours.get_image_features(pixel_values=pixel_values, image_sizes=inputs["image_sizes"])
@@ -245,9 +252,9 @@ class TestPacking:
         for features, kept, size, pixels in zip(
             output.pooler_output, output.keep_indices, SIZES, inputs["pixel_values"]
         ):
-            crops = len(packed(size).crops)
+            crops = len(crops_of(size))
             assert len(kept) == short_count(size)
-            first_of_grid = int((packed(size).placeholders[kept[kept >= 0]] < PATCHES).sum()) + 1
+            first_of_grid = int((packed(size)[kept[kept >= 0]] < PATCHES).sum()) + 1
             assert kept[0] == -1
             assert kept[first_of_grid : first_of_grid + crops - 1].tolist() == [-1] * (crops - 1)
             with torch.no_grad():
@@ -262,11 +269,11 @@ class TestTotals:
     def test_the_total_of_an_image_is_exact(self, budget, dynamic):
         ours = build(budget, budget_scope="image", dynamic=dynamic)
         for kept, size in zip(ours.get_image_features(**images()).keep_indices, SIZES):
-            visible = sum(map(len, packed(size).crops))
+            visible = sum(map(len, crops_of(size)))
             assert len(kept) == (budget if isinstance(budget, int) else int(budget * visible + 0.5))
 
     def test_an_equal_total_is_the_budget_of_each_crop(self):
-        crops = [len(packed(size).crops) for size in SIZES]
+        crops = [len(crops_of(size)) for size in SIZES]
         totals = [BUDGET * count for count in crops]
         by_crop = build().get_image_features(**images()).keep_indices
         by_image = build(budget_scope="image").get_image_features(**images(), num_visual_tokens=totals).keep_indices
@@ -278,7 +285,7 @@ class TestTotals:
         inputs = images([(56, 56)])
         inputs["pixel_values"][0, 2] = 0.1  # a crop that shows nothing
         (kept,) = ours.get_image_features(**inputs).keep_indices
-        counts = torch.bincount(packed((56, 56)).placeholders[kept] // PATCHES, minlength=5).tolist()
+        counts = torch.bincount(packed((56, 56))[kept] // PATCHES, minlength=5).tolist()
         rho = [float(redundancy(crop[None])) for crop in tower_patches(stock, inputs)[0]]
         assert counts == share_total(40, [1 - value for value in rho], [PATCHES] * 5)
         assert sum(counts) == 40
@@ -288,7 +295,7 @@ class TestTotals:
         ours = build(10, dynamic=True, reference_information=0.5)
         inputs = images([(56, 56)])
         (kept,) = ours.get_image_features(**inputs).keep_indices
-        counts = torch.bincount(packed((56, 56)).placeholders[kept] // PATCHES, minlength=5).tolist()
+        counts = torch.bincount(packed((56, 56))[kept] // PATCHES, minlength=5).tolist()
         rho = [float(redundancy(crop[None])) for crop in tower_patches(stock, inputs)[0]]
         assert counts == [min(int(10 * (1 - value) / 0.5 + 0.5), PATCHES) for value in rho]
 
@@ -496,9 +503,9 @@ class TestErrors:
         output, whole = ours.get_image_features(**inputs), stock.model.get_image_features(**inputs).pooler_output
         for features, kept, expected in zip(output.pooler_output, output.keep_indices, whole):
             torch.testing.assert_close(features, expected[kept])
-        with pytest.raises(ValueError, match="keep_cls=True needs a vision tower with a CLS token"):
+        with pytest.raises(ValueError, match="keep_cls=True, which needs a vision tower with a CLS token"):
             build(vision=siglip, strategy="full", keep_cls=True).get_image_features(**inputs)
-        with pytest.raises(ValueError, match="'full' for one without"):
+        with pytest.raises(ValueError, match="tower: it has no CLS token. Set it to 'full'"):
             build(vision=siglip).get_image_features(**inputs)
 
 
@@ -684,7 +691,7 @@ class TestLoading:
 def test_presets_are_the_papers(total, crop):
     folder = Path(__file__).parents[1] / "configuration"
     settings = PruneSIDConfig.from_pretrained(folder / f"llava_next_{total}_{crop}_per_crop.json")
-    sizes = PackedImage.from_size((672, 672), LlavaNextConfig().image_grid_pinpoints, 336, 14)
-    assert [len(crop) for crop in sizes.crops] == [576] * 5
+    views = views_of_crops((672, 672), LlavaNextConfig().image_grid_pinpoints, 336, 14)
+    assert [len(view.rows) for view in views] == [576] * 5
     assert 5 * crop == total
     assert settings.to_dict() == PruneSIDConfig(budget=crop).to_dict()

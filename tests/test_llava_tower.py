@@ -102,7 +102,7 @@ def test_all_hidden_states_on_request():
 
 
 def test_the_embeddings_have_no_attention():
-    with pytest.raises(ValueError, match=r"prunesid_config.layer=0.*score='component'"):
+    with pytest.raises(ValueError, match=r"prunesid_config.layer=0.*Name a later layer.*'score': 'component'"):
         run_tower(build_tower("clip"), pixels(1), [0], cls_attention_layer=0)
 
 
@@ -177,7 +177,7 @@ class TestLlavaOnOtherTowers:
 
     def test_cls_attention_needs_a_cls_token(self):
         model = build(vision=SIGLIP, score="cls_attention")
-        with pytest.raises(ValueError, match=r"prunesid_config.score='cls_attention'.*CLS"):
+        with pytest.raises(ValueError, match="by CLS attention, need a vision tower with a CLS token"):
             model.get_image_features(pixels(1), vision_feature_select_strategy="full")
 
     def test_spread_measures_distances_where_the_language_model_gets_the_tokens(self):

@@ -370,11 +370,15 @@ class TestErrors:
         with pytest.raises(ValueError, match="pass pixel_values"):
             build().generate(input_ids=torch.tensor([prompt([NUM_PATCHES], [7])]), **GREEDY)
 
-    @pytest.mark.parametrize("name, value", [("score", "cls_attention"), ("keep_cls", True)])
-    def test_settings_that_need_a_cls_token(self, name, value):
+    @pytest.mark.parametrize(
+        "settings, message",
+        [({}, "method='release' ranks tokens by CLS attention"), ({"score": "component"}, "has keep_cls=True")],
+    )
+    def test_settings_that_need_a_cls_token(self, settings, message):
         model = build()
-        setattr(model.config.prunesid_config, name, value)
-        with pytest.raises(ValueError, match=f"prunesid_config.{name} must be"):
+        model.config.prunesid_config.method = "release"
+        model.config.prunesid_config.method_settings = settings
+        with pytest.raises(ValueError, match=f"{message}.* no CLS token"):
             model.get_image_features(**pixels(1))
 
     @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from modeling_prunesid import PruneSIDLlavaProcessor
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
-def build_ours(num_visual_tokens=BUDGET):
+def build_ours(num_visual_tokens=BUDGET, **settings):
     stock = build_processor()
     return PruneSIDLlavaProcessor(
         stock.image_processor,
@@ -24,6 +24,7 @@ def build_ours(num_visual_tokens=BUDGET):
         num_additional_image_tokens=stock.num_additional_image_tokens,
         chat_template=stock.chat_template,
         num_visual_tokens=num_visual_tokens,
+        **settings,
     )
 
 

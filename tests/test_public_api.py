@@ -34,7 +34,8 @@ def names_of(function):
 
 def test_every_promised_name_is_exported():
     promised = {"PruneSIDConfig", "PruneSIDLlavaProcessor", "ViTCoPConfig", "ViTCoPLlavaProcessor"}
-    promised |= {f"ViTCoPLlava{part}" for part in ("Config", "Model", "ForConditionalGeneration")}
+    for family in ("ViTCoPLlava", "LayerPrunedLlava"):
+        promised |= {f"{family}{part}" for part in ("Config", "Model", "ForConditionalGeneration", "Processor")}
     for family in FAMILIES:
         promised |= {f"PruneSID{family}{part}" for part in ("Config", "Model", "ForConditionalGeneration")}
     assert promised <= set(modeling_prunesid.__all__)
@@ -44,7 +45,11 @@ def test_every_promised_name_is_exported():
 
 def overridden(method):
     """`method` of each of our classes, and of the stock class that it extends."""
-    for prefix, family in [*(("PruneSID", family) for family in FAMILIES), ("ViTCoP", "Llava")]:
+    for prefix, family in [
+        *(("PruneSID", family) for family in FAMILIES),
+        ("ViTCoP", "Llava"),
+        ("LayerPruned", "Llava"),
+    ]:
         for part in ("Model", "ForConditionalGeneration"):
             stock = getattr(modeling_prunesid if family == "MiniGemini" else transformers, family + part)
             if hasattr(stock, method):

@@ -386,13 +386,17 @@ def test_presets_keep_the_paper_s_shares(preset, family):
     assert len(output.keep_indices[0]) == {33: 48, 22: 32, 11: 16}[percent]
 
 
-@pytest.mark.parametrize("name, value", [("score", "cls_attention"), ("keep_cls", True)])
-def test_settings_that_need_a_cls_token_are_refused(family, name, value):
-    with pytest.raises(ValueError, match=rf"prunesid_config.{name} must be .* got {value!r}.*no CLS token"):
-        our_class(family, "Config")(prunesid_config={name: value})
+@pytest.mark.parametrize(
+    "settings, message",
+    [({}, "method='release' ranks tokens by CLS attention"), ({"score": "component"}, "has keep_cls=True")],
+)
+def test_settings_that_need_a_cls_token_are_refused(family, settings, message):
+    with pytest.raises(ValueError, match=f"{message}.* no CLS token"):
+        our_class(family, "Config")(prunesid_config={"method": "release", "method_settings": settings})
     model = build(family)
-    setattr(model.config.prunesid_config, name, value)
-    with pytest.raises(ValueError, match=rf"prunesid_config.{name} must be .* got {value!r}.*no CLS token"):
+    model.config.prunesid_config.method = "release"
+    model.config.prunesid_config.method_settings = settings
+    with pytest.raises(ValueError, match=f"{message}.* no CLS token"):
         model(**inputs_of(family, "one image"))
 
 

@@ -24,8 +24,7 @@ from modeling_prunesid import (
     PruneSIDVideoLlavaForConditionalGeneration,
     PruneSIDVideoLlavaModel,
 )
-from modeling_prunesid.budgets import share_total
-from modeling_prunesid.modeling_prunesid_video_llava import frame_information
+from modeling_prunesid.budgets import frame_information, share_total
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
 from modeling_prunesid.upstream import CACHE_NAME, VIDEO_LLAVA_PIXELS, cache_of
@@ -66,6 +65,10 @@ def stock_twin(model):
     stock = VideoLlavaForConditionalGeneration(stock_config(model.config)).to(model.dtype).eval()
     stock.load_state_dict(model.state_dict())
     return stock
+
+
+def information_of_clip(frames):
+    return frame_information(frames, [NUM_PATCHES] * len(frames), [0])
 
 
 @pytest.fixture
@@ -152,7 +155,8 @@ class TestSelection:
             assert torch.equal(kept, torch.cat(expected))
 
     def test_spread_measures_distances_of_projected_tokens(self, ours, stock, monkeypatch):
-        monkeypatch.setattr(ours.config.prunesid_config, "quota", "spread")
+        monkeypatch.setattr(ours.config.prunesid_config, "method", "spread")
+        monkeypatch.setattr(ours.config.prunesid_config, "method_settings", {"score": "component"})
         for video, kept in zip(clips(), ours.model.get_video_features(pixel_values_videos=clips()).keep_indices):
             patches = tower_patches(stock, video)
             projected = stock.model.multi_modal_projector(patches)
@@ -214,7 +218,7 @@ class TestTotals:
     def test_the_information_of_frames(self, stock):
         frames = tower_patches(stock, clips(1)[0])
         frames = torch.cat([frames, frames[-1:], frames[-1:] + 0.05 * torch.randn(1, NUM_PATCHES, 32)])
-        information = frame_information(frames)
+        information = information_of_clip(frames)
         scores = 1 - redundancy(frames)
         assert information[0] == float(scores[0])
         for frame in range(1, len(frames)):
@@ -224,7 +228,7 @@ class TestTotals:
         assert 0 < information[4] < information[0]
         ours = build(30, budget_scope="image", dynamic=True)
         (kept,) = ours.model.get_video_features(pixel_values_videos=clips(1)).keep_indices
-        weights = frame_information(tower_patches(stock, clips(1)[0]))
+        weights = information_of_clip(tower_patches(stock, clips(1)[0]))
         assert counts_of_frames(kept) == share_total(30, weights, [FED] * FRAMES, minimum=2)
 
     def test_a_dynamic_budget_of_each_frame_follows_the_paper(self, stock):
@@ -390,8 +394,14 @@ class TestErrors:
 
     def test_a_tower_without_cls(self):
         ours = build(vision={"model_type": "siglip_vision_model"})
-        with pytest.raises(ValueError, match="siglip_vision_model.*needs a tower with one CLS token"):
-            ours.model.get_video_features(pixel_values_videos=clips())
+        with pytest.raises(ValueError, match="siglip_vision_model tower: it has no CLS token. Set it to 'full'"):
+            ours.model.get_image_features(pixel_values=images())
+        stock, frames = stock_twin(ours).model, clips()
+        output = ours.model.get_video_features(pixel_values_videos=frames)
+        whole = stock.get_video_features(pixel_values_videos=frames).pooler_output.reshape(len(frames), -1, 32)
+        for features, kept, expected in zip(output.pooler_output, output.keep_indices, whole):
+            assert torch.bincount(kept // NUM_PATCHES).tolist() == [BUDGET] * FRAMES
+            torch.testing.assert_close(features, expected[kept])
 
 
 class TestLoading:

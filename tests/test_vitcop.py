@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_config
+from tiny import IMAGE, NUM_PATCHES, batch, build, build_layer_pruned, pixels, prompt, stock_config
 from tiny_vitcop import (
     BUDGET,
     CENTER_SHARE,
@@ -19,7 +19,7 @@ from tiny_vitcop import (
 )
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaNextConfig, ViTCoPConfig
+from modeling_prunesid import LayerPrunedLlavaConfig, PruneSIDLlavaConfig, PruneSIDLlavaNextConfig, ViTCoPConfig
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 from modeling_prunesid.vitcop import (
     cluster_quotas,
@@ -376,14 +376,14 @@ class TestPruneSIDAndInside:
     """`llm_budget`: PruneSID in front of the language model, norms of keys inside it."""
 
     def test_the_mean_is_the_target(self):
-        model = build(12, text={"num_hidden_layers": 8}, llm_budget=8)
+        model = build_layer_pruned(12, 8, text={"num_hidden_layers": 8})
         output = model(**batch(ROWS), pixel_values=pixels(3))
         mean = output.layer_visual_tokens.float().mean(1)
         assert mean.tolist() == pytest.approx([8, 16, 0], abs=0.5)  # the counts of an image are rounded
         assert output.layer_visual_tokens[0, 0] == 12
 
     def test_batches_are_as_alone_with_and_without_a_cache(self):
-        model = build(12, text={"num_hidden_layers": 8}, llm_budget=8)
+        model = build_layer_pruned(12, 8, text={"num_hidden_layers": 8})
         inputs = batch(ROWS)
         got = model.generate(**inputs, pixel_values=pixels(3), **GREEDY)[:, inputs["input_ids"].shape[1] :]
         for row, answer, part in zip(ROWS, got, (pixels(3)[:1], pixels(3)[1:], pixels(3)[:0])):
@@ -391,20 +391,22 @@ class TestPruneSIDAndInside:
             assert torch.equal(alone(model, row, part, use_cache=False), answer)
 
     def test_without_a_budget_in_front_all_tokens_enter(self):
-        model = build(None, text={"num_hidden_layers": 8}, llm_budget=20)
+        model = build_layer_pruned(None, 20, text={"num_hidden_layers": 8})
         output = model(torch.tensor([ROWS[0]]), pixel_values=pixels(1))
         assert output.layer_visual_tokens[0, 0] == NUM_PATCHES
         assert output.layer_visual_tokens.float().mean() == pytest.approx(20, abs=0.3)
 
     def test_a_target_that_all_meet_drops_nothing_more(self):
-        plain, both = build(8, seed=1), build(8, seed=1, llm_budget=8)
+        plain, both = build(8, seed=1), build_layer_pruned(8, 8, seed=1)
         inputs = {**batch(ROWS), "pixel_values": pixels(3)}
         torch.testing.assert_close(both(**inputs).logits, plain(**inputs).logits, atol=1e-5, rtol=1e-5)
 
     def test_other_families_refuse_it(self):
-        assert PruneSIDLlavaConfig(prunesid_config={"llm_budget": 8}).prunesid_config.llm_budget == 8
-        with pytest.raises(ValueError, match="llm_budget must be None for prunesid_llava_next, got 8"):
-            PruneSIDLlavaNextConfig(prunesid_config={"llm_budget": 8})
+        assert LayerPrunedLlavaConfig(prunesid_config={"llm_budget": 8}).prunesid_config.llm_budget == 8
+        for config_class in (PruneSIDLlavaConfig, PruneSIDLlavaNextConfig):
+            with pytest.raises(ValueError, match="llm_budget must be None for this model.*LayerPrunedLlavaFor"):
+                config_class(prunesid_config={"llm_budget": 8})
+            assert config_class(prunesid_config={"llm_budget": None}).prunesid_config.budget == 64
 
 
 def test_a_second_image_on_a_cache_is_thinned_out_too(model):

@@ -8,8 +8,8 @@ import torch
 from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_config
 
 from modeling_prunesid import (
-    PruneSIDConfig,
-    PruneSIDLlavaForConditionalGeneration,
+    LayerPrunedLlavaConfig,
+    LayerPrunedLlavaForConditionalGeneration,
     ViTCoPLlavaConfig,
     ViTCoPLlavaForConditionalGeneration,
 )
@@ -34,14 +34,14 @@ def model(request):
 
 def published(model, name):
     """The class that a user would load the same weights with, set to the budget."""
+    fields = stock_config(model.config).to_dict()
+    fields = {field: fields[field] for field in fields if field != "model_type"}
     if name == "vitcop":
-        fields = stock_config(model.config).to_dict()
-        fields = {field: fields[field] for field in fields if field != "model_type"}
         twin = ViTCoPLlavaForConditionalGeneration(ViTCoPLlavaConfig(**fields, vitcop_config={"budget": BUDGET}))
     else:
-        twin = PruneSIDLlavaForConditionalGeneration(model.config)
-        twin.config.prunesid_config = PruneSIDConfig(budget=BUDGET + BUDGET // 2, llm_budget=BUDGET, nms_lambda="auto")
-    twin.load_state_dict(model.state_dict())
+        settings = {"budget": BUDGET + BUDGET // 2, "llm_budget": BUDGET, "nms_lambda": "auto"}
+        twin = LayerPrunedLlavaForConditionalGeneration(LayerPrunedLlavaConfig(**fields, prunesid_config=settings))
+    twin.to(model.dtype).load_state_dict(model.state_dict())
     return twin.eval()
 
 

@@ -35,8 +35,8 @@ def test_a_clean_process_answers(base, loaded, tmp_path, thin):
     loaded.save_pretrained(folder, thin=thin)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["ViTCoPLlavaForConditionalGeneration"]
-    assert config["auto_map"]["AutoConfig"] == "configuration_vitcop.ViTCoPLlavaConfig"
-    assert config["auto_map"]["AutoProcessor"] == "processing_vitcop_llava.ViTCoPLlavaProcessor"
+    assert config["auto_map"]["AutoConfig"] == "modeling_vitcop_llava.ViTCoPLlavaConfig"
+    assert config["auto_map"]["AutoProcessor"] == "modeling_vitcop_llava.ViTCoPLlavaProcessor"
     assert config["vitcop_config"]["budget"] == 20 and "prunesid_config" not in config
     assert "with ViTCoP" in (folder / "README.md").read_text()
     modules = {path.stem for path in folder.glob("*.py")}

@@ -4,7 +4,12 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGeneration
+from modeling_prunesid import (
+    LayerPrunedLlavaConfig,
+    LayerPrunedLlavaForConditionalGeneration,
+    PruneSIDLlavaConfig,
+    PruneSIDLlavaForConditionalGeneration,
+)
 from modeling_prunesid.select_tokens import select_tokens
 
 
@@ -40,9 +45,9 @@ TEXT = {
 }
 
 
-def build_config(budget=BUDGET, vision=None, text=None, **settings):
+def build_config(budget=BUDGET, vision=None, text=None, config_class=PruneSIDLlavaConfig, **settings):
     """A configuration of 49 patches an image; `settings` are fields of `PruneSIDConfig`."""
-    return PruneSIDLlavaConfig(
+    return config_class(
         vision_config={**VISION, **(vision or {})},
         text_config={**TEXT, **(text or {})},
         image_token_index=IMAGE,
@@ -51,14 +56,20 @@ def build_config(budget=BUDGET, vision=None, text=None, **settings):
     )
 
 
-def build(budget=BUDGET, seed=0, **config):
+def build(budget=BUDGET, seed=0, model_class=PruneSIDLlavaForConditionalGeneration, **config):
     """A random model of ours whose answers depend on its images and end at `max_new_tokens`."""
     torch.manual_seed(seed)
-    model = PruneSIDLlavaForConditionalGeneration(build_config(budget, **config)).double().eval()
+    model = model_class(build_config(budget, **config)).double().eval()
     with torch.no_grad():
         model.model.multi_modal_projector.linear_2.weight.mul_(20)
         model.lm_head.weight[[PAD, EOS, IMAGE]] = 0  # never the best of 120 random logits
     return model
+
+
+def build_layer_pruned(budget, llm_budget, **config):
+    """The same, which drops tokens inside its language model too."""
+    classes = {"config_class": LayerPrunedLlavaConfig, "model_class": LayerPrunedLlavaForConditionalGeneration}
+    return build(budget, llm_budget=llm_budget, **classes, **config)
 
 
 def stock_config(config):

@@ -128,8 +128,6 @@ def _preset(**settings: Any) -> Callable:
     return install
 
 
-_RELEASE = {"score": "cls_attention", "center": "features", "quota": "bounded", "keep_cls": True}
-
 METHODS: dict[str, Method] = {
     "full": Method("Full", "nowhere", _preset(budget=None)),
     "random": Method("Random", "encoder", encoder_method(from_views(random_choice.choose))),
@@ -151,8 +149,8 @@ METHODS: dict[str, Method] = {
     ),
     "vitcop": Method("ViTCoP", "both", vitcop.vitcop),
     "prunesid-paper": Method("PruneSID (paper)", "encoder", _preset()),
-    "prunesid-release": Method("PruneSID (release)", "encoder", _preset(**_RELEASE)),
-    "prunesid-spread": Method("PruneSID (spread)", "encoder", _preset(score="cls_attention", quota="spread")),
+    "prunesid-release": Method("PruneSID (release)", "encoder", _preset(method="release")),
+    "prunesid-spread": Method("PruneSID (spread)", "encoder", _preset(method="spread")),
     "prunesid-auto": Method("PruneSID (auto)", "encoder", _preset(nms_lambda="auto")),
     "prunesid-dyn": Method("PruneSID-Dyn", "encoder", _preset(dynamic=True)),
     "prunesid-llm": Method("PruneSID (auto), and inside", "both", vitcop.prunesid),

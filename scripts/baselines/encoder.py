@@ -1,5 +1,6 @@
 """Where methods that compress before the language model plug in: what they see of an image and what they return."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_prunesid.selection import resolve_budget
+from modeling_prunesid.checks import resolve_budget
 from modeling_prunesid.tower import resolve_layer, run_tower
 
 
@@ -172,3 +173,21 @@ def replaced(instance: Any, name: str, value: Any) -> Iterator[None]:
         delattr(instance, name)
         if before is not missing:
             setattr(instance, name, before)
+
+
+@contextmanager
+def running_as(head_class: Any, config: Any, model: Any) -> Iterator[None]:
+    """Inside, `model` is of another class with a language-modelling head, around the same modules."""
+    own, own_class = model.model, type(model)
+    published = copy.copy(own)  # of the same modules
+    published.__class__, published.config = head_class.model_class, config
+    model.model, model.__class__ = published, head_class
+    try:
+        yield
+    finally:
+        model.model, model.__class__ = own, own_class
+
+
+def stock_fields(config: Any) -> dict[str, Any]:
+    """The fields of the stock configuration, for one of another class."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("prunesid_config", "model_type")}

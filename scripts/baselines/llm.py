@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from modeling_prunesid import PruneSIDConfig
+from modeling_prunesid import LayerPrunedLlavaConfig, LayerPrunedLlavaForConditionalGeneration, PruneSIDConfig
+from modeling_prunesid.checks import resolve_budget
 from modeling_prunesid.layer_pruning import LayerInput, Reducer, prune_layers, stack_rows
-from modeling_prunesid.selection import resolve_budget
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
-from .encoder import replaced
+from .encoder import replaced, running_as, stock_fields
 
 
 # The number of layers of the language model that the methods' settings are stated for, LLaVA-1.5-7B.
@@ -99,7 +99,7 @@ def llm_method(plan: Plan, rule: Rule, encoder: Callable[..., AbstractContextMan
 
     @contextmanager
     def install(model: Any, budget: int | float) -> Iterator[list[float]]:
-        base_model, decoder = model.model, model.model.language_model
+        decoder = model.model.language_model
         vision, settings = model.config.vision_config, model.config.prunesid_config
         patches = (vision.image_size // vision.patch_size) ** 2
         count, depth = resolve_budget(budget, patches), len(decoder.layers)
@@ -108,7 +108,11 @@ def llm_method(plan: Plan, rule: Rule, encoder: Callable[..., AbstractContextMan
         measured: list[float] = []
         with ExitStack() as stack:
             stack.callback(setattr, model.config, "prunesid_config", settings)
-            model.config.prunesid_config = PruneSIDConfig(budget=None, layer=settings.layer)
+            off: dict[str, Any] = {"budget": None, "layer": settings.layer}
+            model.config.prunesid_config = PruneSIDConfig(**off)
+            config = LayerPrunedLlavaConfig(**stock_fields(model.config), prunesid_config=off)
+            stack.enter_context(running_as(LayerPrunedLlavaForConditionalGeneration, config, model))
+            base_model = model.model
             if encoder is not None:
                 stack.enter_context(encoder(model, count))
             encode, forward_step = base_model.get_image_features, base_model.forward_pruned

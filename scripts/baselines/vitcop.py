@@ -7,15 +7,19 @@ With PruneSID N + N // 2 tokens enter the language model, or all T if these are 
 mean of N.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from modeling_prunesid import PruneSIDConfig, ViTCoPLlavaConfig, ViTCoPLlavaModel
-from modeling_prunesid.selection import resolve_budget
+from modeling_prunesid import (
+    LayerPrunedLlavaConfig,
+    LayerPrunedLlavaForConditionalGeneration,
+    ViTCoPLlavaConfig,
+    ViTCoPLlavaForConditionalGeneration,
+)
+from modeling_prunesid.checks import resolve_budget
 
-from .encoder import replaced
+from .encoder import running_as, stock_fields
 
 
 @contextmanager
@@ -24,35 +28,26 @@ def vitcop(model: Any, budget: int | float) -> Iterator[list[float] | None]:
     The context in which a model runs as ViTCoP's class. It yields a list that fills with the mean number of visual
     tokens of each image over the layers; None where nothing is dropped.
     """
-    own = model.model
-    published = copy.copy(own)  # of the same modules
-    published.__class__ = ViTCoPLlavaModel
-    published.config = _vitcop_config(model.config, budget)
-    model.model = published
-    try:
-        with _measured_inside(model, budget) as measured:
-            yield measured
-    finally:
-        model.model = own
+    settings = {"budget": budget, "layer": model.config.prunesid_config.layer}
+    config = ViTCoPLlavaConfig(**stock_fields(model.config), vitcop_config=settings)
+    with running_as(ViTCoPLlavaForConditionalGeneration, config, model), _measured_inside(model, budget) as measured:
+        yield measured
 
 
 @contextmanager
 def prunesid(model: Any, budget: int | float) -> Iterator[list[float] | None]:
     """The same for PruneSID with `nms_lambda="auto"` and `llm_budget`."""
-    own, patches = model.config.prunesid_config, _num_patches(model)
+    patches = _num_patches(model)
     count = resolve_budget(budget, patches)
-    settings = PruneSIDConfig(budget=None, layer=own.layer)
+    settings: dict[str, Any] = {"budget": None, "layer": model.config.prunesid_config.layer}
     if count < patches:
-        entering = min(count + count // 2, patches)
-        settings = PruneSIDConfig(budget=entering, llm_budget=count, nms_lambda="auto", layer=own.layer)
-    with replaced(model.config, "prunesid_config", settings), _measured_inside(model, budget) as measured:
+        settings |= {"budget": min(count + count // 2, patches), "llm_budget": count, "nms_lambda": "auto"}
+    config = LayerPrunedLlavaConfig(**stock_fields(model.config), prunesid_config=settings)
+    with (
+        running_as(LayerPrunedLlavaForConditionalGeneration, config, model),
+        _measured_inside(model, budget) as measured,
+    ):
         yield measured
-
-
-def _vitcop_config(config: Any, budget: int | float) -> ViTCoPLlavaConfig:
-    fields = config.to_dict()
-    fields = {name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")}
-    return ViTCoPLlavaConfig(**fields, vitcop_config={"budget": budget, "layer": config.prunesid_config.layer})
 
 
 def _num_patches(model: Any) -> int:

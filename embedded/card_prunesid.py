@@ -1,1 +1,0 @@
-../modeling_prunesid/card_prunesid.py

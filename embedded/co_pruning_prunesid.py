@@ -1,1 +1,0 @@
-../modeling_prunesid/co_pruning_prunesid.py

@@ -1,1 +1,0 @@
-../modeling_prunesid/compression_prunesid.py

@@ -1,1 +1,0 @@
-../modeling_prunesid/generation_prunesid.py

@@ -1,1 +1,0 @@
-../modeling_prunesid/hub_prunesid.py

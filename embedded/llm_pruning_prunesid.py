@@ -1,1 +1,0 @@
-../modeling_prunesid/llm_pruning_prunesid.py

@@ -1,1 +1,0 @@
-../modeling_prunesid/processing_prunesid.py

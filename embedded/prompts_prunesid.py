@@ -1,1 +1,0 @@
-../modeling_prunesid/prompts_prunesid.py

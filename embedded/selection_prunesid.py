@@ -1,1 +1,0 @@
-../modeling_prunesid/selection_prunesid.py

@@ -1,1 +1,0 @@
-../modeling_prunesid/tower_prunesid.py

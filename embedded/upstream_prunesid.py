@@ -1,1 +1,0 @@
-../modeling_prunesid/upstream_prunesid.py

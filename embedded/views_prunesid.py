@@ -1,1 +1,0 @@
-../modeling_prunesid/views_prunesid.py

@@ -1,1 +1,0 @@
-../modeling_prunesid/vitcop_prunesid.py
