@@ -427,7 +427,9 @@ def _gather_logits(logits: torch.Tensor, columns: torch.LongTensor, keep: int | 
 
 
 def _settle(output: Any) -> Any:
-    """A copy of an encoder's output with upstream's fields alone: it fits the prompt, and upstream may reorder it."""
-    return type(output)(
+    """A copy of an encoder's output with upstream's fields alone: it fits the prompt, and beams may repeat it."""
+    settled = type(output)(
         **{field.name: output[field.name] for field in fields(output) if output.get(field.name) is not None}
     )
+    settled.is_pruned = True
+    return settled

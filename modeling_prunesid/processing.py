@@ -23,7 +23,7 @@ from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .prompts import largest_remainder
 
 
-_OF_VIDEOS = "num_visual_tokens_of_videos"
+OF_VIDEOS = "num_visual_tokens_of_videos"
 _TYPED_DICT: Any = TypedDict
 
 
@@ -222,41 +222,23 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         token = self._placeholder(modality)
         return [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
 
-    def replace_image_token(
-        self, image_inputs: dict, image_idx: int, num_visual_tokens: int | float | None = None, **kwargs
-    ) -> str:
-        text = super().replace_image_token(image_inputs, image_idx, **kwargs)
-        return self._shorten(text, "image", image_inputs, image_idx, num_visual_tokens)
-
-    def replace_video_token(
-        self, video_inputs: dict, video_idx: int, num_visual_tokens: int | float | None = None, **kwargs
-    ) -> str:
-        text = super().replace_video_token(video_inputs, video_idx, **kwargs)
-        return self._shorten(text, "video", video_inputs, video_idx, num_visual_tokens)
-
     def _process_images(self, images, num_visual_tokens: int | float | None = None, **kwargs):
-        inputs, texts = super()._process_images(images, **kwargs)
-        texts = [
-            self.replace_image_token(inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
-            for index in range(len(texts))
-        ]
-        if self.num_visual_tokens is not None or num_visual_tokens is not None:
-            inputs["num_visual_tokens"] = [text.count(self._placeholder("image")) for text in texts]
-        return inputs, texts
+        return self._write("image", *super()._process_images(images, **kwargs), num_visual_tokens)
 
     def _process_videos(self, videos, num_visual_tokens: int | float | None = None, **kwargs):
-        inputs, texts = super()._process_videos(videos, **kwargs)
-        texts = [
-            self.replace_video_token(inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
-            for index in range(len(texts))
-        ]
+        return self._write("video", *super()._process_videos(videos, **kwargs), num_visual_tokens)
+
+    def _write(self, modality: str, inputs: dict, texts: list[str], num_visual_tokens: int | float | None):
+        """The stock processor's texts, shortened, and what it returns besides, with the budget of each input."""
+        texts = [self._shorten(text, modality, inputs, index, num_visual_tokens) for index, text in enumerate(texts)]
         if self.num_visual_tokens is not None or num_visual_tokens is not None:
-            inputs[_OF_VIDEOS] = [text.count(self._placeholder("video")) for text in texts]
+            name = "num_visual_tokens" if modality == "image" else OF_VIDEOS
+            inputs[name] = [text.count(self._placeholder(modality)) for text in texts]
         return inputs, texts
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
-        of_images, of_videos = output.get("num_visual_tokens"), output.pop(_OF_VIDEOS, None)
+        of_images, of_videos = output.get("num_visual_tokens"), output.pop(OF_VIDEOS, None)
         if of_videos is not None and of_images is not None:
             both = [torch.as_tensor(of_images), torch.as_tensor(of_videos)]
             output["num_visual_tokens"] = (

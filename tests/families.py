@@ -50,6 +50,8 @@ class Row:
         rows (`tuple[int, ...]`): how many inputs each row of the batch of the tests has.
         write (`Callable`): the ids that input `index` of `num_tokens` is written as, given the id of its placeholder.
         along (`Callable`): further arguments of `forward` that run along the prompt `(batch, length)`.
+        special (`tuple[int, ...]`): further ids that are no words where they come in an answer.
+        answer (`int`): what `along` has for the tokens of an answer.
         token (`int`): the placeholder.
         mrope (`bool`): positions are three-dimensional, and kept tokens keep theirs.
         needs_types (`bool`): with `mrope`: upstream's numbering reads `mm_token_type_ids`.
@@ -83,6 +85,8 @@ class Row:
     rows: tuple[int, ...] = (2, 1)
     write: Callable[[int, int, int], list[int]] = one_run
     along: Callable[[torch.LongTensor], dict[str, Any]] = lambda ids: {}
+    special: tuple[int, ...] = ()
+    answer: int = 0
     token: int = 0
     mrope: bool = False
     needs_types: bool = True
@@ -492,7 +496,9 @@ add(
     images(3, 32, 32),
     tokens=(64,) * 3,
     kept=(5,) * 3,
-    along=types_of(IMAGE, 0, "token_type_ids"),
+    along=types_of(IMAGE, 0, "token_type_ids"),  # without these, upstream masks the rows of a batch by one another
+    answer=1,
+    cached_chat=False,  # a second turn looks back only, while a whole conversation is a prefix that sees all of itself
 )
 GEMMA3_TEXT = {
     **TEXT,
@@ -919,7 +925,6 @@ add(
     put_features=put_before_projector,
     prepare=spread_weights,
     ours=BOTH_TILES,
-    beams=False,
     broken_in=("5.24.0",),
 )
 add(
@@ -1001,6 +1006,7 @@ add(
     view="tile",
     write=runs(16, [111], [112]),
     ours=BOTH_TILES,
+    special=(111, 112, 113, 114, 115),
 )
 
 
