@@ -22,6 +22,7 @@ FAMILIES = {
     "idefics2": "Idefics2",
     "idefics3": "Idefics3",
     "inkling2": "Inkling2",
+    "inkling2_loop": "Inkling2Loop",
     "internvl": "InternVL",
     "janus": "Janus",
     "kimi_k25": "Kimi_K25",
@@ -33,6 +34,7 @@ FAMILIES = {
     "llava_next_video": "LlavaNextVideo",
     "llava_onevision": "LlavaOnevision",
     "mini_gemini": "MiniGemini",
+    "minicpm_ocr": "MiniCPMOcr",
     "minicpmv4_6": "MiniCPMV4_6",
     "mistral3": "Mistral3",
     "mistral_large4": "MistralLarge4",
@@ -60,6 +62,8 @@ _OWN = ("mini_gemini",)
 _RELEASES = {
     "granite_docling": "5.23.0",
     "inkling2": "5.23.0",
+    "inkling2_loop": "5.24.0",
+    "minicpm_ocr": "5.23.0",
     "mistral_large4": "5.22.0",
     "molmo2": "5.20.0",
     "unlimited_ocr": "5.20.0",
@@ -86,6 +90,7 @@ UNSUPPORTED = {
     "fuyu": _NO_ENCODER,
     "chameleon": _NO_ENCODER,
     "emu3": _NO_ENCODER,
+    "apertus1p5": _NO_ENCODER,
     "git": _NO_PLACEHOLDERS,
     "blip": _NO_PLACEHOLDERS,
     "kosmos-2": _NO_PLACEHOLDERS,
@@ -93,6 +98,8 @@ UNSUPPORTED = {
     "diffusion_gemma": _NO_PLACEHOLDERS,
     "evolla": _NO_PLACEHOLDERS,
     "pi0": _NO_PLACEHOLDERS,
+    "mistral4": "it reads text alone",
+    "shieldgemma2": "it classifies an image by a fixed prompt, and generates nothing; its parts are Gemma 3",
 }
 
 

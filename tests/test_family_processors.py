@@ -353,4 +353,6 @@ def test_counts_for_engines_are_those_of_the_prompts(name):
     short = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
     alone = ((0,), (1,), (2,))
     written = [counts(ask(name, each, alone)) for each in (make(name, ours), processor)]
-    assert [before - after for before, after in zip(full, short)] == [before - after for before, after in zip(*written)]
+    assert [before - after for before, after in zip(full, short)] == [
+        before - after for before, after in zip(*written)
+    ]
