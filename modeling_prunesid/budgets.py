@@ -188,7 +188,7 @@ def choose_tokens(
     full_view: int | None = None,
     extra_kept: int = 0,
     lambda_of_share: bool = False,
-    cls_attention: torch.Tensor | None = None,
+    attention: torch.Tensor | None = None,
     projected: torch.Tensor | None = None,
     information: Callable = view_information,
 ) -> tuple[torch.LongTensor, list[int]]:
@@ -202,7 +202,7 @@ def choose_tokens(
         num_tokens (`list[list[int]]`), full_view (`int`), extra_kept (`int`): as given to `request_budgets`.
         budgets ([`Budgets`]).
         lambda_of_share (`bool`): lambda is 18 N/T where `settings` have none, in place of N/32.
-        cls_attention (`torch.Tensor` of shape `(views, tokens)`, *optional*): for methods that read it.
+        attention (`torch.Tensor` of shape `(views, tokens)`, *optional*): for methods that read it.
         projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*): for methods that read it.
         information (`Callable`): the scores that a total is shared by with rule `"information"`.
 
@@ -239,7 +239,7 @@ def choose_tokens(
             lengths=None if set(lengths) == {views.shape[1]} else [lengths[view] for view in chosen],
             extra_kept=extra_kept,
             lambda_of_share=lambda_of_share,
-            cls_attention=part(cls_attention),
+            attention=part(attention),
             projected=part(projected),
         )
         selection = method_of(settings.method)(part(views), counts_on(device, chosen_counts), settings, context)

@@ -190,9 +190,12 @@ class CompressedModelMixin:
             if seen:
                 placeholders = without_answer(placeholders, start, seen)
                 new = placeholders & (torch.arange(placeholders.shape[1], device=placeholders.device) >= seen)
-                # Either the new views alone are passed, or those of the whole conversation again.
+                # Either the new views alone are passed, or those of the whole conversation again. Where numbers fit
+                # both, there are at least as many runs of placeholders as views.
                 counts = (sum(output.num_placeholders), sum(len(kept) for kept in output.keep_indices))
-                new = new if int(new.sum()) in counts else placeholders
+                fits_new, fits_all = (int(columns.sum()) in counts for columns in (new, placeholders))
+                has_runs = fits_new and (not fits_all or len(run_lengths(new)) >= len(output.num_placeholders))
+                new = new if has_runs else placeholders
             views = output.get("view_lengths")
             kept = mark_kept_placeholders(new, output.num_placeholders, output.keep_indices, modality, views)
             if kept is not None:

@@ -165,7 +165,8 @@ class PruneSIDConfig(NestedSettings):
             (ours), by score and by the distance, projected as the language model gets them, to those already kept.
         method_settings (`dict`, *optional*):
             What belongs to one method. paper: `grouping` (`"psca"`, or `"kmeans"` and `"random"` of table 5) and
-            `seed`. release: these, `score` (`"cls_attention"` or `"component"`), `center` (`"features"` or
+            `seed`. release: these, `score` (`"cls_attention"`, `"component"`, or ours: `"attention"`, the
+            mean attention that a token receives in `layer`, for towers without CLS), `center` (`"features"` or
             `"tokens"`), `quota` (`"bounded"` or `"proportional"`) and `keep_cls`, whether CLS is one of the N. spread:
             `score`, `center` and `keep_cls`.
         mrope_positions (`"original"` or `"contiguous"`, defaults to `"original"`):

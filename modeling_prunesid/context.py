@@ -25,7 +25,8 @@ class Context:
         lengths (`list[int]`, *optional*): T of each view, where views are padded behind their own tokens.
         extra_kept (`int`): tokens kept besides, which count in the N of K, of lambda and of the bounds.
         lambda_of_share (`bool`): `nms_lambda=None` means 18 * N / T in place of N / 32.
-        cls_attention (`torch.Tensor` of shape `(views, tokens)`, *optional*): attention of CLS, summed over heads.
+        attention (`torch.Tensor` of shape `(views, tokens)`, *optional*):
+            The attention that each token receives, of CLS or of all tokens alike.
         projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*):
             The tokens as the language model gets them.
         keys (`torch.Tensor` of shape `(views, tokens, any dim)`, *optional*): the tower's keys.
@@ -37,7 +38,7 @@ class Context:
     lengths: list[int] | None = None
     extra_kept: int = 0
     lambda_of_share: bool = False
-    cls_attention: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
     projected: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     details: bool = False
@@ -48,7 +49,7 @@ class Context:
         def part(value):
             return None if value is None else value[first:last]
 
-        tensors = {name: part(getattr(self, name)) for name in ("cls_attention", "projected", "keys")}
+        tensors = {name: part(getattr(self, name)) for name in ("attention", "projected", "keys")}
         tensors = {name: None if value is None else value[:, :tokens] for name, value in tensors.items()}
         return replace(self, counts=part(self.counts), lengths=part(self.lengths), **tensors)
 

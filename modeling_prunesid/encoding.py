@@ -5,12 +5,14 @@ Hooks read the hidden states that are compared when the tower has run; when the 
 chosen, and only the kept ones go through it.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .attention import attending_layer, watch_attention
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .methods import needs_of, options_of
 from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
@@ -167,6 +169,11 @@ class TowerEncoding:
         return "cls_attention" in needs_of(self.settings)
 
     @property
+    def needs_attention(self) -> bool:
+        """Whether tokens are ranked by the attention that they receive from all others."""
+        return "attention" in needs_of(self.settings)
+
+    @property
     def compares_projected(self) -> bool:
         """Whether tokens are compared as the language model would get them, so that all of them are projected."""
         return "projected" in needs_of(self.settings)
@@ -181,6 +188,7 @@ class TowerEncoding:
         if self.budgets is None:
             return encode(**self.inputs)
         needs_hooks = self.tower is None or self.has_own_cls or self.needs_cls_attention or self.compares_projected
+        needs_hooks = needs_hooks or self.needs_attention
         if torch.compiler.is_compiling() and not needs_hooks:
             return self._run_without_hooks(encode)
         return self._run_watched(encode)
@@ -204,7 +212,14 @@ class TowerEncoding:
             self.selection_layer if self.needs_cls_attention else None,
             self.runs_whole,
         )
-        with watched as self.states, project_rows(self.projector, self._choose_rows) as result:
+        attention = contextlib.nullcontext([])
+        if self.needs_attention:
+            attention = watch_attention(attending_layer(self.tower, self.settings.layer))
+        with (
+            watched as self.states,
+            attention as self.received,
+            project_rows(self.projector, self._choose_rows) as result,
+        ):
             output = encode(**self.inputs)
         return self._finish(output, result["projected"][:, 0] if self.has_own_cls else None)
 
@@ -219,6 +234,8 @@ class TowerEncoding:
             compared = states.hidden_states[self.selection_layer][:, self.num_prefix :]
             if states.cls_attention is not None:
                 attention = states.cls_attention[:, self.num_prefix :]
+            elif self.received:
+                attention = torch.cat(self.received)[:, self.num_prefix :]
             if self.has_own_cls:
                 cls = torch.cat([states.hidden_states[layer][:, :1] for layer in self.feature_layers], dim=-1)
                 features = torch.cat([cls, features], dim=1)
@@ -269,7 +286,7 @@ class TowerEncoding:
             self.budgets,
             full_view=self.full_view,
             extra_kept=self.num_extra,
-            cls_attention=attention,
+            attention=attention,
             projected=projected,
             information=self.information,
         )

@@ -1,5 +1,7 @@
 """Which families there are, which Transformers has them, and what does not fit. It does not travel with a repo."""
 
+from packaging.version import Version
+from transformers import __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 
@@ -8,17 +10,31 @@ FAMILIES = {
     "aria": "Aria",
     "aya_vision": "AyaVision",
     "cohere2_vision": "Cohere2Vision",
+    "cohere_compass": "CohereCompass",
+    "cosmos3_edge": "Cosmos3Edge",
+    "cosmos3_omni": "Cosmos3Omni",
     "deepseek_ocr2": "DeepseekOcr2",
     "deepseek_vl": "DeepseekVL",
     "deepseek_vl_hybrid": "DeepseekVLHybrid",
+    "dots3_note": "Dots3Note",
+    "ernie4_5_vl_moe": "Ernie4_5_VLMoe",
+    "exaone4_5": "Exaone4_5_",
     "fast_vlm": "FastVlm",
     "gemma3": "Gemma3",
     "gemma3n": "Gemma3n",
     "gemma4": "Gemma4",
     "gemma4_unified": "Gemma4Unified",
+    "glm46v": "Glm46V",
+    "glm4v": "Glm4v",
+    "glm4v_moe": "Glm4vMoe",
+    "glm5_next": "Glm5Next",
+    "glm_ocr": "GlmOcr",
     "got_ocr2": "GotOcr2",
     "granite4_vision": "Granite4Vision",
     "granite_docling": "GraniteDocling",
+    "hunyuan_vl": "HunYuanVL",
+    "hy_v4_vl": "HYV4VL",
+    "hyperclovax_vision_v2": "HyperCLOVAXVisionV2",
     "idefics2": "Idefics2",
     "idefics3": "Idefics3",
     "inkling2": "Inkling2",
@@ -27,6 +43,7 @@ FAMILIES = {
     "janus": "Janus",
     "kimi_k25": "Kimi_K25",
     "lfm2_vl": "Lfm2Vl",
+    "lfm3_vl": "Lfm3Vl",
     "lighton_ocr": "LightOnOcr",
     "llama4": "Llama4",
     "llava": "Llava",
@@ -36,18 +53,29 @@ FAMILIES = {
     "mini_gemini": "MiniGemini",
     "minicpm_ocr": "MiniCPMOcr",
     "minicpmv4_6": "MiniCPMV4_6",
+    "minicpmv4_7": "MiniCPMV4_7",
+    "minimax_m3_vl": "MiniMaxM3VL",
     "mistral3": "Mistral3",
     "mistral_large4": "MistralLarge4",
     "molmo2": "Molmo2",
+    "muse_glimmer": "MuseGlimmer",
+    "muse_spark": "MuseSpark",
     "nemotron_h_omni": "NemotronHOmni",
     "ovis2": "Ovis2",
+    "paddleocr_vl": "PaddleOCRVL",
     "paligemma": "PaliGemma",
     "perception_lm": "PerceptionLM",
     "pp_chart2table": "PPChart2Table",
     "qianfan_ocr": "QianfanOCR",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniThinker",
     "qwen2_5_vl": "Qwen2_5_VL",
     "qwen2_vl": "Qwen2VL",
+    "qwen3_5": "Qwen3_5",
+    "qwen3_5_moe": "Qwen3_5Moe",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinker",
     "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VLMoe",
+    "qwen4_exp": "Qwen4Exp",
     "smolvlm": "SmolVLM",
     "step3p7": "Step3p7",
     "unlimited_ocr": "UnlimitedOcr",
@@ -58,14 +86,20 @@ FAMILIES = {
 
 # Families of ours, which no Transformers has.
 _OWN = ("mini_gemini",)
-# The first release that was seen to have a family; the others are in 5.18.0, the oldest that is supported.
+# The first release that was seen to have a family as it is declared; the others are in 5.18.0, the oldest supported.
 _RELEASES = {
+    "dots3_note": "5.23.0",
     "granite_docling": "5.23.0",
+    "hy_v4_vl": "5.24.0",
     "inkling2": "5.23.0",
     "inkling2_loop": "5.24.0",
+    "lfm3_vl": "5.23.0",
     "minicpm_ocr": "5.23.0",
     "mistral_large4": "5.22.0",
     "molmo2": "5.20.0",
+    "muse_spark": "5.23.0",
+    "qwen2_5_omni_thinker": "5.23.0",  # one class for head and base before
+    "qwen3_omni_moe_thinker": "5.23.0",
     "unlimited_ocr": "5.20.0",
 }
 
@@ -105,6 +139,6 @@ UNSUPPORTED = {
 
 def release_with(family: str) -> str | None:
     """The release that has a family which the installed Transformers lacks; None where it has it."""
-    if family in CONFIG_MAPPING_NAMES or family in _OWN:
-        return None
-    return _RELEASES.get(family, "5.18.0")
+    release = _RELEASES.get(family, "5.18.0")
+    is_new_enough = Version(Version(__version__).base_version) >= Version(release)
+    return None if family in _OWN or (family in CONFIG_MAPPING_NAMES and is_new_enough) else release

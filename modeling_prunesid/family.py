@@ -16,12 +16,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from .attention import encode_with_attention, pool_consecutive
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
 from .compression import CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, table_of
 from .generation import CompressedGenerationMixin
 from .hub import AutoModelMixin, HubModelMixin
+from .methods import needs_of
 from .upstream import like_upstream
 
 
@@ -51,8 +53,9 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     pools_tensor: Sequence[str] = ()
     # The vision tower of each modality, where tokens are compared in it.
     towers: dict[str, str] = {}
-    # A module that maps each token for itself, so that only kept tokens need to go through it. Without a tower, tokens
-    # are compared as they enter it; without either, as they enter the language model.
+    # The module that maps each token for itself, so that only kept tokens need to go through it. Without a tower,
+    # tokens are compared as they enter it; without either, as they enter the language model. Not `projector`: that
+    # is what several stock models call the module itself.
     projector_name: str | None = None
     # How tokens are chosen before the projector.
     encoding_class = TowerEncoding
@@ -151,7 +154,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
 
     def num_images(self, inputs: dict[str, Any]) -> int:
         """How many images there are among the arguments of `forward`."""
-        names = ("image_grid_thw", "image_sizes", "pixel_values", "pixel_values_images")
+        names = ("image_grid_thw", "target_sizes", "image_sizes", "pixel_values", "pixel_values_images")
         return len(next(inputs[name] for name in names if inputs.get(name) is not None))
 
     def _encode(self, modality: str, encode, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
@@ -168,14 +171,37 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             self.config.check_settings()
             own_class: Any = type(self)
             is_nested = modality == "video" and _encodes_as_images(own_class)
-            output = encode(**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {}))
-            output = self.keep_tokens(modality, self.complete(modality, output, given), num_visual_tokens, given)
+            arguments, patches = {**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {})}, None
+            if "attention" in needs_of(self.config.prunesid_config):
+                output, patches = encode_with_attention(self, modality, encode, arguments)
+            else:
+                output = encode(**arguments)
+            output = self.keep_tokens(
+                modality, self.complete(modality, output, given), num_visual_tokens, given, patches
+            )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def keep_tokens(self, modality: str, output: Any, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
+    def pool_attention(
+        self, patches: torch.Tensor, modality: str, inputs: dict[str, Any], num_tokens: int
+    ) -> torch.Tensor:
         """
-        Upstream's output with the kept rows alone, chosen by the features that enter the language model. lambda is
-        18 N/T where the configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
+        The attention `(num_tokens,)` that the tokens of all views receive, of that of the patches `(patches,)` of the
+        tower, in the tower's order. By default a token is merged from patches that lie one behind the other.
+        """
+        return pool_consecutive(patches, num_tokens)
+
+    def keep_tokens(
+        self,
+        modality: str,
+        output: Any,
+        num_visual_tokens: NumVisualTokens,
+        inputs: dict[str, Any],
+        patches: torch.Tensor | None = None,
+    ):
+        """
+        Upstream's output with the kept rows alone, chosen by the features that enter the language model, and by the
+        attention that the `patches` `(patches,)` of the tower receive, if the method reads it. lambda is 18 N/T where
+        the configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
         """
         settings, features = self.config.prunesid_config, self.features_of(output)
         sizes = [len(own) for own in features]
@@ -190,13 +216,17 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         starts = itertools.accumulate(sizes, initial=0)
         rows = [view.rows + start for own, start in zip(views, starts) for view in own]
         table, lengths = table_of(rows), [len(own) for own in rows]
-        compared = torch.cat(features).detach()
+        compared, attention = torch.cat(features).detach(), None
+        if patches is not None:
+            attention = self.pool_attention(patches, modality, inputs, sum(lengths)).split(lengths)
+            attention = torch.nn.utils.rnn.pad_sequence(attention, batch_first=True)
         indices, counts = choose_tokens(
             settings,
             compared[table.to(compared.device, non_blocking=True)],
             lengths,
             num_tokens,
             budgets,
+            attention=attention,
             lambda_of_share=True,
             information=self.video_information if modality == "video" else view_information,
         )

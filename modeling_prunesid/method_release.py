@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .context import Context, Selection, in_parts
-from .selection import proportional_quotas, select_by_groups
+from .selection import SCORES, proportional_quotas, select_by_groups
 
 
 DEFAULTS = {
@@ -17,7 +17,7 @@ DEFAULTS = {
     "seed": 0,
 }
 RULES = {
-    "score": (("component", "cls_attention").__contains__, "one of 'component', 'cls_attention'"),
+    "score": (SCORES.__contains__, "one of " + ", ".join(map(repr, SCORES))),
     "center": (("tokens", "features").__contains__, "one of 'tokens', 'features'"),
     "quota": (("proportional", "bounded").__contains__, "one of 'proportional', 'bounded'"),
     "keep_cls": (lambda value: isinstance(value, bool), "True or False"),
@@ -28,7 +28,7 @@ RULES = {
 
 def needs(method_settings: dict) -> frozenset[str]:
     """What of a [`Context`] is read."""
-    return frozenset({"cls_attention"} & {(DEFAULTS | method_settings)["score"]})
+    return frozenset({(DEFAULTS | method_settings)["score"]} - {"component"})
 
 
 @in_parts
@@ -40,7 +40,7 @@ def select(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context
         views (`torch.Tensor` of shape `(views, tokens, dim)`): features that tokens are compared by.
         counts (`torch.LongTensor` of shape `(views,)`): N of each view, without CLS.
         settings: `num_groups`, `nms_lambda` and `method_settings`: see `DEFAULTS`. `keep_cls` is for the caller.
-        context ([`Context`]): with `cls_attention`.
+        context ([`Context`]): with `attention`, if that is the score.
     """
     options = DEFAULTS | (settings.method_settings or {})
 

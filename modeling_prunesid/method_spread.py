@@ -7,7 +7,7 @@ import torch
 
 from .context import Context, Selection, in_parts, largest
 from .exact import is_batched
-from .selection import kept_tokens, strongest_components
+from .selection import SCORES, kept_tokens, strongest_components
 from .similarity import compare, distances
 
 
@@ -16,7 +16,7 @@ INDISTINCT = 16 * torch.finfo(torch.float32).eps  # cosine distance of equal tok
 
 DEFAULTS = {"score": "cls_attention", "center": "tokens", "keep_cls": False}
 RULES = {
-    "score": (("component", "cls_attention").__contains__, "one of 'component', 'cls_attention'"),
+    "score": (SCORES.__contains__, "one of " + ", ".join(map(repr, SCORES))),
     "center": (("tokens", "features").__contains__, "one of 'tokens', 'features'"),
     "keep_cls": (lambda value: isinstance(value, bool), "True or False"),
 }
@@ -24,7 +24,7 @@ RULES = {
 
 def needs(method_settings: dict) -> frozenset[str]:
     """What of a [`Context`] is read."""
-    return frozenset({"cls_attention", "projected"} & {(DEFAULTS | method_settings)["score"], "projected"})
+    return frozenset({"projected", (DEFAULTS | method_settings)["score"]} - {"component"})
 
 
 @in_parts
@@ -36,14 +36,14 @@ def select(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context
         views (`torch.Tensor` of shape `(views, tokens, dim)`): features that tokens are compared by.
         counts (`torch.LongTensor` of shape `(views,)`): N of each view.
         settings: `method_settings`: `score`, and `center` of `score="component"`, for which `num_groups` is read.
-        context ([`Context`]): with `cls_attention`, and with `projected`, between which distances are measured;
+        context ([`Context`]): with `attention`, and with `projected`, between which distances are measured;
             without them they are between `views`.
     """
     options = DEFAULTS | (settings.method_settings or {})
     tokens, most = views.shape[1], largest(context)
     if most == tokens and not is_batched(views) and not context.details:
         return Selection(torch.arange(tokens)[None], counts, compare(views, None, context).rho)
-    attention = context.cls_attention.float() if options["score"] == "cls_attention" else None
+    attention = None if options["score"] == "component" else context.attention.float()
     pairs = compare(views, attention, context)
     groups = None
     if attention is None:

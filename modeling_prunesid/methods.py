@@ -43,7 +43,7 @@ def check_name(name: str, field: str = "prunesid_config.method") -> None:
 
 
 def needs_of(settings: Any) -> frozenset[str]:
-    """What of a `Context` the method of the settings reads: `"cls_attention"`, `"projected"`, `"keys"`."""
+    """What of a `Context` the method of the settings reads: `"cls_attention"`, `"attention"`, `"projected"`, ..."""
     return _module_of(settings.method).needs(settings.method_settings or {})
 
 

@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .qwen_vl import GridConfigMixin, GridModelMixin, GridProcessorMixin
+from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin
+from .mrope import MRoPEModelMixin
 
 
 class PruneSIDQwen2_5_VLConfig(GridConfigMixin, Qwen2_5_VLConfig):
@@ -18,7 +19,7 @@ class PruneSIDQwen2_5_VLConfig(GridConfigMixin, Qwen2_5_VLConfig):
     model_type = "prunesid_qwen2_5_vl"
 
 
-class PruneSIDQwen2_5_VLModel(GridModelMixin, Qwen2_5_VLModel):
+class PruneSIDQwen2_5_VLModel(MRoPEModelMixin, GridModelMixin, Qwen2_5_VLModel):
     """[`Qwen2_5_VLModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDQwen2_5_VLConfig

@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .qwen_vl import GridConfigMixin, GridModelMixin, GridProcessorMixin
+from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin
+from .mrope import MRoPEModelMixin
 
 
 class PruneSIDQwen2VLConfig(GridConfigMixin, Qwen2VLConfig):
@@ -18,7 +19,7 @@ class PruneSIDQwen2VLConfig(GridConfigMixin, Qwen2VLConfig):
     model_type = "prunesid_qwen2_vl"
 
 
-class PruneSIDQwen2VLModel(GridModelMixin, Qwen2VLModel):
+class PruneSIDQwen2VLModel(MRoPEModelMixin, GridModelMixin, Qwen2VLModel):
     """[`Qwen2VLModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDQwen2VLConfig

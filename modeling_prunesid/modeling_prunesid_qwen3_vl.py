@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .qwen_vl import GridConfigMixin, GridModelMixin, GridProcessorMixin
+from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin
+from .mrope import MRoPEModelMixin
 
 
 class PruneSIDQwen3VLConfig(GridConfigMixin, Qwen3VLConfig):
@@ -18,7 +19,7 @@ class PruneSIDQwen3VLConfig(GridConfigMixin, Qwen3VLConfig):
     model_type = "prunesid_qwen3_vl"
 
 
-class PruneSIDQwen3VLModel(GridModelMixin, Qwen3VLModel):
+class PruneSIDQwen3VLModel(MRoPEModelMixin, GridModelMixin, Qwen3VLModel):
     """[`Qwen3VLModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDQwen3VLConfig

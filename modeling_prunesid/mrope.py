@@ -20,19 +20,26 @@ from .upstream import CACHE_NAME, cache_of
 class MRoPEModelMixin(CompressedModelMixin):
     """For a base model with upstream's `compute_3d_position_ids` and `rope_deltas`."""
 
+    # How many coordinates a token has, and whether `generate` puts its place in the sequence before them.
+    num_axes = 3
+    has_text_axis = True
     # The deltas that this class computed last; upstream replaces `rope_deltas` where it computes its own.
     _short_rope_deltas: torch.LongTensor | None = None
 
     def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As the other families, but the grids stay; and a cache brings back the deltas of its own prompt."""
+        """As the other families, but what positions follow stays; a cache brings back the deltas of its own prompt."""
         cache = cache_of(inputs)
         deltas = getattr(cache, "_prunesid_rope_deltas", None)
         if inputs.get("position_ids") is None and deltas is not None and cache.get_seq_length():
             self.rope_deltas = self._short_rope_deltas = deltas
         elif not torch.compiler.is_compiling():
             self._forget_deltas(inputs)
-        grids: dict[str, Any] = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
-        return {**super().encode_views(inputs), **grids}
+        grids = {name: inputs[name] for name in self._names_of_positions() if name in inputs}
+        return {**grids, **super().encode_views(inputs)}
+
+    def _names_of_positions(self) -> list[str]:
+        """What upstream's method of positions reads."""
+        return list(inspect.signature(self.compute_3d_position_ids).parameters)
 
     def _forget_deltas(self, inputs: dict[str, Any]) -> None:
         """Text on an empty cache is numbered from 0, whatever was before. Switched off, this is upstream's affair."""
@@ -84,36 +91,41 @@ class MRoPEModelMixin(CompressedModelMixin):
 
         deltas_of_cache = self.rope_deltas
         if self.config.prunesid_config.mrope_positions == "contiguous":
-            positions, deltas = text_positions.expand(3, -1, -1), torch.zeros_like(seen)
+            positions, deltas = text_positions.expand(self.num_axes, -1, -1), torch.zeros_like(seen)
         elif has_views:
             positions, deltas = self._positions_in_full_prompt(inputs, columns, mask, is_generation)
             if seen.any():
                 offset = seen + deltas_of_cache.to(seen.device) if continues else seen
-                positions, deltas = positions + offset * (mask > 0), deltas + offset - seen
+                positions, deltas = self._behind(positions, offset * (mask > 0)), deltas + offset - seen
         else:
             deltas = deltas_of_cache.repeat_interleave(batch // len(deltas_of_cache), dim=0).to(seen.device)
-            positions = (text_positions + deltas * (mask > 0)).expand(3, -1, -1)
+            positions = (text_positions + deltas * (mask > 0)).expand(self.num_axes, -1, -1)
         self.rope_deltas = self._short_rope_deltas = deltas
         if cached_length:
             self.remember_deltas(cache)
-        if is_generation:
+        if is_generation and self.has_text_axis:
             positions = torch.cat([text_positions[None], positions])
         return {**inputs, "position_ids": positions}
+
+    def _behind(self, positions: torch.LongTensor, offset: torch.LongTensor) -> torch.LongTensor:
+        """Positions `(axes, batch, length)` of a part of a conversation, `offset` behind the part in a cache."""
+        return positions + offset
 
     def _has_every_view(self, inputs: dict[str, Any]) -> bool:
         """Whether there is a view for every placeholder of the prompt."""
         outputs = inputs.get("mm_encoder_outputs") or {}
-        for modality in ("image", "video"):
-            features = outputs[modality].pooler_output if outputs.get(modality) is not None else []
-            placeholders = self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
-            if int(placeholders.sum()) != sum(len(view) for view in features):
-                return False
-        return True
+        features = sum(len(view) for output in outputs.values() for view in self.features_of(output))
+        placeholders = [
+            self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
+            for modality in ("image", "video")
+            if getattr(self.config, f"{modality}_token_id", None) is not None
+        ]
+        return int(torch.stack(placeholders).any(0).sum()) == features
 
     def _positions_in_full_prompt(
         self, inputs: dict[str, Any], columns: torch.Tensor, mask: torch.LongTensor, is_generation: bool
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Positions `(3, batch, length)` of the columns in the full prompt, and the deltas `(batch, 1)` after them."""
+        """Positions `(axes, batch, length)` of the columns in the full prompt, and deltas `(batch, 1)` after them."""
         before, after = self._dropped_around(inputs, columns)
         repeats = before + 1 + after
         ends = repeats.cumsum(1)
@@ -127,18 +139,18 @@ class MRoPEModelMixin(CompressedModelMixin):
         if types is not None:
             full["mm_token_type_ids"] = types[:, -columns.shape[1] :].gather(1, source.to(types.device))
 
-        positions = None
-        # Upstream's `generate` numbers a prompt without token types like text, where its `forward` raises.
-        if "input_ids" in full and not (is_generation and types is None):
-            names = inspect.signature(self.compute_3d_position_ids).parameters
-            arguments = {name: full.get(name, inputs.get(name)) for name in names}
-            positions = self.compute_3d_position_ids(**{**arguments, "inputs_embeds": None, CACHE_NAME: None})
+        positions, names = None, self._names_of_positions()
+        # Upstream's `generate` numbers a prompt without the token types that it reads like text; `forward` raises.
+        lacks_types = types is None and "mm_token_type_ids" in names
+        if "input_ids" in full and not (is_generation and lacks_types):
+            given = {**inputs, **full, "inputs_embeds": None, CACHE_NAME: None}
+            positions = self.compute_3d_position_ids(**{name: given.get(name) for name in names})
         if positions is None:
-            positions = (full_mask.cumsum(1) - 1).masked_fill(full_mask == 0, 0).expand(3, -1, -1)
+            positions = (full_mask.cumsum(1) - 1).masked_fill(full_mask == 0, 0).expand(self.num_axes, -1, -1)
             next_positions = full_mask.sum(1, keepdim=True)
         else:
             next_positions = self.rope_deltas.to(mask.device) + full_mask.sum(1, keepdim=True)
-        kept = (ends - 1 - after).expand(3, -1, -1)
+        kept = (ends - 1 - after).expand(len(positions), -1, -1)
         return positions.gather(2, kept), next_positions - mask.sum(1, keepdim=True)
 
     def _dropped_around(
@@ -147,16 +159,15 @@ class MRoPEModelMixin(CompressedModelMixin):
         """How many tokens were dropped just before and just after each column of the short prompt."""
         before, after = (torch.zeros(columns.shape[:2], dtype=torch.long, device=columns.device) for _ in range(2))
         for modality, output in self._dropped_tokens(inputs).items():
-            grid = inputs.get(f"{modality}_grid_thw")
-            slices = grid[:, 0].tolist() if grid is not None else [1] * len(output.num_placeholders)
-            gaps = []
-            for kept, num_tokens, num_slices in zip(output.keep_indices, output.num_placeholders, slices):
-                # Timestamps may stand between the slices of a video, so that each slice ends for itself.
-                size = num_tokens // num_slices
-                place, start = kept % size, kept - kept % size
-                previous = torch.cat([kept.new_full((1,), -1), kept[:-1]]).maximum(start - 1) - start
+            gaps, views = [], output.get("view_lengths") or [[total] for total in output.num_placeholders]
+            for kept, lengths in zip(output.keep_indices, views):
+                # Text may stand between the views of an input (timestamps, tags), so that each ends for itself.
+                sizes = torch.tensor(lengths, device=kept.device)
+                view = torch.searchsorted(sizes.cumsum(0), kept, right=True)
+                start, size = (sizes.cumsum(0) - sizes)[view], sizes[view]
+                previous = torch.cat([kept.new_full((1,), -1), kept[:-1]]).maximum(start - 1)
                 is_last = torch.cat([start[1:] != start[:-1], kept.new_ones(1, dtype=torch.bool)])
-                gaps.append(torch.stack([place - previous - 1, (size - 1 - place) * is_last]))
+                gaps.append(torch.stack([kept - previous - 1, (start + size - 1 - kept) * is_last]))
             placeholders = self.find_placeholders(modality, *_ids_or_embeds(columns))
             before[placeholders], after[placeholders] = torch.cat(gaps, dim=1).to(columns.device)
         return before, after

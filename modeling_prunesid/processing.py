@@ -24,7 +24,7 @@ from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .prompts import largest_remainder
 
 
-_OF_VIDEOS = "num_visual_tokens_of_videos"
+OF_VIDEOS = "num_visual_tokens_of_videos"
 _TYPED_DICT: Any = TypedDict
 
 
@@ -233,13 +233,13 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         """The stock processor's texts, shortened, and what it returns besides, with the budget of each input."""
         texts = [self._shorten(text, modality, inputs, index, num_visual_tokens) for index, text in enumerate(texts)]
         if self.num_visual_tokens is not None or num_visual_tokens is not None:
-            name = "num_visual_tokens" if modality == "image" else _OF_VIDEOS
+            name = "num_visual_tokens" if modality == "image" else OF_VIDEOS
             inputs[name] = [text.count(self._placeholder(modality)) for text in texts]
         return inputs, texts
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
-        of_images, of_videos = output.get("num_visual_tokens"), output.pop(_OF_VIDEOS, None)
+        of_images, of_videos = output.get("num_visual_tokens"), output.pop(OF_VIDEOS, None)
         if of_videos is not None and of_images is not None:
             both = [torch.as_tensor(of_images), torch.as_tensor(of_videos)]
             output["num_visual_tokens"] = (

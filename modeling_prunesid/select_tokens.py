@@ -108,7 +108,7 @@ def select_tokens(
     context = Context(
         counts=counts,
         extra_kept=extra_kept,
-        cls_attention=cls_attention,
+        attention=cls_attention,
         projected=projected,
         details=return_details,
     )

@@ -29,6 +29,7 @@ from .similarity import Pairs, compare
 
 
 NMS_ROUNDS = 31
+SCORES = ("component", "cls_attention", "attention")
 NEVER_SIMILAR = 1.001  # above any cosine similarity with its rounding error
 LAMBDA_OF_A_SHARE = 576 / 32  # N/32 of section 3.3 was tuned where N is of 576 tokens
 
@@ -115,7 +116,7 @@ def select_by_groups(
 
     Args:
         views, counts, settings, context: as every method's.
-        score (`"component"` or `"cls_attention"`), center (`"tokens"` or `"features"`).
+        score (`"component"`, `"cls_attention"` or `"attention"`), center (`"tokens"` or `"features"`).
         share_out: function of survivors of each group `(views, groups)`, tokens to share out `(views, 1)`, the N of
             bounds `(views, 1)` and T, that returns quotas.
         grouping (`"psca"`, `"kmeans"` or `"random"`), seed (`int`).
@@ -123,7 +124,7 @@ def select_by_groups(
     tokens, most = views.shape[1], largest(context)
     if most == tokens and not is_batched(views) and not context.details:
         return Selection(torch.arange(tokens)[None], counts, compare(views, None, context).rho)
-    attention = context.cls_attention.float() if score == "cls_attention" else None
+    attention = None if score == "component" else context.attention.float()
     pairs = compare(views, attention, context)
     nominal = counts[:, None] + context.extra_kept
     scores, groups, num_groups = strongest_components(pairs, counts, settings, context, center)

@@ -101,7 +101,8 @@ def watch_tower(
     layers = set(layers)
     if cls_attention_layer is not None:
         check_has_cls(tower)
-    blocks, states, thread = _find_layers(tower), TowerStates(), threading.get_ident()
+    blocks, states, thread = layers_of(tower), TowerStates(), threading.get_ident()
+    blocks.__class__ = _StoppableLayers
     projections: list[torch.Tensor] = []
 
     # While another thread takes its hooks away, PyTorch may call them without the keyword arguments.
@@ -184,11 +185,12 @@ def count_prefix(tower: nn.Module) -> int:
     return int(has_cls) + getattr(tower.config, "num_register_tokens", 0)
 
 
-def _find_layers(tower: nn.Module) -> nn.ModuleList:
-    num_layers = tower.config.num_hidden_layers
+def layers_of(tower: nn.Module) -> nn.ModuleList:
+    """The list of a tower's layers. `ValueError` if it has none."""
+    num_layers = getattr(tower.config, "num_hidden_layers", None) or getattr(tower.config, "depth", None)
     for module in tower.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            module.__class__ = _StoppableLayers
+        is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if is_list and any("Attention" in type(part).__name__ for part in module.modules()):  # no list of mergers
             return module
     raise ValueError(
         f"vision_tower of type {type(tower).__name__} has no list of its {num_layers} layers; PruneSID supports "

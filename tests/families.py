@@ -1498,3 +1498,6 @@ add(
     token=113,
     needs=("timm",),
 )
+
+
+import families_grids  # noqa: E402, F401

@@ -49,7 +49,7 @@ def build(name):
             if not torch.isfinite(parameter).all() or (
                 parameter.numel() > 1 and parameter.dim() > 1 and parameter.std() == 0
             ):
-                parameter.normal_(0, 0.3)
+                parameter.copy_(0.3 * torch.randn(parameter.shape))  # exact in float32, in which some are loaded
         weight = (ours.get_output_embeddings() or ours.language_model.lm_head).weight
         unlikely = (PAD, EOS, IMAGE, VIDEO, row.token, *row.special)  # never the best of random logits
         weight[[token for token in unlikely if token < len(weight)]] = 0
@@ -190,6 +190,7 @@ def positions(reference, row, ids, along, place):
     """The stock class's own positions of a full prompt, and the deltas behind it."""
     inputs = row.inputs([rows_of(row)[place]])
     names = inspect.signature(reference.model.get_rope_index).parameters
+    inputs["second_per_grids"] = inputs.get("video_second_per_grid")
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **along, **inputs}
     return reference.model.get_rope_index(**{name: value for name, value in arguments.items() if name in names})
 
@@ -278,7 +279,7 @@ def greedy(reference, row, arguments, place, full_length):
         return output[0, arguments["input_ids"].shape[1] :].tolist()
     own = rows_of(row)[place]
     ids = torch.tensor([write(row, own, [row.tokens[index] for index in own], place)])
-    delta = int(positions(reference, row, ids, row.along(ids), place)[1])
+    delta = positions(reference, row, ids, row.along(ids), place)[1].item()
     answer, arguments = [], {**arguments}
     for step in range(NEW_TOKENS):
         answer.append(int(reference(**fresh(arguments)).logits[0, -1].argmax()))
@@ -303,7 +304,7 @@ def test_stock_checkpoints_load(name, tmp_path):
         assert not info["missing_keys"] and not info["mismatched_keys"]
         assert not info["unexpected_keys"] or cls is not type(ours)
         expected = (reference if cls is type(ours) else base_of(reference)).state_dict()
-        assert all(torch.equal(value.double(), expected[key].double()) for key, value in loaded.state_dict().items())
+        assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in loaded.state_dict().items())
 
 
 def check_loads_what_the_stock_class_loads(ours, reference, folder):
@@ -441,8 +442,9 @@ def test_saved_models_load_through_auto_classes(name, tmp_path):
         row.prepare(loaded)
     inputs = prompt(row)
     expected = ours.state_dict()
-    assert all(torch.equal(value.double(), expected[key].double()) for key, value in loaded.state_dict().items())
-    assert close(loaded.eval()(**inputs).logits, ours(**inputs).logits)
+    assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in loaded.state_dict().items())
+    # Some parts are loaded in float32.
+    assert close(loaded.eval()(**inputs).logits, ours(**inputs).logits, 1e-5)
     assert type(base_of(AutoModel.from_pretrained(tmp_path, dtype=torch.float64))) is type(base_of(ours))
 
 

@@ -1,0 +1,263 @@
+"""The attention that tokens receive in one layer of a tower, against upstream's own eager weights in float64."""
+
+import contextlib
+import itertools
+import sys
+import threading
+
+import pytest
+import test_contract as contract
+import torch
+from families import ROWS
+from tiny import build as build_llava
+from tiny import pixels
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling_prunesid import attention
+from modeling_prunesid.attention import encode_with_attention, received_attention, tower_of, watch_attention
+from modeling_prunesid.encoding import as_views
+from modeling_prunesid.family import PrunedModelMixin
+from modeling_prunesid.grids import GridModelMixin
+from modeling_prunesid.tower import layers_of
+
+
+GRID_ROWS = [
+    pytest.param(name, id=name.replace(" ", "-"))
+    for name, row in ROWS.items()
+    if row.is_installed and issubclass(getattr(row.head, "model_class", object), GridModelMixin)
+]
+every_grid = pytest.mark.parametrize("name", GRID_ROWS)
+
+
+def weights_of(queries, keys, scaling, mask=None):
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
+    logits = torch.einsum("bhqd,bhkd->bhqk", queries, keys) * scaling
+    return (logits if mask is None else logits + mask).softmax(-1)
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 2**24])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["none", "bool", "added"])
+def test_it_is_the_mean_over_heads_and_queries_in_any_parts(monkeypatch, at_once, key_heads, kind):
+    monkeypatch.setattr(attention, "_LOGITS_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(2, 4, 13, 8, dtype=torch.float64, generator=generator)
+    keys = torch.randn(2, key_heads, 13, 8, dtype=torch.float64, generator=generator)
+    attends = (torch.arange(13) < torch.tensor([13, 9])[:, None])[:, None, None]
+    added = torch.zeros(attends.shape, dtype=torch.float64).masked_fill(~attends, -torch.inf)
+    mask = {"none": None, "bool": attends, "added": added}[kind]
+    expected = weights_of(queries, keys, 0.3, None if mask is None else added).mean((1, 2))
+    got = received_attention(queries, keys, 0.3, mask)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(got.sum(1), torch.ones(2, dtype=torch.float64))
+    low = received_attention(queries.bfloat16(), keys.bfloat16(), 0.3, attends if kind != "none" else None)
+    assert low.dtype == torch.float32
+
+
+def test_no_matrix_of_all_pairs_is_formed(monkeypatch):
+    monkeypatch.setattr(attention, "_LOGITS_AT_ONCE", 2**14)
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            output = function(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor):
+                largest = max(largest, output.numel())
+            return output
+
+    queries = torch.randn(1, 2, 1024, 4)
+    with Largest():
+        received_attention(queries, queries)
+    assert 2**13 < largest <= 2**14
+
+
+@contextlib.contextmanager
+def eager_weights(layer):
+    """
+    What upstream's own eager attention of a layer, the function of its file, is given and gives: the mean weights that
+    each key receives, by its queries and keys in float64 and by its own weights, which are in float32.
+    """
+    module = attention._attention_of(layer)
+    file, found = sys.modules[type(module).__module__], []
+    own, implementation = file.eager_attention_forward, module.config._attn_implementation
+
+    def record(watched, query, key, value, attention_mask=None, **kwargs):
+        output = own(watched, query, key, value, attention_mask, **kwargs)
+        if watched is module:
+            weights = weights_of(query.double(), key.double(), kwargs["scaling"])
+            found.append((weights.mean((1, 2)).flatten(), output[1].double().mean((1, 2)).flatten()))
+        return output
+
+    file.eager_attention_forward, module.config._attn_implementation = record, "eager"
+    try:
+        yield found
+    finally:
+        file.eager_attention_forward, module.config._attn_implementation = own, implementation
+
+
+def last_layer_of(ours):
+    """A layer that attends to whole images, and its index among hidden states."""
+    layers = layers_of(tower_of(ours.model))
+    return layers[-1], len(layers)
+
+
+@contextlib.contextmanager
+def settings_of(model, **changes):
+    settings = model.config.prunesid_config
+    saved = {name: getattr(settings, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(settings, name, value)
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(settings, name, value)
+
+
+def encoder_of(model, row):
+    return getattr(model.model, f"get_{row.modality}_features")
+
+
+@every_grid
+@torch.no_grad()
+def test_patches_receive_what_upstream_s_weights_say(name):
+    ours, reference, row = contract.build(name)
+    inputs = {**row.inputs(contract.rows_of(row)), "return_dict": True}
+    _, index = last_layer_of(ours)
+    with eager_weights(last_layer_of(reference)[0]) as weights:
+        encoder_of(reference, row)(**inputs)
+    expected, of_upstream = (torch.cat(parts) for parts in zip(*weights))
+    torch.testing.assert_close(of_upstream, expected, rtol=1e-5, atol=1e-7)
+    encode = getattr(super(PrunedModelMixin, ours.model), f"get_{row.modality}_features")
+    # Off, because upstream's encoder of videos may call that of images, which is ours. Eager as the other: otherwise
+    # the layers before it round differently.
+    with settings_of(ours, layer=index, budget=None), eager_weights(last_layer_of(ours)[0]):
+        _, got = encode_with_attention(ours.model, row.modality, encode, inputs)
+    if got.dtype == torch.float64:
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-14)
+    else:  # upstream rotates in float32
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@every_grid
+@torch.no_grad()
+def test_a_token_receives_the_mean_of_the_patches_that_it_is_merged_from(name):
+    """A patch that is not a number behind the last layer spoils the token that it is merged into, and no other."""
+    ours, reference, row = contract.build(name)
+    inputs = {**row.inputs(contract.rows_of(row)), "return_dict": True}
+    layer, sizes = last_layer_of(reference)[0], list(row.tokens[: row.num_inputs])
+    spoiled, of_tokens = None, []
+
+    def spoil(module, args, output):
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        patches = hidden.view(-1, hidden.shape[-1])
+        patches[slice(0) if spoiled is None else spoiled] = torch.nan
+        of_tokens.append(len(patches))
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = layer.register_forward_hook(spoil)
+    try:
+        encoder_of(reference, row)(**inputs)
+        num_patches, into = of_tokens[0], []
+        for spoiled in range(0, num_patches, 3):
+            features = row.features(encoder_of(reference, row)(**inputs))
+            into.append(int(features.isnan().any(-1).nonzero()))
+    finally:
+        handle.remove()
+
+    views = [as_views(own) for own in ours.model.views(row.modality, inputs, sizes)]
+    starts = itertools.accumulate(sizes, initial=0)
+    tokens = torch.cat([view.rows + start for own, start in zip(views, starts) for view in own]).tolist()
+    for patch, token in zip(range(0, num_patches, 3), into):
+        only = torch.zeros(num_patches, dtype=torch.float64)
+        only[patch] = 1
+        pooled = ours.model.pool_attention(only, row.modality, inputs, len(tokens))
+        assert [tokens[place] for place in pooled.nonzero()[:, 0]] == [token]
+        assert float(pooled.sum()) == pytest.approx(len(tokens) / num_patches)
+
+
+@every_grid
+@torch.no_grad()
+def test_the_token_of_most_attention_is_kept_first(name):
+    ours, _, row = contract.build(name)
+    inputs = {**row.inputs(contract.rows_of(row)), "return_dict": True}
+    _, index = last_layer_of(ours)
+    encode = getattr(super(PrunedModelMixin, ours.model), f"get_{row.modality}_features")
+    with settings_of(ours, layer=index, budget=None):
+        _, patches = encode_with_attention(ours.model, row.modality, encode, inputs)
+    views = [as_views(own) for own in ours.model.views(row.modality, inputs, list(row.tokens[: row.num_inputs]))]
+    lengths = [len(view.rows) for own in views for view in own]
+    scores = iter(ours.model.pool_attention(patches, row.modality, inputs, sum(lengths)).split(lengths))
+    best = [[int(view.rows[next(scores).argmax()]) for view in own] for own in views]
+    for method in ("spread", "release"):
+        options = {"score": "attention", "keep_cls": False}
+        with settings_of(ours, layer=index, budget=1, method=method, method_settings=options):
+            kept = encoder_of(ours, row)(**inputs)["keep_indices"]
+        assert [own.tolist() for own in kept] == best
+
+
+def test_a_layer_that_attends_within_windows_is_refused():
+    ours, _, row = contract.build("qwen2_5_vl")
+    inputs = row.inputs(contract.rows_of(row))
+    with settings_of(ours, layer=1, method="spread", method_settings={"score": "attention"}):
+        with pytest.raises(ValueError, match=r"layer=1 does not attend .* to the whole image.*Set layer=2\."):
+            ours.model.get_image_features(**inputs)
+    with settings_of(ours, layer=0, method="spread", method_settings={"score": "attention"}):
+        with pytest.raises(ValueError, match="nearest layer that does is 2"):
+            ours.model.get_image_features(**inputs)
+
+
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+@pytest.mark.parametrize("layer", [-2, 1])
+@torch.no_grad()
+def test_a_tower_that_tokens_are_compared_in(tower, layer):
+    options = {"score": "attention", "keep_cls": False}
+    vision = {"model_type": f"{tower}_vision_model"}
+    ours = build_llava(1, vision=vision, layer=layer, method="spread", method_settings=options)
+    if tower == "siglip":
+        ours.config.vision_feature_select_strategy = "full"
+    images = pixels(3).double()
+    kept = ours.model.get_image_features(images).keep_indices
+    vision = ours.model.vision_tower
+    vision.set_attn_implementation("eager")
+    weights = vision(images, output_attentions=True).attentions
+    received = weights[layer % (len(weights) + 1) - 1].mean((1, 2))[:, int(tower == "clip") :]
+    assert [own.tolist() for own in kept] == [[place] for place in received.argmax(1).tolist()]
+    assert torch.equal(torch.cat(ours.model.get_image_features(images).keep_indices), torch.cat(list(kept)))
+
+
+def test_the_configuration_is_the_module_s_own_again():
+    ours, _, row = contract.build("qwen3_vl")
+    layer, _ = last_layer_of(ours)
+    module = attention._attention_of(layer)
+    own = module.config
+    with pytest.raises(RuntimeError), watch_attention(layer):
+        assert module.config is not own
+        raise RuntimeError
+    assert module.config is own and not attention._watched
+
+
+def test_threads_read_their_own_images():
+    ours, _, row = contract.build("qwen3_vl")
+    _, index = last_layer_of(ours)
+    encode = super(PrunedModelMixin, ours.model).get_image_features
+    results = {}
+
+    def run(place):
+        inputs = {**row.inputs([[place]]), "return_dict": True}
+        with torch.no_grad():
+            results[place] = [encode_with_attention(ours.model, "image", encode, inputs)[1] for _ in range(5)]
+
+    with settings_of(ours, layer=index):
+        threads = [threading.Thread(target=run, args=(place,)) for place in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        together = results
+        results = {}
+        for place in range(3):
+            run(place)
+    assert all(torch.equal(*pair) for place in range(3) for pair in zip(together[place], results[place]))
+    assert not attention._watched
