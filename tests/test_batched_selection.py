@@ -75,7 +75,7 @@ def choose(case, views, counts, device=None, **context):
     attention = attention_of(views)
     if device is not None:
         views, attention = device.put(views), device.put(attention)
-    given = Context(counts=list(counts), cls_attention=attention, details=True, **context)
+    given = Context(counts=list(counts), attention=attention, details=True, **context)
     return METHODS[name](views, counts_on(views.device, list(counts)), settings, given)
 
 
@@ -331,7 +331,7 @@ class Selecting(torch.nn.Module):
 
     def forward(self, views, counts, attention):
         name, settings = CASES[self.case]
-        return METHODS[name](views, counts, settings, Context(max_count=self.most, cls_attention=attention)).indices
+        return METHODS[name](views, counts, settings, Context(max_count=self.most, attention=attention)).indices
 
 
 @pytest.mark.parametrize(
