@@ -24,9 +24,10 @@ from modeling_prunesid import (
     PruneSIDLlavaNextForConditionalGeneration,
     register_method,
 )
-from modeling_prunesid.context import Context, counts_on, highest
+from modeling_prunesid.context import Context, counts_on
 from modeling_prunesid.methods import METHODS as method_registry
 from modeling_prunesid.selection import information_budgets, redundancy
+from modeling_prunesid.single_views import highest
 from modeling_prunesid.tower import run_tower
 from prunesid_cli.baselines import (
     METHODS,

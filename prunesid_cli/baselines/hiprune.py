@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from modeling_prunesid.context import highest
+from modeling_prunesid.single_views import highest
 from modeling_prunesid.tower import resolve_layer, run_tower
 
 from .encoder import Kept, num_patches

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modeling_prunesid.context import highest
+from modeling_prunesid.single_views import highest
 from modeling_prunesid.tower import run_tower
 
 from .encoder import Kept, num_patches
