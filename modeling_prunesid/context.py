@@ -30,12 +30,12 @@ class Context:
         attention (`torch.Tensor` of shape `(views, tokens)`, *optional*):
             The attention that each token receives, of CLS (summed over heads) or of all tokens alike.
         joined_attention (`torch.Tensor` of shape `(views, tokens)`, *optional*):
-            That of CLS with the heads taken as one: the softmax of the product of whole queries and keys.
+            That of CLS with the heads taken as one.
         keys (`torch.Tensor` of shape `(views, tokens, heads, any dim)`, *optional*): the tower's keys.
         projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*):
-            The tokens as the language model gets them; None where these are the views themselves.
+            The tokens as the language model gets them; None where the views are these.
         features (`torch.Tensor` of shape `(views, tokens, any dim)`, *optional*):
-            The rows that `Selection.merged` replaces; None where these are the views themselves.
+            The rows that `Selection.merged` replaces; None where the views are these.
         details (`bool`): also return groups and scores.
     """
 

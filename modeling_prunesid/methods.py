@@ -39,8 +39,8 @@ def check_name(name: str, field: str = "prunesid_config.method") -> None:
     if name not in MODULES:
         raise ValueError(
             f"{field} must be one of {tuple(MODULES)}, the methods that are carried here, got {name!r}. A model "
-            "saved on the Hub carries its own method only: convert it with the package to change it. A method of your "
-            "own must first be registered: register_method(name, module)."
+            "saved on the Hub carries its own method only: convert it with the package to change it, or add yours "
+            "with `register_method`."
         )
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from modeling_prunesid.single_views import highest
-from modeling_prunesid.tower import run_tower
+from prunesid_cli.towers import run_tower
 
 from .encoder import Kept, num_patches
 from .llm import STATED_LAYERS, Row
