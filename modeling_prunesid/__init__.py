@@ -36,6 +36,7 @@ from .modeling_vitcop_llava import (
 )
 from .processing_mini_gemini import MiniGeminiProcessor
 from .registering import register_method
+from .visualize import explain, visualize
 
 
 __version__ = "0.2.0"
@@ -60,7 +61,9 @@ __all__ = [
     "ViTCoPLlavaModel",
     "ViTCoPLlavaProcessor",
     "compress",
+    "explain",
     "register_method",
+    "visualize",
 ]
 
 

@@ -189,8 +189,8 @@ def pool_consecutive(patches: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """
     if len(patches) % num_tokens:
         raise ValueError(
-            f"score='attention' needs tokens that are merged from equal numbers of patches, but {len(patches)} patches "
-            f"became {num_tokens} tokens. Use score='component'."
+            f"score='attention' needs tokens that are merged from equal numbers of patches, but {len(patches)} "
+            f"patches became {num_tokens} tokens. Use score='component'."
         )
     return patches.view(num_tokens, -1).mean(1)
 

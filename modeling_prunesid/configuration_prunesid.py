@@ -371,7 +371,7 @@ class NestsPruneSIDConfig:
             return super().__init_subclass__(**kwargs)
         cls.__annotations__ = {
             **vars(cls).get("__annotations__", {}),
-            "prunesid_config": dict | PretrainedConfig | None,
+            "prunesid_config": dict | str | PretrainedConfig | None,
         }
         cls.prunesid_config = None
         super().__init_subclass__(**kwargs)

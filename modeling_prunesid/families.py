@@ -38,6 +38,7 @@ FAMILIES = {
     "idefics2": "Idefics2",
     "idefics3": "Idefics3",
     "inkling2": "Inkling2",
+    "inkling2_loop": "Inkling2Loop",
     "internvl": "InternVL",
     "janus": "Janus",
     "kimi_k25": "Kimi_K25",
@@ -50,6 +51,7 @@ FAMILIES = {
     "llava_next_video": "LlavaNextVideo",
     "llava_onevision": "LlavaOnevision",
     "mini_gemini": "MiniGemini",
+    "minicpm_ocr": "MiniCPMOcr",
     "minicpmv4_6": "MiniCPMV4_6",
     "minicpmv4_7": "MiniCPMV4_7",
     "minimax_m3_vl": "MiniMaxM3VL",
@@ -90,7 +92,9 @@ _RELEASES = {
     "granite_docling": "5.23.0",
     "hy_v4_vl": "5.24.0",
     "inkling2": "5.23.0",
+    "inkling2_loop": "5.24.0",
     "lfm3_vl": "5.23.0",
+    "minicpm_ocr": "5.23.0",
     "mistral_large4": "5.22.0",
     "molmo2": "5.20.0",
     "muse_spark": "5.23.0",
@@ -120,6 +124,7 @@ UNSUPPORTED = {
     "fuyu": _NO_ENCODER,
     "chameleon": _NO_ENCODER,
     "emu3": _NO_ENCODER,
+    "apertus1p5": _NO_ENCODER,
     "git": _NO_PLACEHOLDERS,
     "blip": _NO_PLACEHOLDERS,
     "kosmos-2": _NO_PLACEHOLDERS,
@@ -127,6 +132,8 @@ UNSUPPORTED = {
     "diffusion_gemma": _NO_PLACEHOLDERS,
     "evolla": _NO_PLACEHOLDERS,
     "pi0": _NO_PLACEHOLDERS,
+    "mistral4": "it reads text alone",
+    "shieldgemma2": "it classifies an image by a fixed prompt, and generates nothing; its parts are Gemma 3",
 }
 
 

@@ -214,8 +214,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     ):
         """
         Upstream's output with the kept rows alone, chosen by the features that enter the language model, and by the
-        attention that the `patches` `(patches,)` of the tower receive, if the method reads it. lambda is 18 N/T where the
-        configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
+        attention that the `patches` `(patches,)` of the tower receive, if the method reads it. lambda is 18 N/T where
+        the configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
         """
         settings, features = self.config.prunesid_config, self.features_of(output)
         sizes = [len(own) for own in features]
@@ -332,7 +332,8 @@ def register_family(head: Any, processor: type | None = None) -> type:
         "AutoModelForImageTextToText": head.__name__,
         "AutoModelForMultimodalLM": head.__name__,
     }
-    head._processor_class = processor
+    # Without the packages that it needs, Transformers has but a placeholder for a stock processor.
+    head._processor_class = None if getattr(processor, "is_dummy", False) else processor
     for ours in {head, model}:
         stock = stock_class(ours)
         names = {ours.__name__: stock.__name__, ours.config_class.model_type: stock.config_class.model_type}

@@ -144,6 +144,27 @@ class CompressedGenerationMixin:
             CachedPrompt(callers_ids, prompt).behind(cache).remember(cache)
         return output
 
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+        """
+        Repeats the features of each row of a batch for its beams. Upstream's own way puts those of several inputs of a
+        row into the wrong order in some families (GLM-4V), and in others leaves parts out.
+        """
+        arguments = {"expand_size": expand_size, "inputs_embeds": inputs_embeds}
+        if not any(getattr(output, "is_pruned", False) for output in mm_encoder_output.values()):
+            return super()._expand_multimodal_outputs(input_ids, mm_encoder_output, **arguments)
+        for modality, output in mm_encoder_output.items():
+            if modality not in ("image", "video") or output is None:
+                continue
+            columns = (input_ids, None) if input_ids is not None and input_ids.numel() else (None, inputs_embeds)
+            counts = self.model.find_placeholders(modality, *columns).sum(1).tolist()
+
+            def repeat(entries, counts=counts):
+                rows = torch.cat(list(entries)).split(counts)
+                return [row for row in rows if len(row) for _ in range(expand_size)]
+
+            self.model.put_features(output, repeat)
+        return mm_encoder_output
+
     def _merge_criteria_processor_list(self, default_list, custom_list):
         """Upstream's rule, by the types of the caller's own processors and criteria."""
         wrapped = {id(item.function): item for item in custom_list if isinstance(item, _SeesCallersPrompt)}

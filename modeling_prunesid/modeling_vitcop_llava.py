@@ -112,7 +112,7 @@ class ViTCoPLlavaConfig(LlavaConfig):
     sub_configs = {**LlavaConfig.sub_configs, "vitcop_config": ViTCoPConfig}
     keys_to_ignore_at_inference = ignored_at_inference(LlavaConfig)
 
-    vitcop_config: dict | PretrainedConfig | None = None
+    vitcop_config: dict | str | PretrainedConfig | None = None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

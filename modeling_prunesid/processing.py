@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
@@ -23,7 +24,7 @@ from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .prompts import largest_remainder
 
 
-_OF_VIDEOS = "num_visual_tokens_of_videos"
+OF_VIDEOS = "num_visual_tokens_of_videos"
 _TYPED_DICT: Any = TypedDict
 
 
@@ -222,41 +223,23 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         token = self._placeholder(modality)
         return [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
 
-    def replace_image_token(
-        self, image_inputs: dict, image_idx: int, num_visual_tokens: int | float | None = None, **kwargs
-    ) -> str:
-        text = super().replace_image_token(image_inputs, image_idx, **kwargs)
-        return self._shorten(text, "image", image_inputs, image_idx, num_visual_tokens)
-
-    def replace_video_token(
-        self, video_inputs: dict, video_idx: int, num_visual_tokens: int | float | None = None, **kwargs
-    ) -> str:
-        text = super().replace_video_token(video_inputs, video_idx, **kwargs)
-        return self._shorten(text, "video", video_inputs, video_idx, num_visual_tokens)
-
     def _process_images(self, images, num_visual_tokens: int | float | None = None, **kwargs):
-        inputs, texts = super()._process_images(images, **kwargs)
-        texts = [
-            self.replace_image_token(inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
-            for index in range(len(texts))
-        ]
-        if self.num_visual_tokens is not None or num_visual_tokens is not None:
-            inputs["num_visual_tokens"] = [text.count(self._placeholder("image")) for text in texts]
-        return inputs, texts
+        return self._write("image", *super()._process_images(images, **kwargs), num_visual_tokens)
 
     def _process_videos(self, videos, num_visual_tokens: int | float | None = None, **kwargs):
-        inputs, texts = super()._process_videos(videos, **kwargs)
-        texts = [
-            self.replace_video_token(inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
-            for index in range(len(texts))
-        ]
+        return self._write("video", *super()._process_videos(videos, **kwargs), num_visual_tokens)
+
+    def _write(self, modality: str, inputs: dict, texts: list[str], num_visual_tokens: int | float | None):
+        """The stock processor's texts, shortened, and what it returns besides, with the budget of each input."""
+        texts = [self._shorten(text, modality, inputs, index, num_visual_tokens) for index, text in enumerate(texts)]
         if self.num_visual_tokens is not None or num_visual_tokens is not None:
-            inputs[_OF_VIDEOS] = [text.count(self._placeholder("video")) for text in texts]
+            name = "num_visual_tokens" if modality == "image" else OF_VIDEOS
+            inputs[name] = [text.count(self._placeholder(modality)) for text in texts]
         return inputs, texts
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
-        of_images, of_videos = output.get("num_visual_tokens"), output.pop(_OF_VIDEOS, None)
+        of_images, of_videos = output.get("num_visual_tokens"), output.pop(OF_VIDEOS, None)
         if of_videos is not None and of_images is not None:
             both = [torch.as_tensor(of_images), torch.as_tensor(of_videos)]
             output["num_visual_tokens"] = (
@@ -267,22 +250,32 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         return output
 
     def _get_num_multimodal_tokens(self, image_sizes=None, num_visual_tokens=None, **kwargs) -> MultiModalData:
-        """Upstream's counts of placeholders for images of these sizes, shortened."""
+        """Upstream's counts of tokens for images of these sizes, less the placeholders that are not written."""
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
         if data.num_image_tokens is not None:
+            settings = self._merge_kwargs(**kwargs)["images_kwargs"]
             data.num_image_tokens = [
-                self._num_kept_of_size(tokens, size, num_visual_tokens)
+                tokens - self._num_dropped_of_size(tokens, size, num_visual_tokens, settings)
                 for tokens, size in zip(data.num_image_tokens, image_sizes)
             ]
         return data
 
-    def _num_kept_of_size(self, num_tokens: int, image_size, num_visual_tokens: int | float | None) -> int:
-        kept = self._kept_of_views(self.view_lengths_of_size(num_tokens, image_size), num_visual_tokens)
-        return num_tokens if kept is None else sum(kept)
+    def _num_dropped_of_size(self, num_tokens: int, size, num_visual_tokens, settings: dict) -> int:
+        views = self.view_lengths_of_size(num_tokens, size)
+        if views is None:
+            images, *_ = self.prepare_inputs_layout(images=[np.zeros((*size, 3), dtype=np.uint8)])
+            inputs, [text] = super()._process_images(images, **settings)
+            runs = self._runs(text, "image")
+            num_tokens, views = sum(runs), self.view_lengths("image", inputs, 0, runs)
+        kept = self._kept_of_views(views, num_visual_tokens)
+        return 0 if kept is None else num_tokens - sum(kept)
 
-    def view_lengths_of_size(self, num_tokens: int, image_size: tuple[int, int]) -> list[int]:
-        """As `view_lengths`, of an image of this height and width that the stock processor writes `num_tokens` for."""
-        return [num_tokens]
+    def view_lengths_of_size(self, num_tokens: int, image_size: tuple[int, int]) -> list[int] | None:
+        """
+        As `view_lengths`, of an image of this height and width that the stock processor writes `num_tokens` for, where
+        a family can tell without its image processor; None runs that on an empty image.
+        """
+        return None
 
     @property
     def model_input_names(self) -> list[str]:

@@ -89,6 +89,16 @@ class ShortPrompt:
         index = source.clamp(min=0).view(shape).expand(-1, -1, *columns.shape[2:])
         return columns.gather(1, index).masked_fill((source < 0).view(shape), fill)
 
+    def columns_ahead(self) -> torch.LongTensor:
+        """How many columns more the short prompt has than each row alone, without added padding: `(batch, 1)`."""
+        return self.length - (~self.dropped).sum(1, keepdim=True)
+
+    def first_ahead(self) -> torch.LongTensor:
+        """The same up to the first column of the caller's that remains: `(batch, 1)`."""
+        first = (self.source >= 0).long().argmax(1, keepdim=True)
+        alone = (~self.dropped).cumsum(1) - 1
+        return first - alone.gather(1, self.source.gather(1, first).clamp(min=0))
+
     def callers_columns(self) -> torch.LongTensor:
         """
         For each column of the full prompt, the short column whose value it carries, `(batch, full_length)`: its own,
