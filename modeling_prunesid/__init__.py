@@ -17,7 +17,6 @@ from .auto import PruneSIDForImageTextToText
 from .compress import compress
 from .configuration_mini_gemini import MiniGeminiConfig
 from .families import FAMILIES, release_with
-from .methods import register_method
 from .modeling_layer_pruned_llava import (
     LayerPrunedConfig,
     LayerPrunedLlavaAutoModel,
@@ -36,6 +35,7 @@ from .modeling_vitcop_llava import (
     ViTCoPLlavaProcessor,
 )
 from .processing_mini_gemini import MiniGeminiProcessor
+from .registering import register_method
 from .visualize import explain, visualize
 
 

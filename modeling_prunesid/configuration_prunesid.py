@@ -419,9 +419,9 @@ def refuse_cls(settings: PretrainedConfig, reason: str) -> None:
     missing = OF_CLS & needs_of(settings)
     if missing:
         raise ValueError(
-            f"prunesid_config.method={settings.method!r} needs {' and '.join(sorted(missing))}, the attention that a "
-            f"CLS token pays in the vision tower or its keys, which this model has not: {reason}. Set "
-            "method_settings={'score': 'component'}, if the method has that, or another method, such as 'paper'."
+            f"prunesid_config.method={settings.method!r} needs {' and '.join(sorted(missing))} of a vision tower with "
+            f"a CLS token, which this model has not: {reason}. Set method_settings={{'score': 'component'}}, if the "
+            "method has that, or method='paper'."
         )
     if options_of(settings).get("keep_cls"):
         raise ValueError(

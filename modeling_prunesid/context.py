@@ -13,7 +13,8 @@ from .exact import is_batched, without_autocast
 
 
 VIEWS_AT_ONCE = 32
-_TENSORS = ("attention", "joined_attention", "projected", "keys", "features")
+# What a context has of each token.
+TENSORS = ("attention", "joined_attention", "projected", "keys", "features")
 
 
 @dataclass
@@ -30,12 +31,12 @@ class Context:
         attention (`torch.Tensor` of shape `(views, tokens)`, *optional*):
             The attention that each token receives, of CLS (summed over heads) or of all tokens alike.
         joined_attention (`torch.Tensor` of shape `(views, tokens)`, *optional*):
-            That of CLS with the heads taken as one: the softmax of the product of whole queries and keys.
+            That of CLS with the heads taken as one.
         keys (`torch.Tensor` of shape `(views, tokens, heads, any dim)`, *optional*): the tower's keys.
         projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*):
-            The tokens as the language model gets them; None where these are the views themselves.
+            The tokens as the language model gets them; None where the views are these.
         features (`torch.Tensor` of shape `(views, tokens, any dim)`, *optional*):
-            The rows that `Selection.merged` replaces; None where these are the views themselves.
+            The rows that `Selection.merged` replaces; None where the views are these.
         details (`bool`): also return groups and scores.
     """
 
@@ -57,7 +58,7 @@ class Context:
         def part(value):
             return None if value is None else value[first:last]
 
-        tensors = {name: part(getattr(self, name)) for name in _TENSORS}
+        tensors = {name: part(getattr(self, name)) for name in TENSORS}
         tensors = {name: None if value is None else value[:, :tokens] for name, value in tensors.items()}
         return replace(self, counts=part(self.counts), lengths=part(self.lengths), **tensors)
 
@@ -100,52 +101,6 @@ def counts_on(device: torch.device, counts: list[int]) -> torch.LongTensor:
     if len(set(counts)) == 1:
         return torch.full((len(counts),), counts[0], device=device)
     return torch.tensor(counts).to(device, non_blocking=True)
-
-
-def highest(scores: torch.Tensor, count: int) -> torch.LongTensor:
-    """The ascending indices of the `count` highest of the scores `(tokens,)`; of equal ones, the lower indices."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def view_by_view(choose: Callable) -> Callable:
-    """
-    Makes a method's `select` of a function of a single view.
-
-    Args:
-        choose (`Callable`):
-            `choose(view, count, settings, context)` of the features `(T, dim)` of a view, its N < T as an int, and
-            what `select` gets, the context's tensors without their first dimension. It returns N ascending indices; or
-            a tuple of these and of features `(N, any dim)`, which take the place of those of the kept tokens.
-    """
-
-    @functools.wraps(choose)
-    def select(views: torch.Tensor, counts: torch.Tensor, settings: Any, context: Context) -> Selection:
-        batch, tokens, _ = views.shape
-        numbers = counts.tolist() if context.counts is None else context.counts
-        lengths = [tokens] * batch if context.lengths is None else context.lengths
-        kept, merged = [], []
-        with without_autocast(views.device):
-            for row, (count, length) in enumerate(zip(numbers, lengths)):
-                own = context.of_views(row, row + 1, length)
-                tensors = {name: getattr(own, name) for name in _TENSORS}
-                own = replace(own, **{name: None if value is None else value[0] for name, value in tensors.items()})
-                chosen = choose(views[row, :length].detach(), count, settings, own)
-                indices, features = chosen if isinstance(chosen, tuple) else (chosen, None)
-                if indices.shape != (count,):
-                    raise ValueError(
-                        f"prunesid_config.method={settings.method!r} must choose {count} of {length} tokens, got "
-                        f"indices of shape {tuple(indices.shape)}. Mend its `select`."
-                    )
-                kept.append(indices)
-                merged += [] if features is None else [features]
-        pad = torch.nn.utils.rnn.pad_sequence
-        return Selection(
-            pad(kept, batch_first=True, padding_value=tokens),
-            counts,
-            merged=pad(merged, batch_first=True) if merged else None,
-        )
-
-    return select
 
 
 def in_parts(select: Callable) -> Callable:

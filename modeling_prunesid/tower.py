@@ -175,19 +175,6 @@ def project_rows(projector: nn.Module, choose: Callable[[torch.Tensor], tuple[to
             handle.remove()
 
 
-def run_tower(
-    tower: nn.Module,
-    pixel_values: torch.Tensor,
-    layers: Iterable[int],
-    cls_attention_layer: int | None = None,
-    **tower_arguments,
-) -> TowerStates:
-    """A tower by itself, watched as by [`watch_tower`], on `(batch, channels, height, width)`."""
-    with watch_tower(tower, layers, cls_attention_layer) as states:
-        tower(pixel_values, return_dict=True, **tower_arguments)
-    return states
-
-
 def count_prefix(tower: nn.Module) -> int:
     """How many tokens a tower has before its patches: CLS and registers."""
     has_cls = any(name.rsplit(".", 1)[-1] in _CLS_EMBEDDINGS for name, _ in tower.named_parameters())

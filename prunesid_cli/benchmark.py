@@ -59,10 +59,10 @@ from modeling_prunesid import (
     similarity,
 )
 from modeling_prunesid.select_tokens import select_tokens
-from modeling_prunesid.tower import run_tower
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 from prunesid_cli import parts
 from prunesid_cli.tower_memo import remembered
+from prunesid_cli.towers import run_tower
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,10 +24,10 @@ from modeling_prunesid import (
     PruneSIDLlavaNextForConditionalGeneration,
     register_method,
 )
-from modeling_prunesid.context import Context, counts_on, highest
+from modeling_prunesid.context import Context, counts_on
 from modeling_prunesid.methods import METHODS as method_registry
 from modeling_prunesid.selection import information_budgets, redundancy
-from modeling_prunesid.tower import run_tower
+from modeling_prunesid.single_views import highest
 from prunesid_cli.baselines import (
     METHODS,
     applied,
@@ -51,6 +51,7 @@ from prunesid_cli.baselines import (
 from prunesid_cli.baselines.encoder import encoder_method
 from prunesid_cli.baselines.llm import Row, llm_method, scaled_layer
 from prunesid_cli.baselines.seam import registered
+from prunesid_cli.towers import run_tower
 
 
 RELEASE = Path(__file__).parents[1] / "configuration" / "llava_1.5_64_release.json"
@@ -665,7 +666,7 @@ def test_methods_of_the_seam_run_in_qwen_vl():
                 assert torch.equal(indices, choose(SELECTORS[name][0], (features[None], Context()), 6)[0])
                 assert torch.equal(kept, features[indices])
         for name in ("hired", "vispruner", "visionzip", "prumerge"):
-            needs = r"needs .*attention.*, the attention that a CLS token pays .*has not"
+            needs = r"needs .*attention.* of a vision tower with a CLS token, which this model has not"
             with pytest.raises(ValueError, match=f"method='{name}' {needs}"), applied(model, name, 6):
                 pass
     with pytest.raises(ValueError, match="must be a PruneSIDLlavaForConditionalGeneration for 'tome'"):

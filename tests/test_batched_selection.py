@@ -15,7 +15,8 @@ from sklearn.datasets import load_sample_images
 from modeling_prunesid import components
 from modeling_prunesid.context import Context, counts_on
 from modeling_prunesid.exact import gram
-from modeling_prunesid.methods import METHODS, carried_source, check_method, method_of, method_of_saved
+from modeling_prunesid.methods import METHODS, check_method, method_of, method_of_saved
+from modeling_prunesid.registering import carried_source
 from modeling_prunesid.selection import NMS_ROUNDS, information_budgets, redundancy, survivors
 
 

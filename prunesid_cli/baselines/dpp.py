@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from modeling_prunesid.context import Context, view_by_view
+from modeling_prunesid.context import Context
+from modeling_prunesid.single_views import view_by_view
 
 
 DISTINCT = 1e-9  # squared distances from the span of what is chosen that differ by less are equal

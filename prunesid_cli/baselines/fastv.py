@@ -9,7 +9,7 @@ with the depth of the language model; the tokens behind it are those that make t
 
 import torch
 
-from modeling_prunesid.context import highest
+from modeling_prunesid.single_views import highest
 
 from .llm import Row, count_behind
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from modeling_prunesid.context import highest
-from modeling_prunesid.tower import resolve_layer, run_tower
+from modeling_prunesid.single_views import highest
+from modeling_prunesid.tower import resolve_layer
+from prunesid_cli.towers import run_tower
 
 from .encoder import Kept, num_patches
 from .tome import find_blocks

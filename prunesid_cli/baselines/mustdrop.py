@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modeling_prunesid.context import highest
-from modeling_prunesid.tower import run_tower
+from modeling_prunesid.single_views import highest
+from prunesid_cli.towers import run_tower
 
 from .encoder import Kept, num_patches
 from .llm import STATED_LAYERS, Row

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from modeling_prunesid.context import Context, highest, view_by_view
+from modeling_prunesid.context import Context
+from modeling_prunesid.single_views import highest, view_by_view
 
 
 NEAREST = 32

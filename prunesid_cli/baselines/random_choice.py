@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from modeling_prunesid.context import Context, view_by_view
+from modeling_prunesid.context import Context
+from modeling_prunesid.single_views import view_by_view
 
 
 CHANNELS = 4

@@ -17,7 +17,7 @@ float32. Of equal ones the first counts as the larger (the release adds unseeded
 
 import torch
 
-from modeling_prunesid.context import highest
+from modeling_prunesid.single_views import highest
 
 from .llm import Row
 
