@@ -114,6 +114,8 @@ class CompressedModelMixin:
         columns = input_ids if input_ids is not None else inputs_embeds
         cache, mask = cache_of(inputs), inputs.get("attention_mask")
         has_views = bool(self._dropped_tokens(inputs))
+        if not is_generation and not has_views and getattr(cache, "_prunesid_interrupted", False):
+            return self.place(inputs, is_generation), None  # a step of our `generate`, on what it has shortened
         # A compiled step has its mask in the form that attention takes, which fits the cache.
         has_memory = hasattr(cache, "_prunesid_prompt") or hasattr(cache, "_prunesid_rope_deltas")
         has_memory = has_memory and (is_flat(mask) or not torch.compiler.is_compiling())

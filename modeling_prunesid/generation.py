@@ -112,8 +112,14 @@ class CompressedGenerationMixin:
         }
         if prompt is not None:
             self._count_from_callers_prompt(generation_config, kwargs, prompt)
+        is_ours = prompt is not None or hasattr(cache, "_prunesid_prompt")
+        if cache is not None and is_ours:
+            cache._prunesid_interrupted = True
         if prompt is None or callers_ids is None:
-            return super().generate(inputs, **arguments, **kwargs)
+            output = super().generate(inputs, **arguments, **kwargs)
+            if cache is not None and is_ours:
+                cache._prunesid_interrupted = False
+            return output
 
         callers_prompt = _CallersPrompt(callers_ids, prompt.length)
         if logits_processor is not None:
@@ -129,8 +135,6 @@ class CompressedGenerationMixin:
         if streamer is not None:
             arguments["streamer"] = _StreamsCallersPrompt(streamer, callers_prompt)
 
-        if cache is not None:
-            cache._prunesid_interrupted = True
         output = super().generate(inputs, **arguments, **kwargs)
         if cache is not None:
             cache._prunesid_interrupted = False
