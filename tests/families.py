@@ -1500,4 +1500,50 @@ add(
 )
 
 
+def inkling_patches(rows: list[list[int]]) -> dict[str, Any]:
+    counts = [(16, 8, 16)[index] for index in flat(rows)]
+    pixels = torch.cat([noise(index, count, 2, 40, 40, 3) for index, count in zip(flat(rows), counts)])
+    return {"pixel_values": pixels, "num_patches": torch.tensor(counts)}
+
+
+add(
+    "inkling_mm_model",
+    {
+        "text_config": {
+            **TEXT,
+            "head_dim": 8,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": 16,
+            "d_rel": 4,
+            "rel_extent": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "unpadded_vocab_size": 120,
+            "logits_mup_width_multiplier": 1.0,
+            "local_layer_ids": [0],
+        },
+        "vision_config": {
+            "text_hidden_size": 32,
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "initializer_range": 0.3,
+        },
+        "audio_config": {"text_hidden_size": 32, "n_mel_bins": 4, "mel_vocab_size": 8},
+        "image_token_id": IMAGE,
+        "audio_token_id": 104,
+        "image_bos_token_id": 105,
+        "audio_bos_token_id": 106,
+    },
+    inkling_patches,
+    tokens=(16, 8, 16),
+    kept=(5, 5, 5),
+    ours=("num_patches",),
+    prepare=double_router,
+)
+
 import families_grids  # noqa: E402, F401
