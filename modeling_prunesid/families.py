@@ -91,6 +91,8 @@ _OWN = ("mini_gemini",)
 # The first release that was seen to have a family as it is declared; the others are in 5.18.0, the oldest supported.
 _RELEASES = {
     "dots3_note": "5.23.0",
+    "gemma4": "5.23.0",  # its processor cannot be imported without torchvision before
+    "gemma4_unified": "5.23.0",
     "granite_docling": "5.23.0",
     "hy_v4_vl": "5.24.0",
     "inkling2": "5.23.0",
