@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import transformers
 
+from modeling_prunesid.families import release_with
+from modeling_prunesid.upstream import VIDEO_LLAVA_PIXELS
+
 
 PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END, TAG = 0, 1, 2, 100, 101, 102, 103, 11
 SHIPPED = "5.18.0"
@@ -116,7 +119,7 @@ class Row:
     def is_installed(self) -> bool:
         """Whether the installed Transformers has the family, and the packages that it needs are there."""
         version = tuple(map(int, transformers.__version__.split(".")[:2]))
-        has_family = version >= tuple(map(int, self.since.split(".")[:2]))
+        has_family = version >= tuple(map(int, self.since.split(".")[:2])) and release_with(self.family) is None
         has_packages = all(importlib.util.find_spec(package) is not None for package in self.needs)
         return has_family and has_packages and transformers.__version__ not in self.broken_in
 
@@ -272,7 +275,7 @@ for modality, name, shape in (("image", "", (3, 32, 32)), ("video", " video", (2
             "video_token_index": VIDEO,
             "image_seq_length": 64,
         },
-        images(*shape, name="pixel_values_videos" if name else "pixel_values"),
+        images(*shape, name="pixel_values_videos" if name else VIDEO_LLAVA_PIXELS),
         modality=modality,
         tokens=(130,) * 3 if name else (64,) * 3,
         kept=(10,) * 3 if name else (5,) * 3,
