@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
@@ -249,22 +250,32 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         return output
 
     def _get_num_multimodal_tokens(self, image_sizes=None, num_visual_tokens=None, **kwargs) -> MultiModalData:
-        """Upstream's counts of placeholders for images of these sizes, shortened."""
+        """Upstream's counts of tokens for images of these sizes, less the placeholders that are not written."""
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
         if data.num_image_tokens is not None:
+            settings = self._merge_kwargs(**kwargs)["images_kwargs"]
             data.num_image_tokens = [
-                self._num_kept_of_size(tokens, size, num_visual_tokens)
+                tokens - self._num_dropped_of_size(tokens, size, num_visual_tokens, settings)
                 for tokens, size in zip(data.num_image_tokens, image_sizes)
             ]
         return data
 
-    def _num_kept_of_size(self, num_tokens: int, image_size, num_visual_tokens: int | float | None) -> int:
-        kept = self._kept_of_views(self.view_lengths_of_size(num_tokens, image_size), num_visual_tokens)
-        return num_tokens if kept is None else sum(kept)
+    def _num_dropped_of_size(self, num_tokens: int, size, num_visual_tokens, settings: dict) -> int:
+        views = self.view_lengths_of_size(num_tokens, size)
+        if views is None:
+            images, *_ = self.prepare_inputs_layout(images=[np.zeros((*size, 3), dtype=np.uint8)])
+            inputs, [text] = super()._process_images(images, **settings)
+            runs = self._runs(text, "image")
+            num_tokens, views = sum(runs), self.view_lengths("image", inputs, 0, runs)
+        kept = self._kept_of_views(views, num_visual_tokens)
+        return 0 if kept is None else num_tokens - sum(kept)
 
-    def view_lengths_of_size(self, num_tokens: int, image_size: tuple[int, int]) -> list[int]:
-        """As `view_lengths`, of an image of this height and width that the stock processor writes `num_tokens` for."""
-        return [num_tokens]
+    def view_lengths_of_size(self, num_tokens: int, image_size: tuple[int, int]) -> list[int] | None:
+        """
+        As `view_lengths`, of an image of this height and width that the stock processor writes `num_tokens` for, where
+        a family can tell without its image processor; None runs that on an empty image.
+        """
+        return None
 
     @property
     def model_input_names(self) -> list[str]:

@@ -347,10 +347,10 @@ def plain_experts(model):
 
 
 def double_router(model):
-    """Inkling routes in float32, whatever the weights are: the router's come back to it."""
+    """Inkling routes and mixes its loops in float32, whatever the other weights are: these come back to it."""
     plain_experts(model)
-    for module in model.modules():
-        if "Router" in type(module).__name__:
+    for name, module in model.named_modules():
+        if "Router" in type(module).__name__ or name.endswith(("forget_gate_proj", "message_gate_proj")):
             module.float()
 
 
@@ -726,6 +726,18 @@ for name, modality in (("minicpmv4_6", "image"), ("minicpmv4_6 video", "video"))
         write=runs(4, [104], [105]),
         ours=BOTH_TILES,
     )
+add(
+    "minicpm_ocr",
+    {**{name: value for name, value in MINICPM.items() if name != "image_size"}, "downsample_mode": "16x"},
+    slices(False),
+    tokens=(8, 4, 4),
+    kept=(4, 2, 2),
+    budget=2,
+    view="slice",
+    write=runs(4, [104], [105]),
+    ours=BOTH_TILES,
+    since="5.23.0",
+)
 KIMI = image_token(
     {
         **TEXT,
@@ -1182,41 +1194,60 @@ add(
     view="crop",
     prepare=plain_experts,
 )
+INKLING2 = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "posemb_grid_size": 8,
+        "projection_hidden_dim": 32,
+        "text_hidden_size": 32,
+        "initializer_range": 0.3,
+    },
+    "text_config": {
+        **TEXT,
+        "head_dim": 8,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "sliding_window_size": 16,
+        "d_rel": 4,
+        "rel_extent": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "unpadded_vocab_size": 120,
+    },
+    "image_token_id": IMAGE,
+}
 add(
     "inkling2",
-    {
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "posemb_grid_size": 8,
-            "projection_hidden_dim": 32,
-            "text_hidden_size": 32,
-            "initializer_range": 0.3,
-        },
-        "text_config": {
-            **TEXT,
-            "head_dim": 8,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "sliding_window_size": 16,
-            "d_rel": 4,
-            "rel_extent": 16,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "unpadded_vocab_size": 120,
-        },
-        "image_token_id": IMAGE,
-    },
+    INKLING2,
     patches([[1, 4, 4]] * 3, 8, 8, 3),
     tokens=(16,) * 3,
     kept=(5,) * 3,
     since="5.23.0",
+    prepare=double_router,
+)
+add(
+    "inkling2_loop",
+    {
+        **INKLING2,
+        "text_config": {
+            **INKLING2["text_config"],
+            "n_layers_per_attn_res_block": 1,
+            "loop_layer_index_start": 1,
+            "loop_layer_index_end": 2,
+            "loop_gate_rank": 8,
+        },
+    },
+    patches([[1, 4, 4]] * 3, 8, 8, 3),
+    tokens=(16,) * 3,
+    kept=(5,) * 3,
+    since="5.24.0",
     prepare=double_router,
 )
 add(
@@ -1468,5 +1499,51 @@ add(
     needs=("timm",),
 )
 
+
+def inkling_patches(rows: list[list[int]]) -> dict[str, Any]:
+    counts = [(16, 8, 16)[index] for index in flat(rows)]
+    pixels = torch.cat([noise(index, count, 2, 40, 40, 3) for index, count in zip(flat(rows), counts)])
+    return {"pixel_values": pixels, "num_patches": torch.tensor(counts)}
+
+
+add(
+    "inkling_mm_model",
+    {
+        "text_config": {
+            **TEXT,
+            "head_dim": 8,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": 16,
+            "d_rel": 4,
+            "rel_extent": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "unpadded_vocab_size": 120,
+            "logits_mup_width_multiplier": 1.0,
+            "local_layer_ids": [0],
+        },
+        "vision_config": {
+            "text_hidden_size": 32,
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "initializer_range": 0.3,
+        },
+        "audio_config": {"text_hidden_size": 32, "n_mel_bins": 4, "mel_vocab_size": 8},
+        "image_token_id": IMAGE,
+        "audio_token_id": 104,
+        "image_bos_token_id": 105,
+        "audio_bos_token_id": 106,
+    },
+    inkling_patches,
+    tokens=(16, 8, 16),
+    kept=(5, 5, 5),
+    ours=("num_patches",),
+    prepare=double_router,
+)
 
 import families_grids  # noqa: E402, F401

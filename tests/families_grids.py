@@ -214,7 +214,7 @@ GLM_MOE = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-for name, text in (("glm4v", {}), ("glm4v_moe", GLM_MOE), ("glm46v", {}), ("glm_ocr", {})):
+for name, text in (("glm4v", {}), ("glm4v_moe", GLM_MOE), ("glm46v", {}), ("glmga", {}), ("glm_ocr", {})):
     add_grids(
         name,
         {"vision_config": GLM_VISION, "text_config": {**HEADS, "rope_parameters": ROPE, **text}, **GLM_IDS},
