@@ -90,8 +90,10 @@ FAMILIES = {
 _OWN = ("mini_gemini",)
 # The first release that was seen to have a family as it is declared; the others are in 5.18.0, the oldest supported.
 _RELEASES = {
+    "cosmos3_edge": "5.23.0",  # generate had no text axis before
     "dots3_note": "5.23.0",
     "granite_docling": "5.23.0",
+    "hunyuan_vl": "5.23.0",  # the images of a call in one before
     "hy_v4_vl": "5.24.0",
     "inkling2": "5.23.0",
     "inkling2_loop": "5.24.0",
