@@ -92,6 +92,8 @@ _OWN = ("mini_gemini",)
 _RELEASES = {
     "cosmos3_edge": "5.23.0",  # generate had no text axis before
     "dots3_note": "5.23.0",
+    "gemma4": "5.23.0",  # its processor cannot be imported without torchvision before
+    "gemma4_unified": "5.23.0",
     "granite_docling": "5.23.0",
     "hunyuan_vl": "5.23.0",  # the images of a call in one before
     "hy_v4_vl": "5.24.0",

@@ -571,6 +571,7 @@ add(
     kept=(5,) * 3,
     write=runs(16, [102], [103]),
     along=types_of(IMAGE, 1),
+    since="5.23.0",
 )
 add(
     "gemma4 video",
@@ -582,6 +583,7 @@ add(
     view="frame",
     write=runs(16, [TAG, 102], [103]),
     along=types_of(VIDEO, 2),
+    since="5.23.0",
 )
 add(
     "gemma4_unified",
@@ -602,6 +604,7 @@ add(
     kept=(5,) * 3,
     write=runs(16, [102], [103]),
     along=types_of(IMAGE, 1),
+    since="5.23.0",
 )
 add(
     "mistral3",
@@ -1544,6 +1547,7 @@ add(
     kept=(5, 5, 5),
     ours=("num_patches",),
     prepare=double_router,
+    static_cache=False,
 )
 
 import families_grids  # noqa: E402, F401
