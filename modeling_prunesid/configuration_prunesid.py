@@ -287,7 +287,8 @@ def refuse_cls(settings: PretrainedConfig, reason: str) -> None:
     if "cls_attention" in needs_of(settings):
         raise ValueError(
             f"prunesid_config.method={settings.method!r} ranks tokens by CLS attention, which this model has not: "
-            f"{reason}. Set method_settings={{'score': 'component'}}, or method='paper'."
+            f"{reason}. Set method_settings={{'score': 'component'}} (or 'attention', that of all tokens), or "
+            "method='paper'."
         )
     if options_of(settings).get("keep_cls"):
         raise ValueError(

@@ -91,6 +91,7 @@ _OWN = ("mini_gemini",)
 # The first release that was seen to have a family as it is declared; the others are in 5.18.0, the oldest supported.
 _RELEASES = {
     "aria": "5.23.0",
+    "cosmos3_edge": "5.23.0",  # generate had no text axis before
     "dots3_note": "5.23.0",
     "gemma4": "5.23.0",  # its processor cannot be imported without torchvision before
     "gemma4_unified": "5.23.0",

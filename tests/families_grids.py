@@ -192,6 +192,7 @@ add_grids(
     },
     48,
     mrope=True,
+    since="5.23.0",
 )
 add_grids(
     "paddleocr_vl",
@@ -317,6 +318,7 @@ add_grids(
     cached_chat=False,  # new images alone are refused
     rows=(3,),  # upstream numbers the images of a batch through, so that a row depends on those before it
     mrope=True,
+    since="5.23.0",
 )
 add_grids(
     "hy_v4_vl",
