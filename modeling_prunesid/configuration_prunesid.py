@@ -420,8 +420,8 @@ def refuse_cls(settings: PretrainedConfig, reason: str) -> None:
     if missing:
         raise ValueError(
             f"prunesid_config.method={settings.method!r} needs {' and '.join(sorted(missing))} of a vision tower with "
-            f"a CLS token, which this model has not: {reason}. Set method_settings={{'score': 'component'}}, if the "
-            "method has that, or method='paper'."
+            f"a CLS token, which this model has not: {reason}. Set method_settings={{'score': 'component'}} (or "
+            "'attention', that of all tokens) if the method has them, or method='paper'."
         )
     if options_of(settings).get("keep_cls"):
         raise ValueError(

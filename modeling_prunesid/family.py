@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .attention import encode_with_attention, pool_consecutive
+from .attention import encode_with_attention
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
 from .compression import CompressedModelMixin
@@ -200,9 +200,17 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     ) -> torch.Tensor:
         """
         The attention `(num_tokens,)` that the tokens of all views receive, of that of the patches `(patches,)` of the
-        tower, in the tower's order. By default a token is merged from patches that lie one behind the other.
+        tower, in the tower's order. By default each token is a patch.
+
+        Raises:
+            `ValueError`: if it is not known which patches a token is merged from.
         """
-        return pool_consecutive(patches, num_tokens)
+        if len(patches) != num_tokens:
+            raise ValueError(
+                f"score='attention' is not declared for {type(self).__name__}, which merges {len(patches)} patches "
+                f"into {num_tokens} tokens. Use score='component'."
+            )
+        return patches
 
     def keep_tokens(
         self,

@@ -14,7 +14,8 @@ class GridConfigMixin(NestsPruneSIDConfig):
     """
     For images of any number of tokens: the budget is a share by default, a third of the tokens and at least 16 (the
     authors' release for Qwen2-VL), of each image and of each temporal slice of a video, or with `budget_scope="image"`
-    of each image and video. `layer` has no meaning here: tokens are compared as they leave the patch merger.
+    of each image and video. Tokens are compared as they leave the patch merger; `layer` is that of
+    `score="attention"`.
     """
 
     _has_no_cls = "its vision tower has no CLS token"
@@ -44,7 +45,7 @@ class GridModelMixin(PrunedModelMixin):
         grids = inputs[f"{modality}_grid_thw"]
         if self.has_raster_patches:
             return pool_blocks(patches, grids, num_tokens)
-        return from_windows(tower_of(self), super().pool_attention(patches, modality, inputs, num_tokens), grids)
+        return from_windows(tower_of(self), patches.view(num_tokens, -1).mean(1), grids)
 
 
 class GridProcessorMixin(PrunedProcessorMixin):

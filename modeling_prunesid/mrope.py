@@ -65,6 +65,34 @@ class MRoPEModelMixin(CompressedModelMixin):
         if cache is not None and self._short_rope_deltas is not None and self.rope_deltas is self._short_rope_deltas:
             cache._prunesid_rope_deltas = self.rope_deltas
 
+    def get_rope_index(self, *args, **inputs):
+        """
+        Upstream's positions `(axes, batch, length)` of a full prompt, and the deltas `(batch, 1)` after them. With
+        `mrope_positions="contiguous"` also those of a short one: engines number prompts before they encode images.
+        """
+        given = inspect.signature(super().get_rope_index).bind(*args, **inputs).arguments
+        if not self._is_short(given["input_ids"], given):
+            return super().get_rope_index(*args, **inputs)
+        input_ids, mask = given["input_ids"], given.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device).long()
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+        return positions.expand(self.num_axes, -1, -1), positions.new_zeros(len(positions), 1)
+
+    def _is_short(self, input_ids: torch.LongTensor, inputs: dict[str, Any]) -> bool:
+        """Whether a prompt that is numbered through has fewer placeholders than its grids have merged patches."""
+        settings, vision = self.config.prunesid_config, self.config.vision_config
+        if settings.mrope_positions != "contiguous" or settings.budget is None:
+            return False
+        found = num_tokens = 0
+        for modality in ("image", "video"):
+            grids = inputs.get(f"{modality}_grid_thw")
+            if grids is not None:
+                merged = vision.spatial_merge_size**2
+                merged *= getattr(vision, "temporal_merge_size", 1) if modality == "video" else 1
+                num_tokens += int(grids.prod(-1).sum()) // merged
+                found += int(self.find_placeholders(modality, input_ids, None).sum())
+        return found < num_tokens
+
     def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
         """Adds `position_ids` of the short prompt to the arguments of `forward`, and sets `rope_deltas`."""
         cache = cache_of(inputs)

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import transformers
 
+from modeling_prunesid.families import release_with
+from modeling_prunesid.upstream import VIDEO_LLAVA_PIXELS
+
 
 PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END, TAG = 0, 1, 2, 100, 101, 102, 103, 11
 SHIPPED = "5.18.0"
@@ -116,7 +119,7 @@ class Row:
     def is_installed(self) -> bool:
         """Whether the installed Transformers has the family, and the packages that it needs are there."""
         version = tuple(map(int, transformers.__version__.split(".")[:2]))
-        has_family = version >= tuple(map(int, self.since.split(".")[:2]))
+        has_family = version >= tuple(map(int, self.since.split(".")[:2])) and release_with(self.family) is None
         has_packages = all(importlib.util.find_spec(package) is not None for package in self.needs)
         return has_family and has_packages and transformers.__version__ not in self.broken_in
 
@@ -272,7 +275,7 @@ for modality, name, shape in (("image", "", (3, 32, 32)), ("video", " video", (2
             "video_token_index": VIDEO,
             "image_seq_length": 64,
         },
-        images(*shape, name="pixel_values_videos" if name else "pixel_values"),
+        images(*shape, name="pixel_values_videos" if name else VIDEO_LLAVA_PIXELS),
         modality=modality,
         tokens=(130,) * 3 if name else (64,) * 3,
         kept=(10,) * 3 if name else (5,) * 3,
@@ -571,6 +574,7 @@ add(
     kept=(5,) * 3,
     write=runs(16, [102], [103]),
     along=types_of(IMAGE, 1),
+    since="5.23.0",
 )
 add(
     "gemma4 video",
@@ -582,6 +586,7 @@ add(
     view="frame",
     write=runs(16, [TAG, 102], [103]),
     along=types_of(VIDEO, 2),
+    since="5.23.0",
 )
 add(
     "gemma4_unified",
@@ -602,6 +607,7 @@ add(
     kept=(5,) * 3,
     write=runs(16, [102], [103]),
     along=types_of(IMAGE, 1),
+    since="5.23.0",
 )
 add(
     "mistral3",
@@ -1499,5 +1505,52 @@ add(
     needs=("timm",),
 )
 
+
+def inkling_patches(rows: list[list[int]]) -> dict[str, Any]:
+    counts = [(16, 8, 16)[index] for index in flat(rows)]
+    pixels = torch.cat([noise(index, count, 2, 40, 40, 3) for index, count in zip(flat(rows), counts)])
+    return {"pixel_values": pixels, "num_patches": torch.tensor(counts)}
+
+
+add(
+    "inkling_mm_model",
+    {
+        "text_config": {
+            **TEXT,
+            "head_dim": 8,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": 16,
+            "d_rel": 4,
+            "rel_extent": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "unpadded_vocab_size": 120,
+            "logits_mup_width_multiplier": 1.0,
+            "local_layer_ids": [0],
+        },
+        "vision_config": {
+            "text_hidden_size": 32,
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "initializer_range": 0.3,
+        },
+        "audio_config": {"text_hidden_size": 32, "n_mel_bins": 4, "mel_vocab_size": 8},
+        "image_token_id": IMAGE,
+        "audio_token_id": 104,
+        "image_bos_token_id": 105,
+        "audio_bos_token_id": 106,
+    },
+    inkling_patches,
+    tokens=(16, 8, 16),
+    kept=(5, 5, 5),
+    ours=("num_patches",),
+    prepare=double_router,
+    static_cache=False,
+)
 
 import families_grids  # noqa: E402, F401

@@ -192,6 +192,7 @@ add_grids(
     },
     48,
     mrope=True,
+    since="5.23.0",
 )
 add_grids(
     "paddleocr_vl",
@@ -214,7 +215,7 @@ GLM_MOE = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-for name, text in (("glm4v", {}), ("glm4v_moe", GLM_MOE), ("glm46v", {}), ("glm_ocr", {})):
+for name, text in (("glm4v", {}), ("glm4v_moe", GLM_MOE), ("glm46v", {}), ("glmga", {}), ("glm_ocr", {})):
     add_grids(
         name,
         {"vision_config": GLM_VISION, "text_config": {**HEADS, "rope_parameters": ROPE, **text}, **GLM_IDS},
@@ -317,6 +318,7 @@ add_grids(
     cached_chat=False,  # new images alone are refused
     rows=(3,),  # upstream numbers the images of a batch through, so that a row depends on those before it
     mrope=True,
+    since="5.23.0",
 )
 add_grids(
     "hy_v4_vl",

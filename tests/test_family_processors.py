@@ -56,7 +56,7 @@ def video(name, **settings):
 
 TILE_TAGS = {60 + 6 * row + col: f"<row_{row + 1}_col_{col + 1}>" for row in range(6) for col in range(6)}
 GRIDS = [[32, 64], [64, 32], [64, 64]]
-# Family: what makes its processor's parts and settings, the text that stands for an image, whether it needs torchvision.
+# Family: what makes its processor's parts, the text that stands for an image, whether it needs torchvision.
 PROCESSORS = {
     "vipllava": (
         lambda: {

@@ -4,6 +4,7 @@ and the text between placeholders stays. Image and video processors, which need 
 return are grids.
 """
 
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -21,7 +22,8 @@ from modeling_prunesid.grids import GridModelMixin
 GRID_ROWS = [
     pytest.param(name, id=name.replace(" ", "-"))
     for name, row in ROWS.items()
-    if row.is_installed and issubclass(getattr(row.head, "model_class", object), GridModelMixin)
+    if row.is_installed and f"{row.modality}_grid_thw" in row.inputs([[0]])
+    if issubclass(getattr(row.head, "model_class", object), GridModelMixin)
 ]
 every_grid = pytest.mark.parametrize("name", GRID_ROWS)
 TOKENS = {
@@ -161,6 +163,43 @@ def test_short_prompts_get_the_positions_and_answers_of_full_ones(name, position
         assert torch.equal(*(answer[:, length:] for answer, length in zip(answers, lengths)))
     finally:
         settings.mrope_positions = "original"
+
+
+MROPE_ROWS = [case for case in GRID_ROWS if ROWS[case.values[0]].mrope]
+
+
+@pytest.mark.parametrize("name", MROPE_ROWS)
+@torch.no_grad()
+def test_engines_number_short_prompts_before_they_encode(name):
+    ours, reference, row = contract.build(name)
+    full = contract.prompt(row)
+    settings, seen = ours.config.prunesid_config, []
+    handle = ours.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    settings.mrope_positions = "contiguous"
+    try:
+        keep = ours(**full).keep_mask & full["attention_mask"].bool()
+        short = contract.batch([ids[kept].tolist() for ids, kept in zip(full["input_ids"], keep)])
+        short = {**short, **row.along(short["input_ids"]), **row.inputs(contract.rows_of(row))}
+        ours(**short)
+        positions, deltas = ours.model.get_rope_index(**_names_of_positions(ours, short))
+        assert torch.equal(positions, seen[-1]) and not deltas.any()
+        again = ours.model.get_rope_index(**_names_of_positions(ours, full))
+        expected = reference.model.get_rope_index(**_names_of_positions(ours, full))
+        assert all(torch.equal(*pair) for pair in zip(again, expected))
+        settings.mrope_positions = "original"
+        with pytest.raises((RuntimeError, ValueError)):
+            ours.model.get_rope_index(**_names_of_positions(ours, short))
+    finally:
+        settings.mrope_positions = "original"
+        handle.remove()
+
+
+def _names_of_positions(ours, inputs):
+    names = inspect.signature(stock_class(type(ours.model)).get_rope_index).parameters
+    inputs = {**inputs, "second_per_grids": inputs.get("video_second_per_grid")}
+    return {name: inputs[name] for name in names if name in inputs}
 
 
 def test_no_name_of_ours_hides_a_part_of_a_stock_model():
