@@ -45,7 +45,9 @@ class PruneSIDMiniMaxM3VLProcessor(GridProcessorMixin, MiniMaxM3VLProcessor):
         return sum(self._slices_of_chunks(inputs, index))
 
     def _slices_of_chunks(self, inputs, index):
-        counts = inputs["num_chunks_per_video"]
+        counts = inputs.get("num_chunks_per_video")
+        if counts is None:  # a release whose videos are one chunk each
+            counts = [1] * len(inputs["video_grid_thw"])
         start = sum(counts[:index])
         return [int(grid[0]) for grid in inputs["video_grid_thw"][start : start + counts[index]]]
 

@@ -128,6 +128,8 @@ def check_writes_what_the_model_keeps(name, budget, scope, min_budget):
 def test_a_video_of_chunks_has_a_count_for_each():
     """MiniMax-M3-VL encodes a long video as chunks, which the model takes as inputs of their own."""
     cls = ROWS["minimax_m3_vl"].head._processor_class
+    if "num_chunks_per_video" not in inspect.getsource(stock_of(cls).replace_video_token):
+        return  # before it did
     grids = torch.tensor([[2, 8, 8], [1, 8, 8], [3, 4, 8]])
     inputs = {"video_grid_thw": grids, "num_chunks_per_video": [2, 1]}
     texts = [stub(stock_of(cls)).replace_video_token(inputs, index) for index in range(2)]
