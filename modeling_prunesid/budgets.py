@@ -301,6 +301,7 @@ def choose_tokens(
             lengths=None if set(lengths) == {views.shape[1]} else [lengths[view] for view in chosen],
             extra_kept=extra_kept,
             lambda_of_share=lambda_of_share,
+            details=found is not None,
             **{name: part(value) for name, value in (seen or {}).items()},
             details=found is not None,
         )
