@@ -38,7 +38,7 @@ class ShortPrompt:
     moved: torch.LongTensor | None = None
     cached_before: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dropped is None:
             self.dropped = ~self.keep_mask
 
