@@ -303,7 +303,6 @@ def choose_tokens(
             lambda_of_share=lambda_of_share,
             details=found is not None,
             **{name: part(value) for name, value in (seen or {}).items()},
-            details=found is not None,
         )
         selection = method_of(settings.method)(part(views), counts_on(device, chosen_counts), settings, context)
         if found is not None:
