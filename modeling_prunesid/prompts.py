@@ -34,7 +34,7 @@ class ShortPrompt:
 
     source: torch.LongTensor
     keep_mask: torch.BoolTensor
-    dropped: torch.BoolTensor | None = None
+    dropped: torch.BoolTensor = None
     moved: torch.LongTensor | None = None
     cached_before: int = 0
 
