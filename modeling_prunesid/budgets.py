@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig
@@ -80,7 +80,7 @@ class Chosen(NamedTuple):
 
 def listed_budgets(
     num_visual_tokens: int | float | Sequence[int] | torch.Tensor | None, num_inputs: int
-) -> list | None:
+) -> list[Any] | None:
     """
     The totals where a caller passes one for each input (image or clip); None where he passes a single value, or none.
 
@@ -253,7 +253,7 @@ def choose_tokens(
     extra_kept: int = 0,
     lambda_of_share: bool = False,
     seen: dict[str, torch.Tensor] | None = None,
-    information: Callable = view_information,
+    information: Callable[..., list[float]] = view_information,
 ) -> Chosen:
     """
     The kept tokens of all views of several inputs.
@@ -291,7 +291,7 @@ def choose_tokens(
         everything = len(chosen) == len(views)
         rows = None if everything else torch.tensor(chosen).to(device, non_blocking=True)
 
-        def part(values):
+        def part(values: Any) -> Any:
             return values if everything else values.index_select(0, rows)
 
         chosen_counts = [counts[view] for view in chosen]
@@ -301,8 +301,8 @@ def choose_tokens(
             lengths=None if set(lengths) == {views.shape[1]} else [lengths[view] for view in chosen],
             extra_kept=extra_kept,
             lambda_of_share=lambda_of_share,
-            **{name: part(value) for name, value in (seen or {}).items()},
             details=found is not None,
+            **{name: part(value) for name, value in (seen or {}).items()},
         )
         selection = method_of(settings.method)(part(views), counts_on(device, chosen_counts), settings, context)
         if found is not None:
@@ -315,7 +315,14 @@ def choose_tokens(
 
 
 def _shares(
-    settings, views, lengths, num_tokens, budgets: Budgets, full_view, extra_kept: int, information: Callable
+    settings: PretrainedConfig,
+    views: torch.Tensor,
+    lengths: list[int],
+    num_tokens: Sequence[Sequence[int]],
+    budgets: Budgets,
+    full_view: int | None,
+    extra_kept: int,
+    information: Callable[..., list[float]],
 ) -> list[int]:
     """N of each view, with what is kept besides. Looks at the features only where budgets follow information."""
     if budgets.rule == "reference":

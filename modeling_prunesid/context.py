@@ -58,7 +58,7 @@ class Context:
         def part(value):
             return None if value is None else value[first:last]
 
-        tensors = {name: part(getattr(self, name)) for name in TENSORS}
+        tensors: dict[str, Any] = {name: part(getattr(self, name)) for name in TENSORS}
         tensors = {name: None if value is None else value[:, :tokens] for name, value in tensors.items()}
         return replace(self, counts=part(self.counts), lengths=part(self.lengths), **tensors)
 

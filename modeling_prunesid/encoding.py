@@ -206,7 +206,7 @@ class TowerEncoding:
             self.selection_layer if OF_CLS & self.needs else None,
             self.runs_whole,
         )
-        attention = contextlib.nullcontext([])
+        attention: Any = contextlib.nullcontext([])
         if "attention" in self.needs:
             attention = watch_attention(attending_layer(self.tower, self.settings.layer))
         with (

@@ -313,7 +313,7 @@ class PrunedGenerationMixin(CompressedGenerationMixin, HubModelMixin):
         return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
-def stock_class(cls: type) -> type | None:
+def stock_class(cls: type) -> Any:
     """The model class that a class of ours extends; None for a mixin."""
     ours = (CompressedModelMixin, CompressedGenerationMixin)
     models = (base for base in cls.__mro__ if issubclass(base, PreTrainedModel))

@@ -224,10 +224,12 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         return [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
 
     def _process_images(self, images, num_visual_tokens: int | float | None = None, **kwargs):
-        return self._write("image", *super()._process_images(images, **kwargs), num_visual_tokens)
+        inputs, texts = super()._process_images(images, **kwargs)
+        return self._write("image", inputs, texts, num_visual_tokens)
 
     def _process_videos(self, videos, num_visual_tokens: int | float | None = None, **kwargs):
-        return self._write("video", *super()._process_videos(videos, **kwargs), num_visual_tokens)
+        inputs, texts = super()._process_videos(videos, **kwargs)
+        return self._write("video", inputs, texts, num_visual_tokens)
 
     def _write(self, modality: str, inputs: dict, texts: list[str], num_visual_tokens: int | float | None):
         """The stock processor's texts, shortened, and what it returns besides, with the budget of each input."""

@@ -34,11 +34,11 @@ class ShortPrompt:
 
     source: torch.LongTensor
     keep_mask: torch.BoolTensor
-    dropped: torch.BoolTensor | None = None
+    dropped: torch.BoolTensor = None
     moved: torch.LongTensor | None = None
     cached_before: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dropped is None:
             self.dropped = ~self.keep_mask
 

@@ -49,7 +49,7 @@ def redundancy(views: torch.Tensor, lengths: list[int] | None = None) -> torch.T
         `torch.FloatTensor` of shape `(views,)`.
     """
 
-    def measure(views, counts, settings, context):
+    def measure(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context: Context) -> Selection:
         return Selection(counts[:, None], counts, rho=compare(views, None, context).rho)
 
     counts = torch.zeros(len(views), dtype=torch.long, device=views.device)
@@ -103,7 +103,7 @@ def select_by_groups(
     context: Context,
     score: str,
     center: str,
-    share_out: Callable,
+    share_out: Callable[..., torch.Tensor],
     grouping: str = "psca",
     seed: int = 0,
 ) -> Selection:
@@ -191,7 +191,14 @@ def strongest_components(
     return components.max(-1)
 
 
-def kept_tokens(kept, counts, context, rho, groups, scores) -> Selection:
+def kept_tokens(
+    kept: torch.Tensor,
+    counts: torch.LongTensor,
+    context: Context,
+    rho: torch.Tensor,
+    groups: torch.Tensor | None,
+    scores: torch.Tensor,
+) -> Selection:
     """The selection of the tokens `(views, tokens)` that `kept` marks, N of each view."""
     tokens = kept.shape[1]
     indices = (~kept).byte().argsort(dim=1, stable=True)[:, : largest(context)]

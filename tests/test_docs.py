@@ -1,4 +1,4 @@
-"""The code of docs/new_method.md and docs/new_family.md, run as it stands."""
+"""The pages: their Python runs as it stands, their commands parse, their links lead somewhere."""
 
 import os
 import re
@@ -13,6 +13,7 @@ import torch
 from tiny_checkpoint import picture, save_checkpoint
 
 from modeling_prunesid.context import Context
+from prunesid_cli import command
 from prunesid_cli.baselines.divprune import most_diverse
 
 
@@ -113,3 +114,68 @@ def test_the_page_on_families_declares_one(tmp_path):
     assert python == "python"
     told = run(*arguments, "-q", "-p", "no:cacheprovider", folder=tmp_path)
     assert re.search(r"\b1[0-9] passed, \d+ deselected", told), told
+
+
+PAGES = sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+RUN_TOGETHER = [page for page in PAGES if page not in ("docs/new_method.md", "docs/new_family.md")]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def code_of(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_of_every_page_runs(tmp_path):
+    """From top to bottom, with a tiny checkpoint in place of that on the Hub, and budgets below its 49 tokens."""
+    save_checkpoint(tmp_path / "llava-hf" / "llava-1.5-7b-hf")
+    picture().save(tmp_path / "photo.jpg")
+    script = [f"import sys; sys.path.insert(0, {str(ROOT)!r})"]
+    budget = re.compile(r'("budget": |budget=|num_visual_tokens ?= ?)64')
+    for page in RUN_TOGETHER:
+        code = budget.sub(r"\g<1>8", "\n".join(code_of(page, "python")))
+        script.append(f"exec(compile({code!r}, {page!r}, 'exec'), {{}})")
+    (tmp_path / "pages.py").write_text("\n".join(script))
+    run("pages.py", folder=tmp_path, path=str(ROOT))
+    assert (tmp_path / "kept.png").exists() and (tmp_path / "llava-64-full" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_its_commands_parse_and_its_scripts_exist(page):
+    for line in "".join(code_of(page, "bash")).replace("\\\n", " ").splitlines():
+        words = shlex.split(re.sub(r"\$\w+", "1", line), comments=True)
+        while words and (words[0] in ("for", "do", "done") or words[0].endswith(";")):
+            words = words[words.index("do") + 1 :] if "do" in words else words[1:]
+        if words[:1] == ["prunesid"]:
+            words = words[: next((place for place, word in enumerate(words) if word in ("&", "&&", ";")), None)]
+            name = words[1]
+            module = command.import_command(name)
+            command.build_parser(name, module).parse_args(words[1:])
+        for place, word in enumerate(words):
+            if word.startswith("scripts/"):
+                assert (ROOT / word).exists(), line
+            if words[place - 1] == "-m" and word.startswith("prunesid_cli."):
+                assert (ROOT / (word.replace(".", "/") + ".py")).exists(), line
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "embedded/README.md"])
+def test_its_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in LINK.findall(re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_the_page_on_families_is_that_of_the_declared_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import families_page
+
+    assert families_page.PAGE.read_text().endswith(families_page.tables()), "run scripts/families_page.py"
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert all(Path(page).name in navigation for page in PAGES if page.startswith("docs/"))

@@ -32,7 +32,8 @@ def needs(method_settings: dict) -> frozenset[str]:
 @view_by_view
 def select(view: torch.Tensor, count: int, settings: Any, context: Context) -> tuple[torch.LongTensor, torch.Tensor]:
     """Ascending indices `(count,)` of the tokens to keep of a view `(T, dim)`, and their features."""
-    options, attention = DEFAULTS | (settings.method_settings or {}), context.joined_attention
+    options = DEFAULTS | (settings.method_settings or {})
+    attention: Any = context.joined_attention
     kept = highest(attention, count // 2 if options["strided"] else count - 1)
     if len(kept) < count - 1:
         others, missing = _all_but(kept, len(attention)), count - 1 - len(kept)

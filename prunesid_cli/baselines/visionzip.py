@@ -38,7 +38,8 @@ def select(view: torch.Tensor, count: int, settings: Any, context: Context) -> t
 def zip_tokens(context: Context, num_dominant: int, num_contextual: int) -> tuple[torch.LongTensor, torch.Tensor]:
     """`num_dominant` patches and `num_contextual` merged ones, in raster order, and their features."""
     dominant = highest(context.attention, num_dominant)
-    is_rest = torch.ones(len(context.features), dtype=torch.bool, device=dominant.device)
+    features: Any = context.features
+    is_rest = torch.ones(len(features), dtype=torch.bool, device=dominant.device)
     is_rest[dominant] = False
     rest = is_rest.nonzero()[:, 0]
     stride = max(1, len(rest) // max(num_contextual, 1))
