@@ -30,7 +30,7 @@ from .upstream import like_upstream
 
 # In place of `num_visual_tokens`: all of them, where upstream's encoder of videos calls that of images.
 _ALL_TOKENS = object()
-_OVERRIDES = ("forward", "get_image_features", "get_video_features")
+_OVERRIDES = ("forward", "get_image_features", "get_video_features", "get_rope_index")
 
 logger = logging.get_logger(__name__)
 

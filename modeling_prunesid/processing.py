@@ -82,6 +82,9 @@ class BaseTokenizer:
 class VariantProcessorMixin:
     """For a processor that is published with a model."""
 
+    # The thin variant that it was loaded from.
+    _thin_variant: str | None = None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, base_trust_remote_code: bool = False, **kwargs):
         """
@@ -104,6 +107,7 @@ class VariantProcessorMixin:
         else:
             saved = {key: fields[key] for key in names if key in fields}
             processor = _load_from_base(super().from_pretrained, name, {**saved, **arguments})
+            processor._thin_variant = str(pretrained_model_name_or_path)
         # Upstream hands a processor's arguments to its tokenizer too, whose copy would outrank what is set later.
         for name in names:
             processor.tokenizer.init_kwargs.pop(name, None)
@@ -282,10 +286,10 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         it when they start.
 
         Raises:
-            `ValueError`: for an invalid budget, and for models whose prompts cannot be sized before an image is seen.
+            `ValueError`: for an invalid budget, and for models that engines cannot serve.
         """
         check_request(num_visual_tokens)
-        self._check_is_sized(num_visual_tokens)
+        self._check_is_served(num_visual_tokens)
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
         if data.num_image_tokens is not None:
             settings = self._merge_kwargs(**kwargs)["images_kwargs"]
@@ -295,7 +299,13 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             ]
         return data
 
-    def _check_is_sized(self, num_visual_tokens: int | float | None) -> None:
+    def _check_is_served(self, num_visual_tokens: int | float | None) -> None:
+        """Raise a `ValueError` for what engines would fail at later, which load weights themselves and size prompts."""
+        if self._thin_variant is not None:
+            raise ValueError(
+                f"{self._thin_variant} is a thin variant, whose weights engines do not find. Make a full one of it: "
+                f"`prunesid convert {self._thin_variant} --output FOLDER`."
+            )
         advice = "Engines that size prompts before they see an image cannot serve this model"
         if self.dynamic:
             raise ValueError(
