@@ -30,7 +30,7 @@ from .upstream import like_upstream
 
 # In place of `num_visual_tokens`: all of them, where upstream's encoder of videos calls that of images.
 _ALL_TOKENS = object()
-_OVERRIDES = ("forward", "get_image_features", "get_video_features")
+_OVERRIDES = ("forward", "get_image_features", "get_video_features", "get_rope_index")
 
 logger = logging.get_logger(__name__)
 
@@ -342,6 +342,8 @@ def register_family(head: Any, processor: type | None = None) -> type:
     }
     # Without the packages that it needs, Transformers has but a placeholder for a stock processor.
     head._processor_class = None if getattr(processor, "is_dummy", False) else processor
+    if head._processor_class is not None:
+        processor.has_mrope = hasattr(model, "has_text_axis")
     for ours in {head, model}:
         stock = stock_class(ours)
         names = {ours.__name__: stock.__name__, ours.config_class.model_type: stock.config_class.model_type}

@@ -26,6 +26,8 @@ from .prompts import largest_remainder
 
 OF_VIDEOS = "num_visual_tokens_of_videos"
 _TYPED_DICT: Any = TypedDict
+_BUDGET_ARGUMENTS = ("num_visual_tokens", "budget_scope", "min_budget", "dynamic", "mrope_positions")
+_MOST_TOKENS = 1_000_000  # that a request can ask for: more than any input has
 
 
 def _locate(name: str | os.PathLike, is_trusted: bool, kwargs: dict[str, Any]) -> tuple[Any, dict, dict]:
@@ -80,6 +82,9 @@ class BaseTokenizer:
 class VariantProcessorMixin:
     """For a processor that is published with a model."""
 
+    # The thin variant that it was loaded from.
+    _thin_variant: str | None = None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, base_trust_remote_code: bool = False, **kwargs):
         """
@@ -102,6 +107,7 @@ class VariantProcessorMixin:
         else:
             saved = {key: fields[key] for key in names if key in fields}
             processor = _load_from_base(super().from_pretrained, name, {**saved, **arguments})
+            processor._thin_variant = str(pretrained_model_name_or_path)
         # Upstream hands a processor's arguments to its tokenizer too, whose copy would outrank what is set later.
         for name in names:
             processor.tokenizer.init_kwargs.pop(name, None)
@@ -115,13 +121,15 @@ class VariantProcessorMixin:
             "num_visual_tokens": None if varies else settings.budget,
             "budget_scope": getattr(settings, "budget_scope", "view"),
             "min_budget": getattr(settings, "min_budget", None),
+            "dynamic": varies,
+            "mrope_positions": getattr(settings, "mrope_positions", "original"),
         }
         return {name: values[name] for name in cls._budget_arguments()}
 
     @classmethod
     def _budget_arguments(cls) -> list[str]:
         parameters = inspect.signature(cls.__init__).parameters
-        return [name for name in ("num_visual_tokens", "budget_scope", "min_budget") if name in parameters]
+        return [name for name in _BUDGET_ARGUMENTS if name in parameters]
 
 
 class PrunedProcessorMixin(VariantProcessorMixin):
@@ -136,10 +144,16 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             full prompt of the stock processor. A call may pass another value.
         budget_scope (`"view"` or `"image"`, defaults to `"view"`), min_budget (`int`, *optional*):
             Those of the model's `prunesid_config`.
+        dynamic (`bool`, defaults to `False`), mrope_positions (`str`, defaults to `"original"`):
+            Whether the model gives each view a dynamic budget of its own, and its `mrope_positions`: what engines
+            that size prompts cannot serve, see [`~PrunedProcessorMixin._get_num_multimodal_tokens`].
 
     Raises:
         `ValueError`: for an invalid budget.
     """
+
+    # Whether the family's model has three-dimensional positions. `register_family` says so.
+    has_mrope = False
 
     _auto_class = "AutoProcessor"
 
@@ -150,11 +164,26 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         if stock is None:  # a mixin of several families
             return
 
-        def __init__(self, *args, num_visual_tokens=None, budget_scope="view", min_budget=None, **kwargs):
+        def __init__(
+            self,
+            *args,
+            num_visual_tokens=None,
+            budget_scope="view",
+            min_budget=None,
+            dynamic=False,
+            mrope_positions="original",
+            **kwargs,
+        ):
             check_budget(num_visual_tokens, name="num_visual_tokens")
-            settings = PruneSIDConfig(budget=num_visual_tokens, budget_scope=budget_scope, min_budget=min_budget)
+            settings = PruneSIDConfig(
+                budget=num_visual_tokens,
+                budget_scope=budget_scope,
+                min_budget=min_budget,
+                mrope_positions=mrope_positions,
+            )
             self.num_visual_tokens, self.budget_scope = settings.budget, settings.budget_scope
-            self.min_budget = settings.min_budget
+            self.min_budget, self.dynamic = settings.min_budget, bool(dynamic)
+            self.mrope_positions = settings.mrope_positions
             stock.__init__(self, *args, **kwargs)
 
         signature = inspect.signature(stock.__init__)
@@ -240,6 +269,8 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         return inputs, texts
 
     def __call__(self, *args, **kwargs):
+        for arguments in (kwargs, kwargs.get("images_kwargs"), kwargs.get("videos_kwargs")):
+            check_request((arguments or {}).get("num_visual_tokens"))
         output = super().__call__(*args, **kwargs)
         of_images, of_videos = output.get("num_visual_tokens"), output.pop(OF_VIDEOS, None)
         if of_videos is not None and of_images is not None:
@@ -252,7 +283,15 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         return output
 
     def _get_num_multimodal_tokens(self, image_sizes=None, num_visual_tokens=None, **kwargs) -> MultiModalData:
-        """Upstream's counts of tokens for images of these sizes, less the placeholders that are not written."""
+        """
+        Upstream's counts of tokens for images of these sizes, less the placeholders that are not written. Engines call
+        it when they start.
+
+        Raises:
+            `ValueError`: for an invalid budget, and for models that engines cannot serve.
+        """
+        check_request(num_visual_tokens)
+        self._check_is_served(num_visual_tokens)
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
         if data.num_image_tokens is not None:
             settings = self._merge_kwargs(**kwargs)["images_kwargs"]
@@ -261,6 +300,26 @@ class PrunedProcessorMixin(VariantProcessorMixin):
                 for tokens, size in zip(data.num_image_tokens, image_sizes)
             ]
         return data
+
+    def _check_is_served(self, num_visual_tokens: int | float | None) -> None:
+        """Raise a `ValueError` for what engines would fail at later, which load weights themselves and size prompts."""
+        if self._thin_variant is not None:
+            raise ValueError(
+                f"{self._thin_variant} is a thin variant, whose weights engines do not find. Make a full one of it: "
+                f"`prunesid convert {self._thin_variant} --output FOLDER`."
+            )
+        advice = "Engines that size prompts before they see an image cannot serve this model"
+        if self.dynamic:
+            raise ValueError(
+                f"{advice}: prunesid_config.dynamic=True with budget_scope='view' gives each view a budget by what it "
+                "shows. Save the model with budget_scope='image', whose totals are exact, or with dynamic=False."
+            )
+        budget = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        if self.has_mrope and self.mrope_positions == "original" and budget is not None:
+            raise ValueError(
+                f"{advice}: with prunesid_config.mrope_positions='original' positions follow from which tokens are "
+                "kept. Save the model with mrope_positions='contiguous'."
+            )
 
     def _num_dropped_of_size(self, num_tokens: int, size, num_visual_tokens, settings: dict) -> int:
         views = self.view_lengths_of_size(num_tokens, size)
@@ -283,6 +342,18 @@ class PrunedProcessorMixin(VariantProcessorMixin):
     def model_input_names(self) -> list[str]:
         names = super().model_input_names
         return names if self.num_visual_tokens is None else [*names, "num_visual_tokens"]
+
+
+def check_request(num_visual_tokens: Any) -> None:
+    """
+    Raise a `ValueError` for what a request must not ask for, before upstream raises errors of other types. None is the
+    saved budget.
+    """
+    check_budget(num_visual_tokens, name="num_visual_tokens")
+    if num_visual_tokens is not None and num_visual_tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"num_visual_tokens must be at most {_MOST_TOKENS}, got {num_visual_tokens}. Write 1.0 to keep all tokens."
+        )
 
 
 def share_over_runs(runs: list[int], views: list[int], kept: list[int]) -> list[int]:
