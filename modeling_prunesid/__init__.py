@@ -35,6 +35,7 @@ from .modeling_vitcop_llava import (
     ViTCoPLlavaProcessor,
 )
 from .processing_mini_gemini import MiniGeminiProcessor
+from .visualize import explain, visualize
 
 
 __version__ = "0.2.0"
@@ -59,6 +60,8 @@ __all__ = [
     "ViTCoPLlavaModel",
     "ViTCoPLlavaProcessor",
     "compress",
+    "explain",
+    "visualize",
 ]
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from .checks import resolve_budget, warn_once
 from .configuration_prunesid import check_budget
-from .context import Context, counts_on
+from .context import SELECTIONS, Context, counts_on
 from .methods import method_of
 from .selection import information_budgets, redundancy
 
@@ -298,6 +298,7 @@ def choose_tokens(
             return values if values is None or everything else values.index_select(0, rows)
 
         chosen_counts = [counts[view] for view in chosen]
+        found = None if torch.compiler.is_compiling() else SELECTIONS.get()
         context = Context(
             counts=chosen_counts,
             lengths=None if set(lengths) == {views.shape[1]} else [lengths[view] for view in chosen],
@@ -306,8 +307,11 @@ def choose_tokens(
             attention=part(attention),
             projected=part(projected),
             keys=part(keys),
+            details=found is not None,
         )
         selection = method_of(settings.method)(part(views), counts_on(device, chosen_counts), settings, context)
+        if found is not None:
+            found.append((selection, [lengths[view] for view in chosen]))
         kept = torch.nn.functional.pad(selection.indices, (0, most - selection.indices.shape[1]))
         indices = kept if everything else indices.index_copy(0, rows, kept)
         if selection.merged is not None:

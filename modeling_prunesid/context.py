@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +53,10 @@ class Context:
         tensors = {name: part(getattr(self, name)) for name in ("attention", "projected", "keys")}
         tensors = {name: None if value is None else value[:, :tokens] for name, value in tensors.items()}
         return replace(self, counts=part(self.counts), lengths=part(self.lengths), **tensors)
+
+
+# Where `explain` listens: a list that takes each selection, with the lengths of its views. None: nobody does.
+SELECTIONS: ContextVar[list | None] = ContextVar("selections", default=None)
 
 
 @dataclass

@@ -1,24 +1,19 @@
-"""What selection costs, and what it saves: ratios measured side by side in one run.
+"""What selection costs and what it saves: ratios measured side by side in one run.
 
-a. Selection alone, against the way the authors' release computes it (our own code: a randomised SVD, K copies of
-   the similarity matrix and of a mask, NMS in rounds, Python loops over groups), on the same inputs: time and memory;
-   and the agreement of its groups with exact eigenvectors.
-b. The vision tower of LLaVA-1.5 (CLIP ViT-L/14-336, random weights), as the stock class runs it and as ours does,
-   which stops after the last layer that is needed; the row of CLS attention, against `output_attentions=True`.
-c. LLaVA-1.5 and LLaVA-NeXT shapes end to end, stock class and ours at every budget: time to first token, prefill from
-   encoded images to filled caches, decoding, KV cache and peak memory. For LLaVA-1.5 also `llm_budget` and ViTCoP, at
-   the same mean over the layers (`prompt`). Random weights; a small language model on a CPU, the shape of a 7B in
-   bfloat16 on a GPU.
-d. Beside these ratios their limits: of the first token and of prefill the ratio of floating-point operations, of
-   decoding that of the bytes a step reads, of the KV cache that of its tokens.
-e. How selection grows with tokens, images and frames.
+a. Selection alone against the reference implementation (our own code, step by step as the authors' release computes):
+   time, memory, and how often groups agree with exact eigenvectors.
+b. The vision tower of LLaVA-1.5 (CLIP ViT-L/14-336, random weights): the stock class, and ours with its early exit.
+c. LLaVA-1.5 and LLaVA-NeXT shapes end to end, stock class and ours at every budget: first token, prefill, decoding, KV
+   cache, peak memory. Random weights; a small language model on a CPU, the shape of a 7B in bfloat16 on a GPU.
+d. Their theoretical limits: the ratio of operations, of bytes read for each decoded token, and of cached tokens.
+e. How selection scales with tokens, images and frames.
 
-Cases take turns; figures are medians with their range. The inputs of a. and e. are tokens of real photographs:
-DINOv2-S/14's features of four layers side by side, by a random projection to 1,024 numbers, the width of CLIP-L.
+Cases are interleaved; figures are medians with their range. The inputs of a. and e. are features of real photographs.
 
 Examples:
     prunesid benchmark --quick       # the ratios of a. and b., and one model of c., in about a minute
     prunesid benchmark --output out/benchmark.json
+    prunesid benchmark --gpu         # 7B shapes on a GPU
 """
 
 import argparse

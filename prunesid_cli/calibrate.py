@@ -1,15 +1,15 @@
-"""Measure the reference information score that dynamic budgets need, on images of your own.
+"""Measure the reference information that dynamic budgets need, on images of your own.
 
-With a dynamic budget an image gets N' = N * phi / reference tokens, where phi = 1 - rho is its information score
-(paper, section 3.4, equation 7). This script runs images through the vision tower and writes the reference at which
-the mean N' over them is the N that was asked for: the mean phi, or, where bounds of the budget cut in, the reference
-that makes up for them. It prints the distribution of phi and of N', and draws the histogram of phi (figure 5).
+With a dynamic budget an image keeps N' = N * phi / reference tokens, where phi = 1 - rho is its information score
+(section 3.4 of the paper, equation 7). The images go through the vision tower; the reference is chosen such that the
+mean N' over them is the N that you ask for. The distributions of phi and N' are printed, and a histogram of phi is
+drawn (figure 5). Use some hundreds of images that are like those of your task, and --min-budget as a floor.
 
-The images are a folder, a dataset that the `datasets` library saved to a folder, or the name of a dataset on the Hub.
-The settings are written as JSON, ready for `prunesid convert --preset`.
+The images are a folder, a dataset that the datasets library saved to a folder, or the name of a dataset on the Hub.
+The settings are written as JSON for `prunesid convert --preset`.
 
 Examples:
-    prunesid calibrate llava-hf/llava-1.5-7b-hf photos --budget 64 --output out/calibrated.json
+    prunesid calibrate llava-hf/llava-1.5-7b-hf photos --budget 64 --min-budget 16 --output out/calibrated.json
     prunesid calibrate llava-hf/llava-1.5-7b-hf lmms-lab/MMMU --split validation --column image_1 \\
         --budget 128 --output out/mmmu.json
 """

@@ -13,7 +13,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
@@ -32,8 +32,8 @@ COMMANDS = {
 OWN_PACKAGES = ("modeling_prunesid", "prunesid_cli")
 
 
-def build_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser of all commands. Only that of `chosen` has its arguments, which take an import to know."""
+def build_parser(chosen: str | None = None, module: Any = None) -> argparse.ArgumentParser:
+    """The parser of all commands. Only that of `chosen` has its arguments, which its module adds."""
     parser = argparse.ArgumentParser(
         prog="prunesid", description="Visual token pruning for Hugging Face Transformers models.", allow_abbrev=False
     )
@@ -43,7 +43,6 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         if name == chosen:
-            module = import_command(name)
             own.description = module.__doc__
             module.add_arguments(own)
     return parser
@@ -63,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     name = next((word for word in argv[:1] if word in COMMANDS), None)
     try:
-        arguments = build_parser(name).parse_args(argv)
-        report = import_command(arguments.command).run(arguments)
+        module = None if name is None else import_command(name)
+        arguments = build_parser(name, module).parse_args(argv)
+        report = module.run(arguments)
     except ModuleNotFoundError as error:
         missing, extra = str(error.name).partition(".")[0], None if name is None else COMMANDS[name][1]
         if extra is None or missing in OWN_PACKAGES:

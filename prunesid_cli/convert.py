@@ -75,7 +75,7 @@ def find_family(checkpoint: str, revision: str | None = None, method: str | None
     if model_type.startswith("mgm"):
         raise ValueError(
             f"{checkpoint} is a published checkpoint of Mini-Gemini (model_type {model_type!r}). Bring it into "
-            "Transformers' layout first: scripts/convert_mini_gemini.py."
+            "Transformers' layout first: scripts/convert_mini_gemini.py of the checkout."
         )
     try:
         return head_of(model_type)

