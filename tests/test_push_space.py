@@ -17,32 +17,60 @@ from prunesid_cli.push_space import CPU_WHEELS, REQUIREMENTS
 ROOT = Path(__file__).parents[1]
 
 
+# One process for all, for its imports take longer than what it does: (arguments, whether there is a token).
+CALLS = (
+    (["owner/page"], True),
+    (["owner/page", "--model", "owner/llava"], True),
+    (["page"], True),
+    (["owner/other", "--model", "model"], True),
+    (["owner/other"], False),
+)
+SCRIPT = """
+import contextlib, io, json, os, sys
+from prunesid_cli.command import main
+for arguments, has_token in json.loads(sys.argv[1]):
+    if not has_token:
+        del os.environ["HF_TOKEN"]
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            main(["push-space", *arguments])
+        except SystemExit as stop:
+            status = stop.code
+    print(json.dumps([status, output.getvalue(), errors.getvalue()]))
+"""
+
+
 @pytest.fixture(scope="module")
-def hub():
-    with Hub() as hub:
-        yield hub
-
-
-def push(hub, home, *arguments, token=TOKEN):
+def pushed(tmp_path_factory):
+    """The Hub after all calls, and the status, output and errors of each."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "model").mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
-    if token is not None:
-        own["HF_TOKEN"] = token
-    command = [sys.executable, "-m", "prunesid_cli", "push-space", *arguments]
-    return subprocess.run(command, env=kept | own, cwd=home, capture_output=True, text=True, check=False)
+    with Hub() as hub:
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        process = subprocess.run(
+            [sys.executable, "-c", SCRIPT, json.dumps(CALLS)],
+            env=kept | own | {"PYTHONPATH": str(ROOT)},
+            cwd=home,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    return hub, [json.loads(line) for line in process.stdout.splitlines()]
 
 
 def card(files):
     return yaml.safe_load(files["README.md"].decode().split("---\n")[1])
 
 
-def test_a_space_is_complete_and_a_second_push_replaces_it(hub, tmp_path):
-    result = push(hub, tmp_path, "owner/page")
-    assert result.returncode == 0, result.stderr
-    files = hub.files("owner/page")
+def test_a_space_is_complete_and_a_second_push_replaces_it(pushed):
+    hub, [(status, output, _), (second_status, *_), *_] = pushed
+    assert status == second_status == 0
     repo = hub.repos["owner/page"]
     assert (repo.kind, repo.sdk, repo.private) == ("space", "gradio", False)
-    assert json.loads(result.stdout.splitlines()[-1])["files"] == len(files) - 1  # and .gitattributes
+    _, files, replaced = repo.commits.values()
+    assert json.loads(output.splitlines()[-1])["files"] == len(files) - 1  # and .gitattributes
     settings = card(files)
     assert settings["sdk"] == "gradio" and settings["app_file"] == "app.py" and "models" not in settings
     assert len(settings["short_description"]) <= 60
@@ -54,24 +82,20 @@ def test_a_space_is_complete_and_a_second_push_replaces_it(hub, tmp_path):
     assert {f"modeling_prunesid/{path.name}" for path in (ROOT / "modeling_prunesid").glob("*.py")} <= names
     assert not any("00002-of-00002" in name or "pycache" in name for name in names)
 
-    result = push(hub, tmp_path, "owner/page", "--model", "owner/llava")
-    assert result.returncode == 0, result.stderr
-    files = hub.files("owner/page")
-    assert card(files)["models"] == ["owner/llava"] and b"model='owner/llava'" in files["app.py"]
-    assert not any(name.startswith("embedded/") for name in files)
+    assert card(replaced)["models"] == ["owner/llava"] and b"model='owner/llava'" in replaced["app.py"]
+    assert not any(name.startswith("embedded/") for name in replaced)
 
 
-def test_what_a_space_cannot_have_is_a_sentence(hub, tmp_path):
-    (tmp_path / "model").mkdir()
-    for arguments, sentence in (
-        (["page"], "The Space must be named ORG/NAME, got 'page'."),
-        (["owner/other", "--model", "model"], "--model must be on the Hub for a Space to load it"),
-    ):
-        result = push(hub, tmp_path, *arguments)
-        assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
-    result = push(hub, tmp_path, "owner/other", token=None)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "owner/other" not in hub.repos
+def test_what_a_space_cannot_have_is_a_sentence(pushed):
+    hub, [_, _, *refused] = pushed
+    sentences = (
+        "The Space must be named ORG/NAME, got 'page'.",
+        "--model must be on the Hub for a Space to load it",
+        "Invalid username or password",
+    )
+    for (status, _, errors), sentence in zip(refused, sentences, strict=True):
+        assert status == 2 and sentence in errors and "Traceback" not in errors
+    assert set(hub.repos) == {"owner/page"}
 
 
 def test_the_requirements_are_those_of_the_package_and_its_extra():
