@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from .context import SELECTIONS
+from .context import SELECTIONS, Selection
+from .suppression import find_suppressors
 
 
 CELL = 16  # pixels of a patch, at least
@@ -30,6 +31,9 @@ class Explanation:
         rho (`float`, *optional*): the redundancy of the view (equation 4).
         grid (`tuple[int, int]`): rows and columns of tokens.
         is_cropped (`bool`): the processor crops the centre of the image, in place of squeezing it.
+        compared (`torch.FloatTensor` of shape `(T, dim)`, *optional*): the features that tokens are compared by.
+        tau (`float`, *optional*): from this similarity on, a better token of its group suppresses another one.
+        suppressors (`torch.LongTensor` of shape `(T,)`, *optional*): what suppressed each token, -1 for nothing.
     """
 
     kept: torch.LongTensor
@@ -38,6 +42,9 @@ class Explanation:
     rho: float | None
     grid: tuple[int, int]
     is_cropped: bool = False
+    compared: torch.FloatTensor | None = None
+    tau: float | None = None
+    suppressors: torch.LongTensor | None = None
 
 
 @torch.no_grad()
@@ -66,11 +73,22 @@ def explain(model: Any, processor: Any, image: Image.Image) -> Explanation:
             f"Nothing is dropped of this image, so there is nothing to explain: "
             f"prunesid_config.budget={model.config.prunesid_config.budget}. Set a smaller budget."
         )
-    selection, lengths = found[0]
-    length = lengths[0]
+    selection, views, context = found[0]
+    length = views.shape[1] if context.lengths is None else context.lengths[0]
+
+    def own(values):
+        return None if values is None else values[:1, :length]
 
     def row(values):
         return None if values is None else values[0, :length].float().cpu()
+
+    first = Selection(
+        selection.indices[:1], selection.counts[:1], None, own(selection.groups), own(selection.scores)
+    )
+    found_suppressors = find_suppressors(
+        views[:1, :length], first, model.config.prunesid_config, context.of_views(0, 1, length)
+    )
+    tau, suppressors = found_suppressors or (None, None)
 
     groups = row(selection.groups)
     return Explanation(
@@ -79,7 +97,10 @@ def explain(model: Any, processor: Any, image: Image.Image) -> Explanation:
         scores=row(selection.scores),
         rho=None if selection.rho is None else float(selection.rho[0]),
         grid=_grid_of(images, length, model),
-        is_cropped=len(lengths) == 1 and bool(getattr(processor.image_processor, "do_center_crop", False)),
+        is_cropped=len(views) == 1 and bool(getattr(processor.image_processor, "do_center_crop", False)),
+        compared=row(views),
+        tau=tau,
+        suppressors=None if suppressors is None else suppressors.cpu(),
     )
 
 

@@ -27,6 +27,8 @@ COMMANDS = {
     "evaluate": ("accuracy of every method at every budget on synthetic scenes", "demo"),
     "benchmark": ("what selection costs and what it saves", "demo"),
     "presets": ("list the presets, or show one", None),
+    "app": ("see in a browser which tokens survive", "app"),
+    "push-space": ("publish the page of `prunesid app` as a Space", None),
     "doctor": ("versions, what works on this machine, and what to fix", None),
 }
 OWN_PACKAGES = ("modeling_prunesid", "prunesid_cli")
@@ -49,7 +51,7 @@ def build_parser(chosen: str | None = None, module: Any = None) -> argparse.Argu
 
 
 def import_command(name: str):
-    return importlib.import_module(f".{name}", __package__)
+    return importlib.import_module(f".{name.replace('-', '_')}", __package__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """
-A stand-in for the Hub on loopback: as much of its HTTP API as huggingface_hub uses to create a repo, to commit
-regular and LFS files, and to resolve and download revisions. Set `HF_ENDPOINT` to `Hub.url` before huggingface_hub is
-imported, and `HF_HUB_DISABLE_XET=1`, because it has no Xet storage.
+A stand-in for the Hub on loopback: as much of its HTTP API as huggingface_hub uses to create a repo (a model's or a
+Space's), to commit regular and LFS files, and to resolve and download revisions. Set `HF_ENDPOINT` to `Hub.url` before
+huggingface_hub is imported, and `HF_HUB_DISABLE_XET=1`, because it has no Xet storage.
 """
 
 import base64
@@ -25,6 +25,8 @@ class Repo:
     """Commits are whole trees, `{path: content}`, by their hash; branches name commits."""
 
     private: bool
+    kind: str = "model"
+    sdk: str | None = None
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -116,6 +118,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
     def _route(self, parts: list[str]) -> None:
+        if parts[:2] == ["api", "spaces"]:
+            parts = ["api", "models", *parts[2:]]
+        elif parts[0] == "spaces":
+            parts = parts[1:]
         match self.command, parts:
             case "POST", ["api", "repos", "create"]:
                 self._create()
@@ -171,7 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"id": name, "url": f"{self.hub.url}/{name}"}
         if name in self.hub.repos:
             raise _Answer(409, answer)
-        repo = self.hub.repos[name] = Repo(private=wanted.get("visibility") == "private")
+        repo = self.hub.repos[name] = Repo(
+            private=wanted.get("visibility") == "private", kind=wanted.get("type", "model"), sdk=wanted.get("sdk")
+        )
         repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
         raise _Answer(200, answer)
 

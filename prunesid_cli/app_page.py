@@ -1,0 +1,360 @@
+"""The page: Gradio's components, what they do, and the words a visitor reads."""
+
+import html
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
+
+import gradio as gr
+
+from modeling_prunesid.methods import METHODS
+from prunesid_cli.app_model import MAX_NEW_TOKENS, Answer, AppModel, Choice
+from prunesid_cli.app_picture import draw, draw_pair, draw_small, draw_whole, explain_numbers
+from prunesid_cli.app_upload import MAX_BYTES, read_address, read_upload
+from prunesid_cli.images import open_image
+
+
+FILES = Path(__file__).with_name("app_files")
+STRIP = (192, 128, 64, 32)
+MAX_WAITING = 64  # visitors in the queue
+KEPT_FOR = 3600  # seconds that a visitor's picture is kept
+QUESTION_LENGTH = 500
+EXAMPLES = {  # a question for each picture of `app_files`
+    "Hearts": ("example_1.jpg", "what colour is the heart?"),
+    "Pandas": ("example_2.jpg", "how many times does the panda appear?"),
+    "Umbrellas": ("example_3.jpg", "what word is printed?"),
+}
+METHOD_NAMES = {
+    "paper": ("PruneSID, as the paper has it", "puts squares that look alike into groups, drops near-copies in each "
+              "group, and keeps the most typical squares of every group"),
+    "release": ("PruneSID, as its authors' code has it", "the same groups, but it prefers squares that the vision "
+                "model itself looks at"),
+    "spread": ("Spread", "takes squares that the vision model looks at, each as unlike those already taken as possible"),
+}  # fmt: skip
+INTRODUCTION = """
+# What does an AI need to see of a picture?
+
+An AI that answers questions about pictures cuts a picture into small squares and reads them one after another, as it
+reads words. (Each square is a *visual token*.) Most squares repeat others: more wall, more sky. Here only some squares
+are kept, and you see what that does to the answer and to the time it takes.
+**Bright squares are kept, dark ones are dropped.**
+"""
+SMALL_MODEL = (
+    "The model of this page is a very small one, made for demonstration: it knows 112 words and scenes like the three "
+    "examples. It answers questions such as *is there any cat in the picture?*, *how many times does the car "
+    "appear?*, *where is the key?*, *what colour is the book?*, *what number is printed?*, *what word is printed?*"
+)
+WAITING = "Press **Ask** for the answers."
+
+
+def name_of(method: str) -> str:
+    return METHOD_NAMES.get(method, (method.replace("_", " "), ""))[0]
+
+
+def meaning_of(method: str) -> str:
+    """What a method does, for a visitor; of one without words of its own, what its file says first."""
+    if method in METHOD_NAMES:
+        return METHOD_NAMES[method][1]
+    return (sys.modules[METHODS[method].__module__].__doc__ or "").strip().split("\n")[0].rstrip(".")
+
+
+def example_pictures() -> list[Image.Image]:
+    return [open_image(FILES / file) for file, _ in EXAMPLES.values()]
+
+
+def say(text: str, is_error: bool = False) -> str:
+    kind = ' ps-error" role="alert' if is_error else '" role="status'
+    return f'<div class="ps-status{kind}">{html.escape(text)}</div>'
+
+
+def sentence_of(error: Exception) -> str:
+    """What went wrong, for a visitor; the log has the rest of what was not foreseen."""
+    if isinstance(error, ValueError):
+        return str(error)
+    print(f"prunesid app: {type(error).__name__}: {error}", file=sys.stderr)
+    return "Something went wrong on the server. Try again, or another picture."
+
+
+class Page:
+    """What the events of the page call. A picture is a visitor's own; the model is everybody's."""
+
+    def __init__(self, model: AppModel):
+        self.model = model
+
+    def open_file(self, path: str | None) -> tuple:
+        """The picture of an upload, and what to say of it."""
+        if path is None:
+            return gr.skip(), gr.skip()
+        return self._open(lambda: read_upload(path))
+
+    def open_address(self, address: str) -> tuple:
+        return self._open(lambda: read_address(address))
+
+    def _open(self, read) -> tuple:
+        try:
+            picture = read()
+        except Exception as error:
+            return gr.skip(), say(f"{sentence_of(error)} The picture on the page is the one before.", True)
+        return picture, say("Here is your picture. Ask something about it.")
+
+    def choice(self, budget: float, method: str, is_dynamic: bool) -> Choice:
+        if method not in METHODS:
+            raise ValueError(f"There is no method {method!r}.")
+        return Choice(min(max(int(budget), 1), self.model.num_patches), method, bool(is_dynamic))
+
+    def show(self, picture, question: str, budget: float, method: str, is_dynamic: bool) -> tuple:
+        """Status, picture, its numbers and the code, for what is chosen."""
+        try:
+            if picture is None:
+                raise ValueError("Choose a picture first: drop one in, or take an example.")
+            choice = self.choice(budget, method, is_dynamic)
+            code = code_for(self.model, question, choice)
+            if choice.budget == self.model.num_patches and not is_dynamic:
+                whole = f"All {choice.budget} squares are kept: nothing is dropped. Move the slider to the left."
+                return say(whole), draw_whole(picture, self.model.grid, self.model.is_cropped), "", code
+            seen = self.model.look(picture, choice)
+        except Exception as error:
+            return say(sentence_of(error), True), gr.skip(), gr.skip(), gr.skip()
+        told = f"{len(seen.kept)} of {len(seen.compared)} squares are kept. {name_of(method)}: {meaning_of(method)}."
+        return say(told), draw(picture, seen), explain_numbers(seen), code
+
+    def ask(self, picture, question: str, budget: float, method: str, is_dynamic: bool) -> Iterator[tuple]:
+        """Status, both answers and their numbers, as they are written."""
+        question = (question or "").strip()[:QUESTION_LENGTH]
+        try:
+            if picture is None:
+                raise ValueError("Choose a picture first: drop one in, or take an example.")
+            if not question:
+                raise ValueError("Type a question about the picture first.")
+            choice = self.choice(budget, method, is_dynamic)
+            answers = [Answer(), Answer()]
+            yield say("The model reads the whole picture …"), "…", "", table_of(answers)
+            for place, one in enumerate((Choice(None, self.model.own_method), choice)):
+                for answers[place] in self.model.answer(picture, question, one):
+                    status = "The model reads " + ("the kept squares …" if place else "the whole picture …")
+                    texts = [answer.text or ("…" if at == place else "") for at, answer in enumerate(answers)]
+                    yield say(status), *texts, table_of(answers)
+            unknown = self.model.unknown_words(question)
+            words = ", ".join(f"“{word[:30]}”" for word in unknown[:8])
+            told = f" It does not know: {words}. Its answers may make no sense." if unknown else ""
+            yield say(f"Done.{told}", bool(unknown)), answers[0].text, answers[1].text, table_of(answers)
+        except Exception as error:
+            yield say(sentence_of(error), True), gr.skip(), gr.skip(), gr.skip()
+
+    def strip(self, picture, method: str) -> str:
+        """The picture at four budgets."""
+        try:
+            figures = []
+            for budget in STRIP:
+                if picture is not None and budget < self.model.num_patches:
+                    seen = self.model.look(picture, self.choice(budget, method, False))
+                    figures.append(draw_small(picture, seen, f"{budget} squares"))
+            return f'<div class="ps-strip">{"".join(figures)}</div>'
+        except Exception as error:
+            return say(sentence_of(error), True)
+
+    def compare(self, picture, budget: float, first: str, second: str) -> str:
+        """Two methods beside each other."""
+        try:
+            if picture is None:
+                raise ValueError("Choose a picture first: drop one in, or take an example.")
+            seen = [self.model.look(picture, self.choice(budget, method, False)) for method in (first, second)]
+            return draw_pair(picture, *seen, (name_of(first), name_of(second)))
+        except Exception as error:
+            return say(sentence_of(error), True)
+
+
+def table_of(answers: list[Answer]) -> str:
+    """Both runs in numbers, and their ratios."""
+
+    def row(label: str, name: str, write) -> str:
+        full, kept = (getattr(answer, name) for answer in answers)
+        cells = ["" if value is None else write(value) for value in (full, kept)]
+        ratio = "" if not full or not kept else f"{full / kept:.1f} times less"
+        if ratio and full < kept:
+            ratio = f"{kept / full:.1f} times more"
+        return f"<tr><th scope='row'>{label}</th>" + "".join(f"<td>{cell}</td>" for cell in (*cells, ratio)) + "</tr>"
+
+    rows = (
+        row("Squares read (visual tokens)", "visual_tokens", str),
+        row("Time to the first word", "first_token_seconds", lambda value: f"{1000 * value:.0f} ms"),
+        row("Memory for what was read (KV cache)", "cache_bytes", lambda value: f"{value / 2**20:.2f} MB"),
+    )
+    return (
+        "<table class='ps-table'><thead><tr><td></td><th scope='col'>All</th><th scope='col'>Kept</th>"
+        f"<th scope='col'>Saved</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def code_for(model: AppModel, question: str, choice: Choice) -> str:
+    """Python that gives what is on the page."""
+    settings = model.settings_of(choice)
+    if model.name is None:
+        source = "from prunesid_cli.embedded import complete\n"
+        name = "complete()  # the small model of the page"
+    else:
+        source, name = "", repr(model.name)
+    content = f'[{{"type": "image", "image": picture}}, {{"type": "text", "text": {question!r}}}]'
+    return f"""from transformers import AutoProcessor
+
+from modeling_prunesid import PruneSIDForImageTextToText, explain, visualize
+{source}from prunesid_cli.images import open_image
+
+name = {name}
+model = PruneSIDForImageTextToText.from_pretrained(name, dtype="auto", prunesid_config={settings!r})
+processor = AutoProcessor.from_pretrained(name)
+processor.num_visual_tokens = None  # full prompts, which leave the budget to the model
+
+picture = open_image("picture.png")  # yours
+messages = [{{"role": "user", "content": {content}}}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+).to(model.device, model.dtype)
+output = model.generate(**inputs, max_new_tokens={MAX_NEW_TOKENS}, do_sample=False)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+visualize(picture, explain(model, processor, picture)).save("kept.png")
+"""
+
+
+def build(model: AppModel) -> gr.Blocks:
+    """The page of a model."""
+    page = Page(model)
+    methods = [(name_of(method), method) for method in METHODS]
+    own = model.own_budget
+    budget = own if isinstance(own, int) else round((own or 1 / 9) * model.num_patches)
+    one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+    with gr.Blocks(title="What does an AI need to see?", analytics_enabled=False, delete_cache=(600, KEPT_FOR)) as blocks:
+        picture = gr.State(time_to_live=KEPT_FOR)
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                gr.Markdown("### 1. A picture")
+                examples = [gr.Button(label, icon=str(FILES / file), size="sm") for label, (file, _) in EXAMPLES.items()]
+                file = gr.File(label=f"Or your own (up to {MAX_BYTES // 2**20} MB)", height=130, elem_id="file")
+                address = gr.Textbox(label="Or its address on the web, then Enter", placeholder="https://", max_lines=1)
+                gr.Markdown("### 2. A question")
+                question = gr.Textbox(label="Question", max_length=QUESTION_LENGTH, max_lines=3, elem_id="question")
+                gr.Markdown("### 3. How much may it see?")
+                slider = gr.Slider(
+                    1,
+                    model.num_patches,
+                    value=budget,
+                    step=1,
+                    label=f"Squares to keep, of {model.num_patches}",
+                    elem_id="budget",
+                    buttons=[],
+                )
+                dynamic = gr.Checkbox(
+                    label="More for busy pictures, fewer for plain ones",
+                    info="The number above is then what a typical picture gets.",
+                )
+                method = gr.Dropdown(methods, value=model.own_method, label="How squares are chosen", elem_id="method")
+                button = gr.Button("Ask", variant="primary", elem_id="ask")
+                if model.name is None:
+                    gr.Markdown(SMALL_MODEL)
+            with gr.Column(scale=3, min_width=280):
+                status = gr.HTML(say("Getting the first picture ready …"), elem_id="status")
+                shown = gr.HTML(elem_id="picture")
+                with gr.Row():
+                    full = gr.Textbox(label="Answer from all squares", lines=2, interactive=False, elem_id="full")
+                    kept = gr.Textbox(label="Answer from the kept squares", lines=2, interactive=False, elem_id="kept")
+                numbers = gr.HTML(table_of([Answer(), Answer()]), elem_id="numbers")
+                sentences = gr.HTML(elem_id="sentences")
+        with gr.Accordion("The same picture with 192, 128, 64 and 32 squares", open=True):
+            strip = gr.HTML(elem_id="strip")
+        with gr.Accordion("Two methods beside each other", open=False, elem_id="compare"):
+            with gr.Row():
+                first = gr.Dropdown(methods, value=methods[0][1], label="First method")
+                second = gr.Dropdown(methods, value=methods[-1][1], label="Second method")
+                compare = gr.Button("Compare", elem_id="compare-button")
+            pair = gr.HTML(elem_id="pair")
+        with gr.Accordion("The code for what you see", open=False, elem_id="code-accordion"):
+            copy = gr.Button("Copy as code", elem_id="copy")
+            code = gr.Code(language="python", interactive=False, show_label=False, elem_id="code")
+
+        chosen = [picture, question, slider, method, dynamic]
+        looks = {"fn": page.show, "inputs": chosen, "outputs": [status, shown, sentences, code], **one_at_a_time}
+        strips = {"fn": page.strip, "inputs": [picture, method], "outputs": [strip], **one_at_a_time}
+        strips["show_progress"] = "hidden"
+        asking = button.click(**looks, show_progress="hidden").then(
+            page.ask, chosen, [status, full, kept, numbers], show_progress="hidden", **one_at_a_time
+        )
+        asking_by_key = question.submit(**looks, show_progress="hidden").then(
+            page.ask, chosen, [status, full, kept, numbers], show_progress="hidden", **one_at_a_time
+        )
+        private: dict[str, Any] = {"api_visibility": "private"}
+
+        def forget() -> tuple:
+            return "", "", table_of([Answer(), Answer()])
+
+        answers = [full, kept, numbers]
+        stops: dict[str, Any] = {"cancels": [asking, asking_by_key], "queue": False, **private}
+        question.input(forget, None, answers, **stops)
+        for part in (slider, method, dynamic):
+            part.change(forget, None, answers, **stops)
+            part.change(**looks, show_progress="hidden", trigger_mode="always_last")
+        method.change(**strips)
+        opened = [
+            file.upload(page.open_file, file, [picture, status], **private),
+            address.submit(page.open_address, address, [picture, status], **private),
+        ]
+        for label, (_, text) in EXAMPLES.items():
+            place = list(EXAMPLES).index(label)
+            take = lambda place=place, text=text: (example_pictures()[place], text)  # noqa: E731
+            opened.append(examples[place].click(take, None, [picture, question], **private))
+        opened.append(blocks.load(lambda: (example_pictures()[0], next(iter(EXAMPLES.values()))[1]), None,
+                                  [picture, question], **private))  # fmt: skip
+        for event in opened:
+            event.success(forget, None, answers, **stops)
+            event.success(**looks, show_progress="hidden").then(**strips)
+        compare.click(page.compare, [picture, slider, first, second], [pair], **one_at_a_time)
+        copy.click(None, code, None, js=COPY, **private)
+    blocks.queue(max_size=MAX_WAITING, api_open=False)
+    return blocks
+
+
+COPY = """(code) => {
+    const button = document.querySelector("#copy");
+    const done = () => { button.textContent = "Copied"; setTimeout(() => { button.textContent = "Copy as code"; }, 2000); };
+    const byHand = () => {
+        const area = document.createElement("textarea");
+        area.value = code;
+        document.body.append(area);
+        area.select();
+        document.execCommand("copy");
+        area.remove();
+        done();
+    };
+    if (navigator.clipboard) navigator.clipboard.writeText(code).then(done, byHand); else byHand();
+}"""
+
+
+def launch(blocks: gr.Blocks, host: str, port: int | None, is_waiting: bool = True) -> str:
+    """Serve the page, and return its address. Nothing on it comes from elsewhere, its fonts included."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    _, url, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        show_error=False,
+        max_file_size=MAX_BYTES,
+        state_session_capacity=200,
+        footer_links=["settings"],
+        ssr_mode=False,
+        theme=theme,
+        css=(FILES / "page.css").read_text(),
+        head=f"<script>{(FILES / 'page.js').read_text()}</script>",
+    )
+    print(f"The page is at {url} (Ctrl-C stops it).", flush=True)
+    if is_waiting:
+        blocks.block_thread()
+    return url

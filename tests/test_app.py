@@ -1,0 +1,316 @@
+"""
+The page of `prunesid app` in a real Chromium, with the embedded model, as a visitor uses it. Set `APP_SCREENSHOTS` to a
+folder outside the checkout to look at what was seen.
+"""
+
+import concurrent.futures
+import contextlib
+import io
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+
+pytestmark = pytest.mark.app
+SECONDS = 120  # until something must have appeared, on a busy machine
+SQUARES = 576
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The address of the page, and its blocks."""
+    from prunesid_cli.app_model import AppModel
+    from prunesid_cli.app_page import build, example_pictures, launch
+
+    blocks = build(AppModel(None, example_pictures()))
+    yield launch(blocks, "127.0.0.1", None, is_waiting=False), blocks
+    blocks.close()
+
+
+class Visitor:
+    """A Chromium of one visitor at the page."""
+
+    def __init__(self, url, width=1280, height=1700):
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
+            options.add_argument(argument)
+        options.binary_location = "/usr/bin/chromium"
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        self.driver.get(url)
+        self.wait(lambda: self.count("#picture rect") == SQUARES and self.count("#strip figure") == 4)
+
+    def find(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def count(self, selector):
+        return self.driver.execute_script("return document.querySelectorAll(arguments[0]).length", selector)
+
+    def text(self, selector):
+        script = "const e = document.querySelector(arguments[0]); return e ? (e.value ?? e.textContent) : ''"
+        return self.driver.execute_script(script, selector).strip()
+
+    def wait(self, is_true):
+        end = time.monotonic() + SECONDS
+        while not is_true():
+            assert time.monotonic() < end, self.text("#status")
+            time.sleep(0.2)
+
+    def ask(self, question=None):
+        if question is not None:
+            box = self.find("#question textarea, #question input")
+            box.clear()
+            box.send_keys(question)
+        self.find("#ask").click()
+        self.wait(lambda: self.text("#status").startswith("Done"))
+        return self.text("#full textarea"), self.text("#kept textarea")
+
+    def example(self, label):
+        before = self.driver.execute_script("return document.querySelector('#picture image').outerHTML")
+        self.driver.find_element("xpath", f"//button[contains(., '{label}')]").click()
+        script = "return document.querySelector('#picture image').outerHTML"
+        self.wait(lambda: self.driver.execute_script(script) != before)
+
+    def show(self, name):
+        folder = os.environ.get("APP_SCREENSHOTS")
+        if folder:
+            self.driver.save_screenshot(str(Path(folder, f"{name}.png")))
+
+
+@contextlib.contextmanager
+def visit(page, **screen):
+    visitor = Visitor(page[0], **screen)
+    try:
+        yield visitor
+    finally:
+        visitor.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def visitor(page):
+    with visit(page) as visitor:
+        yield visitor
+
+
+def scene(variant, seed):
+    from prunesid_cli.scenes import make_scene
+
+    return make_scene(variant, "test", seed).image
+
+
+def test_an_uploaded_picture_is_shown_and_asked_about(visitor, tmp_path):
+    before = visitor.text("#sentences")
+    scene("salient", 1).save(tmp_path / "mine.png")
+    visitor.find("#file input[type=file]").send_keys(str(tmp_path / "mine.png"))
+    visitor.wait(lambda: visitor.text("#sentences") not in ("", before))
+    full, kept = visitor.ask("what word is printed?")
+    assert full == "sale" and kept
+    numbers = visitor.text("#numbers")
+    assert re.search(r"visual tokens\)576649\.0 times less", numbers)
+    assert re.search(r"first word\d+ ms\d+ ms\d", numbers) and re.search(r"KV cache\)3\.\d+ MB0\.\d+ MB", numbers)
+    assert visitor.count("#picture .ps-kept") == 64 and visitor.count("#picture .ps-dropped") == SQUARES - 64
+    for symbol in ("ρ = 0.", "φ = 1 − ρ = 0.", "τ = "):
+        assert symbol in visitor.text("#sentences")
+    assert [visitor.count(f"#strip figure:nth-child({place}) .ps-dropped") for place in (1, 2, 3, 4)] == [
+        SQUARES - kept for kept in (192, 128, 64, 32)
+    ]
+    visitor.show("asked")
+
+
+def test_sliding_changes_the_picture_and_takes_back_the_answers(visitor):
+    from selenium.webdriver.common.keys import Keys
+
+    visitor.ask("what word is printed?")
+    number = visitor.find("#budget input[type=number]")
+    number.send_keys(Keys.CONTROL, "a")
+    number.send_keys("32", Keys.TAB)
+    visitor.wait(lambda: visitor.count("#picture .ps-kept") == 32)
+    assert visitor.text("#full textarea") == visitor.text("#kept textarea") == ""
+    slider = visitor.find("#budget input[type=range]")
+    slider.send_keys(Keys.ARROW_RIGHT)
+    visitor.wait(lambda: visitor.count("#picture .ps-kept") == 33)
+    slider.send_keys(Keys.END)
+    visitor.wait(lambda: "nothing is dropped" in visitor.text("#status"))
+    assert visitor.count("#picture .ps-dropped") == 0
+    number.send_keys(Keys.CONTROL, "a")
+    number.send_keys("64", Keys.TAB)
+    visitor.wait(lambda: visitor.count("#picture .ps-kept") == 64)
+
+
+def test_pointing_at_a_square_tells_its_story_and_shows_what_suppressed_it(visitor):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    dropped = visitor.find("#picture rect[data-by]")
+    ActionChains(visitor.driver).move_to_element(dropped).perform()
+    story = visitor.text("#picture .ps-readout")
+    assert re.match(r"Row \d+, column \d+: dropped\. Suppressed by the (kept|better) square in row \d+", story)
+    assert "Group" in story and "Score" in story
+    assert visitor.find("#picture .ps-by").get_attribute("data-i") == dropped.get_attribute("data-by")
+    visitor.show("pointed")
+    picture = visitor.find("#picture svg")
+    ActionChains(visitor.driver).move_to_element_with_offset(picture, 0, 0).click().send_keys(
+        Keys.ARROW_RIGHT, Keys.ARROW_UP
+    ).perform()
+    here = int(visitor.find("#picture .ps-here").get_attribute("data-i"))
+    story = visitor.text("#picture .ps-readout")
+    assert story.startswith(f"Row {here // 24 + 1}, column {here % 24 + 1}:")
+    picture.send_keys(Keys.ARROW_DOWN)
+    assert int(visitor.find("#picture .ps-here").get_attribute("data-i")) == here + 24
+
+
+def test_two_methods_beside_each_other(visitor):
+    visitor.driver.execute_script("document.querySelector('#compare button').click()")
+    visitor.wait(lambda: visitor.count("#compare-button") == 1 and visitor.find("#compare-button").is_displayed())
+    visitor.find("#compare-button").click()
+    visitor.wait(lambda: visitor.count("#pair figure") == 2)
+    both, first, second = (int(text) for text in re.findall(r"(\d+) (?:kept by both|only by)", visitor.text("#pair")))
+    assert both + first == both + second == 64 and first > 0
+    visitor.driver.execute_script("document.querySelector('#pair').scrollIntoView()")
+    visitor.show("compared")
+
+
+def test_the_code_gives_what_is_on_the_page(visitor, tmp_path, monkeypatch):
+    import prunesid_cli.app_page as app_page
+
+    visitor.driver.execute_script("scrollTo(0, 0)")
+    visitor.example("Umbrellas")
+    _, kept = visitor.ask()
+    visitor.driver.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    )
+    visitor.driver.execute_script("document.querySelector('#code-accordion button').click()")
+    visitor.wait(lambda: visitor.count("#copy") == 1 and visitor.find("#copy").is_displayed())
+    visitor.find("#copy").click()
+    visitor.wait(lambda: visitor.text("#copy") == "Copied")
+    code = visitor.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    assert '"budget": 64' in code.replace("'", '"')
+    monkeypatch.chdir(tmp_path)
+    app_page.example_pictures()[2].save("picture.png")
+    output, names = io.StringIO(), {}
+    with contextlib.redirect_stdout(output):
+        exec(compile(code, "copied", "exec"), names)
+    assert output.getvalue().strip() == kept
+    seen = names["explain"](names["model"], names["processor"], names["picture"])
+    script = "return [...document.querySelectorAll('#picture .ps-kept')].map((cell) => Number(cell.dataset.i))"
+    assert seen.kept.tolist() == visitor.driver.execute_script(script)
+    assert (tmp_path / "kept.png").exists()
+
+
+def test_a_wrong_file_and_an_unknown_word_are_sentences(visitor, tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    before = visitor.text("#sentences")
+    visitor.find("#file input[type=file]").send_keys(str(tmp_path / "notes.txt"))
+    visitor.wait(lambda: "cannot be read as a picture" in visitor.text("#status [role=alert]"))
+    assert visitor.text("#sentences") == before and visitor.count("#picture rect") == SQUARES
+    visitor.show("wrong_file")
+    visitor.ask("where is the zebra?")
+    assert "does not know: “zebra”" in visitor.text("#status")
+    box = visitor.find("#question textarea, #question input")
+    box.clear()
+    visitor.find("#ask").click()
+    visitor.wait(lambda: "Type a question" in visitor.text("#status"))
+    address = visitor.driver.find_element("css selector", "input[placeholder='https://'], textarea[placeholder='https://']")
+    address.send_keys("http://127.0.0.1/picture.png\n")
+    visitor.wait(lambda: "not on the public internet" in visitor.text("#status"))
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_says_no_error(visitor, page):
+    asked = set()
+    for entry in visitor.driver.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            asked.add(message["params"]["request"]["url"])
+    assert all(url.startswith((page[0], "data:", "blob:", "http://127.0.0.1")) for url in asked), asked
+    assert not [entry for entry in visitor.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_two_visitors_at_once_get_their_own_answers(page, visitor):
+    with visit(page) as other:
+        visitor.example("Hearts")
+        other.example("Umbrellas")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            answers = list(pool.map(lambda one: one.ask("what word is printed?")[0], (visitor, other)))
+        assert answers == ["stop", "park"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen_and_the_dark(page, scheme):
+    with visit((page[0] + f"?__theme={scheme}", None), width=360, height=4200) as visitor:
+        visitor.ask()
+        assert visitor.driver.execute_script("return document.documentElement.scrollWidth") <= 360
+        assert visitor.find("#picture svg").size["width"] > 250
+        background = "return getComputedStyle(document.body).backgroundColor"
+        red = int(re.findall(r"\d+", visitor.driver.execute_script(background))[0])
+        assert red < 60 if scheme == "dark" else red > 200
+        unnamed = """return [...document.querySelectorAll("button, input, textarea, select")].filter((e) =>
+            e.offsetParent && !(e.textContent.trim() || e.ariaLabel || e.title || e.labels?.length ||
+            e.getAttribute("aria-labelledby"))).map((e) => e.outerHTML.slice(0, 200))"""
+        assert visitor.driver.execute_script(unnamed) == []
+        visitor.show(f"narrow_{scheme}")
+
+
+def call(page, function, session, *data):
+    """The output of an event of the page by the name of its function, as a browser asks for it."""
+    url, blocks = page
+    [index, *_] = [key for key, block in blocks.fns.items() if block.name == function]
+    body = {"data": list(data), "fn_index": index, "session_hash": session, "event_data": None, "trigger_id": None}
+    headers = {"Content-Type": "application/json"}
+    joined = urllib.request.Request(f"{url}gradio_api/queue/join", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(joined) as answer:
+        answer.read()
+    with urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash={session}", timeout=SECONDS * 4) as stream:
+        for line in stream:
+            message = json.loads(line[5:]) if line.startswith(b"data:") else {}
+            if message.get("msg") == "process_completed":
+                return message["success"], message["output"]
+    raise AssertionError("the stream ended early")
+
+
+def test_twenty_visitors_are_served_in_turn(page):
+    from prunesid_cli.app_model import Choice
+
+    def one(number):
+        session = f"visitor{number:020}"
+        assert call(page, "<lambda>", session)[0]
+        success, output = call(page, "show", session, None, "what word is printed?", 20 + number, "paper", False)
+        return success, json.dumps(output)
+
+    assert Choice(20).budget == 20
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(one, range(20)))
+    for number, (success, output) in enumerate(answers):
+        assert success and f"{20 + number} of 576 squares are kept" in output
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", str(Path(__file__)), "setup.cfg", "../../../../etc/passwd"])
+def test_no_file_of_the_server_is_read(page, path):
+    for form in ("file=", "file/"):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"{page[0]}gradio_api/{form}{path}")
+        assert caught.value.code in (403, 404)
+    data = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
+    success, output = call(page, "open_file", f"reader{abs(hash(path)):020}", data)
+    assert not success and "root:" not in json.dumps(output)
+
+
+def test_an_upload_above_the_limit_is_refused(page):
+    from prunesid_cli.app_upload import MAX_BYTES
+
+    edge = "edge"
+    head = f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'.encode()
+    body = head + b"\0" * (MAX_BYTES + 1) + f"\r\n--{edge}--\r\n".encode()
+    headers = {"Content-Type": f"multipart/form-data; boundary={edge}"}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(f"{page[0]}gradio_api/upload", body, headers))
+    assert caught.value.code == 413

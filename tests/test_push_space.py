@@ -1,0 +1,106 @@
+"""`prunesid push-space`: the Space that arrives on the Hub has its page, code, model, requirements and card."""
+
+import configparser
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_server import TOKEN, Hub
+
+from prunesid_cli.push_space import CPU_WHEELS, REQUIREMENTS
+
+
+ROOT = Path(__file__).parents[1]
+
+
+# One process for all, for its imports take longer than what it does: (arguments, whether there is a token).
+CALLS = (
+    (["owner/page"], True),
+    (["owner/page", "--model", "owner/llava"], True),
+    (["page"], True),
+    (["owner/other", "--model", "model"], True),
+    (["owner/other"], False),
+)
+SCRIPT = """
+import contextlib, io, json, os, sys
+from prunesid_cli.command import main
+for arguments, has_token in json.loads(sys.argv[1]):
+    if not has_token:
+        del os.environ["HF_TOKEN"]
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            main(["push-space", *arguments])
+        except SystemExit as stop:
+            status = stop.code
+    print(json.dumps([status, output.getvalue(), errors.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """The Hub after all calls, and the status, output and errors of each."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "model").mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with Hub() as hub:
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        process = subprocess.run(
+            [sys.executable, "-c", SCRIPT, json.dumps(CALLS)],
+            env=kept | own | {"PYTHONPATH": str(ROOT)},
+            cwd=home,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    return hub, [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def card(files):
+    return yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+
+
+def test_a_space_is_complete_and_a_second_push_replaces_it(pushed):
+    hub, [(status, output, _), (second_status, *_), *_] = pushed
+    assert status == second_status == 0
+    repo = hub.repos["owner/page"]
+    assert (repo.kind, repo.sdk, repo.private) == ("space", "gradio", False)
+    _, files, replaced = repo.commits.values()
+    assert json.loads(output.splitlines()[-1])["files"] == len(files) - 1  # and .gitattributes
+    settings = card(files)
+    assert settings["sdk"] == "gradio" and settings["app_file"] == "app.py" and "models" not in settings
+    assert len(settings["short_description"]) <= 60
+    compile(files["app.py"], "app.py", "exec")
+    assert b"model=None" in files["app.py"]
+    names = set(files)
+    assert {"embedded/config.json", "embedded/model-00001-of-00002.safetensors", "embedded/README.md"} <= names
+    assert {"prunesid_cli/app_files/page.js", "prunesid_cli/app_files/example_1.jpg"} <= names
+    assert {f"modeling_prunesid/{path.name}" for path in (ROOT / "modeling_prunesid").glob("*.py")} <= names
+    assert not any("00002-of-00002" in name or "pycache" in name for name in names)
+
+    assert card(replaced)["models"] == ["owner/llava"] and b"model='owner/llava'" in replaced["app.py"]
+    assert not any(name.startswith("embedded/") for name in replaced)
+
+
+def test_what_a_space_cannot_have_is_a_sentence(pushed):
+    hub, [_, _, *refused] = pushed
+    sentences = (
+        "The Space must be named ORG/NAME, got 'page'.",
+        "--model must be on the Hub for a Space to load it",
+        "Invalid username or password",
+    )
+    for (status, _, errors), sentence in zip(refused, sentences, strict=True):
+        assert status == 2 and sentence in errors and "Traceback" not in errors
+    assert set(hub.repos) == {"owner/page"}
+
+
+def test_the_requirements_are_those_of_the_package_and_its_extra():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    wanted = setup["options"]["install_requires"].split() + setup["options.extras_require"]["app"].split()
+    assert sorted(REQUIREMENTS) == sorted(name for name in wanted if not name.startswith("gradio"))
+    assert CPU_WHEELS.startswith("--extra-index-url https://")
