@@ -307,8 +307,8 @@ class PrunedGenerationMixin(CompressedGenerationMixin, HubModelMixin):
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain. A dropped column has the logits and hidden states of the last
-            one before it that remains. Attentions and caches have the short length.
+            the columns of the caller's prompt that remain. A dropped column has the logits and hidden states of the
+            last one before it that remains. Attentions and caches have the short length.
         """
         return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 

@@ -41,23 +41,6 @@ class MRoPEModelMixin(CompressedModelMixin):
         """What upstream's method of positions reads."""
         return list(inspect.signature(self.compute_3d_position_ids).parameters)
 
-    def get_rope_index(self, **inputs):
-        """
-        Upstream's positions `(axes, batch, length)` and deltas `(batch, 1)` of a prompt. Engines ask for those of a
-        short one before its images are encoded: with `mrope_positions="contiguous"` it is numbered through.
-        """
-        settings, ids, grids = self.config.prunesid_config, inputs["input_ids"], inputs.get("image_grid_thw")
-        merge_size = getattr(self.config.vision_config, "spatial_merge_size", None)
-        if settings.mrope_positions != "contiguous" or grids is None or merge_size is None:
-            return super().get_rope_index(**inputs)
-        written, full = self.find_placeholders("image", ids, None).sum(), grids.prod(-1).sum() // merge_size**2
-        if inputs.get("video_grid_thw") is not None or written.to(full.device) >= full:
-            return super().get_rope_index(**inputs)
-        mask = inputs.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask.long()
-        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0).expand(self.num_axes, -1, -1)
-        return positions, torch.zeros_like(ids[:, :1])
-
     def _forget_deltas(self, inputs: dict[str, Any]) -> None:
         """Text on an empty cache is numbered from 0, whatever was before. Switched off, this is upstream's affair."""
         views = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")

@@ -302,7 +302,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         return data
 
     def _check_is_served(self, num_visual_tokens: int | float | None) -> None:
-        """Raise a `ValueError` for what engines would fail at later, which load weights themselves and size prompts."""
+        """Raise a `ValueError` for what engines, which load weights and size prompts themselves, fail at later."""
         if self._thin_variant is not None:
             raise ValueError(
                 f"{self._thin_variant} is a thin variant, whose weights engines do not find. Make a full one of it: "

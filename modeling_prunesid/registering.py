@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from typing import Any
 
 from .methods import METHODS, MODULES, check_name, module_of
@@ -30,7 +31,7 @@ def register_method(name: str, module: Any) -> None:
 def carried_source(name: str) -> str:
     """The source of `methods.py` for a repository that carries one method."""
     check_name(name)
-    source = inspect.getsource(inspect.getmodule(check_name))
+    source = inspect.getsource(sys.modules[check_name.__module__])
     source = re.sub(
         r"(from \.method_\w+ import .*\n)+", f"from .method_{name} import select as {name}\n", source, count=1
     )

@@ -34,6 +34,7 @@ def view_by_view(choose: Callable) -> Callable:
         lengths = [tokens] * batch if context.lengths is None else context.lengths
         kept, merged = [], []
         with without_autocast(views.device):
+            own: Any
             for row, (count, length) in enumerate(zip(numbers, lengths)):
                 own = context.of_views(row, row + 1, length)
                 tensors = {name: getattr(own, name) for name in TENSORS}

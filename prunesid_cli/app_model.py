@@ -81,7 +81,7 @@ class AppModel:
         seen = [self.look(picture, Choice(1, self.own_method)) for picture in pictures]
         self.grid, self.is_cropped = seen[0].grid, seen[0].is_cropped
         self.num_patches = self.grid[0] * self.grid[1]
-        self.reference = self.own_reference or sum(1 - one.rho for one in seen) / len(seen)
+        self.reference = self.own_reference or sum(1 - float(one.rho or 0) for one in seen) / len(seen)
         for _ in self.answer(pictures[0], "what is in the picture?", Choice(1, self.own_method)):
             pass  # the first run of all is slower than those that are shown
 

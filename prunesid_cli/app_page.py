@@ -122,7 +122,9 @@ class Page:
             seen = self.model.look(picture, choice)
         except Exception as error:
             return say(sentence_of(error), True), gr.skip(), gr.skip(), gr.skip()
-        told = f"{len(seen.kept)} of {len(seen.compared)} squares are kept. {name_of(method)}: {meaning_of(method)}."
+        told = (
+            f"{len(seen.kept)} of {self.model.num_patches} squares are kept. {name_of(method)}: {meaning_of(method)}."
+        )
         return say(told), draw(picture, seen), explain_numbers(seen), code
 
     def ask(self, picture, question: str, budget: float, method: str, is_dynamic: bool) -> Iterator[tuple]:
@@ -165,8 +167,8 @@ class Page:
         try:
             if picture is None:
                 raise ValueError("Choose a picture first: drop one in, or take an example.")
-            seen = [self.model.look(picture, self.choice(budget, method, False)) for method in (first, second)]
-            return draw_pair(picture, *seen, (name_of(first), name_of(second)))
+            one, other = (self.model.look(picture, self.choice(budget, method, False)) for method in (first, second))
+            return draw_pair(picture, one, other, (name_of(first), name_of(second)))
         except Exception as error:
             return say(sentence_of(error), True)
 
@@ -230,15 +232,21 @@ def build(model: AppModel) -> gr.Blocks:
     own = model.own_budget
     budget = own if isinstance(own, int) else round((own or 1 / 9) * model.num_patches)
     one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-    with gr.Blocks(title="What does an AI need to see?", analytics_enabled=False, delete_cache=(600, KEPT_FOR)) as blocks:
+    with gr.Blocks(
+        title="What does an AI need to see?", analytics_enabled=False, delete_cache=(600, KEPT_FOR)
+    ) as blocks:
         picture = gr.State(time_to_live=KEPT_FOR)
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 gr.Markdown("### 1. A picture")
-                examples = [gr.Button(label, icon=str(FILES / file), size="sm") for label, (file, _) in EXAMPLES.items()]
+                examples = [
+                    gr.Button(label, icon=str(FILES / file), size="sm") for label, (file, _) in EXAMPLES.items()
+                ]
                 file = gr.File(label=f"Or your own (up to {MAX_BYTES // 2**20} MB)", height=130, elem_id="file")
-                address = gr.Textbox(label="Or its address on the web, then Enter", placeholder="https://", max_lines=1)
+                address = gr.Textbox(
+                    label="Or its address on the web, then Enter", placeholder="https://", max_lines=1
+                )
                 gr.Markdown("### 2. A question")
                 question = gr.Textbox(label="Question", max_length=QUESTION_LENGTH, max_lines=3, elem_id="question")
                 gr.Markdown("### 3. How much may it see?")

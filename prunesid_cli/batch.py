@@ -42,7 +42,7 @@ class Shard(NamedTuple):
     """Which process of how many this is, and which of its machine."""
 
     rank: int = 0
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]
     local_rank: int = 0
 
     @classmethod

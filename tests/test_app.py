@@ -220,7 +220,9 @@ def test_a_wrong_file_and_an_unknown_word_are_sentences(visitor, tmp_path):
     box.clear()
     visitor.find("#ask").click()
     visitor.wait(lambda: "Type a question" in visitor.text("#status"))
-    address = visitor.driver.find_element("css selector", "input[placeholder='https://'], textarea[placeholder='https://']")
+    address = visitor.driver.find_element(
+        "css selector", "input[placeholder='https://'], textarea[placeholder='https://']"
+    )
     address.send_keys("http://127.0.0.1/picture.png\n")
     visitor.wait(lambda: "not on the public internet" in visitor.text("#status"))
 

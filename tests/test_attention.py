@@ -202,19 +202,21 @@ def test_the_token_of_most_attention_is_kept_first(name):
 def test_a_layer_that_attends_within_windows_is_refused():
     ours, _, row = contract.build("qwen2_5_vl")
     inputs = row.inputs(contract.rows_of(row))
-    with settings_of(ours, layer=1, method="spread", method_settings={"score": "attention"}):
-        with pytest.raises(ValueError, match=r"layer=1 does not attend .* to the whole image.*Set layer=2\."):
-            ours.model.get_image_features(**inputs)
-    with settings_of(ours, layer=0, method="spread", method_settings={"score": "attention"}):
-        with pytest.raises(ValueError, match="nearest layer that does is 2"):
+    messages = {1: r"layer=1 does not attend .* to the whole image.*Set layer=2\.", 0: "nearest layer that does is 2"}
+    for layer, message in messages.items():
+        settings = settings_of(ours, layer=layer, method="spread", method_settings={"score": "attention"})
+        with settings, pytest.raises(ValueError, match=message):
             ours.model.get_image_features(**inputs)
 
 
 def test_a_family_whose_merger_is_not_declared_is_refused():
     ours, _, row = contract.build("gemma3")
-    with settings_of(ours, method="spread", method_settings={"score": "attention"}):
-        with pytest.raises(ValueError, match="not declared for PruneSIDGemma3Model, which merges 256 patches into 64"):
-            contract.encode(ours, row)
+    settings = settings_of(ours, method="spread", method_settings={"score": "attention"})
+    with (
+        settings,
+        pytest.raises(ValueError, match="not declared for PruneSIDGemma3Model, which merges 256 patches into 64"),
+    ):
+        contract.encode(ours, row)
 
 
 @torch.no_grad()
