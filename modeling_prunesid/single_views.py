@@ -37,8 +37,9 @@ def view_by_view(choose: Callable) -> Callable:
             own: Any
             for row, (count, length) in enumerate(zip(numbers, lengths)):
                 own = context.of_views(row, row + 1, length)
-                tensors = {name: getattr(own, name) for name in TENSORS}
-                own = replace(own, **{name: None if value is None else value[0] for name, value in tensors.items()})
+                tensors: dict[str, Any] = {name: getattr(own, name) for name in TENSORS}
+                tensors = {name: None if value is None else value[0] for name, value in tensors.items()}
+                own = replace(own, **tensors)
                 chosen = choose(views[row, :length].detach(), count, settings, own)
                 indices, features = chosen if isinstance(chosen, tuple) else (chosen, None)
                 if indices.shape != (count,):
