@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoProcessor, StoppingCriteria, StoppingCriteriaList
 
 from modeling_prunesid import PruneSIDForImageTextToText, explain
-from modeling_prunesid.methods import NAMES
+from modeling_prunesid.methods import DEFAULT_METHOD
 from modeling_prunesid.visualize import Explanation
 from prunesid_cli.generate import ask
 
@@ -28,7 +28,7 @@ class Choice(NamedTuple):
     """What a visitor chose. `budget` None keeps all; `dynamic` gives busy pictures more of it and plain ones less."""
 
     budget: int | None
-    method: str = NAMES[0]
+    method: str = DEFAULT_METHOD
     dynamic: bool = False
 
 
