@@ -325,6 +325,7 @@ def test_merge_writes_what_there_is(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes_of_a_launcher(launcher, checkpoint, tmp_path, capsys):
     """All are killed at the first answer; the same command goes on."""
@@ -366,6 +367,7 @@ def test_two_processes_of_a_launcher(launcher, checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_memory_is_flat_over_100_000_rows(tmp_path):
     """In a process of its own: its largest size at row 20,000 and at the end, merged, in MiB."""
     picture().save(tmp_path / "a.png")
