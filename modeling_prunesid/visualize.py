@@ -82,9 +82,7 @@ def explain(model: Any, processor: Any, image: Image.Image) -> Explanation:
     def row(values):
         return None if values is None else values[0, :length].float().cpu()
 
-    first = Selection(
-        selection.indices[:1], selection.counts[:1], None, own(selection.groups), own(selection.scores)
-    )
+    first = Selection(selection.indices[:1], selection.counts[:1], None, own(selection.groups), own(selection.scores))
     found_suppressors = find_suppressors(
         views[:1, :length], first, model.config.prunesid_config, context.of_views(0, 1, length)
     )

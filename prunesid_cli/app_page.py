@@ -101,7 +101,9 @@ class Page:
         try:
             picture = read()
         except Exception as error:
-            return gr.skip(), say(f"{sentence_of(error)} The picture on the page is the one before.", True)
+            text = f"{sentence_of(error)} The picture on the page is the one before."
+            gr.Warning(html.escape(text))  # beside the upload on a small screen, which the status is not
+            return gr.skip(), say(text, True)
         return picture, say("Here is your picture. Ask something about it.")
 
     def choice(self, budget: float, method: str, is_dynamic: bool) -> Choice:
@@ -233,15 +235,21 @@ def build(model: AppModel) -> gr.Blocks:
     own = model.own_budget
     budget = own if isinstance(own, int) else round((own or 1 / 9) * model.num_patches)
     one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-    with gr.Blocks(title="What does an AI need to see?", analytics_enabled=False, delete_cache=(600, KEPT_FOR)) as blocks:
+    with gr.Blocks(
+        title="What does an AI need to see?", analytics_enabled=False, delete_cache=(600, KEPT_FOR)
+    ) as blocks:
         picture = gr.State(time_to_live=KEPT_FOR)
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 gr.Markdown("### 1. A picture")
-                examples = [gr.Button(label, icon=str(FILES / file), size="sm") for label, (file, _) in EXAMPLES.items()]
+                examples = [
+                    gr.Button(label, icon=str(FILES / file), size="sm") for label, (file, _) in EXAMPLES.items()
+                ]
                 file = gr.File(label=f"Or your own (up to {MAX_BYTES // 2**20} MB)", height=130, elem_id="file")
-                address = gr.Textbox(label="Or its address on the web, then Enter", placeholder="https://", max_lines=1)
+                address = gr.Textbox(
+                    label="Or its address on the web, then Enter", placeholder="https://", max_lines=1
+                )
                 gr.Markdown("### 2. A question")
                 question = gr.Textbox(label="Question", max_length=QUESTION_LENGTH, max_lines=3, elem_id="question")
                 gr.Markdown("### 3. How much may it see?")
@@ -339,6 +347,9 @@ COPY = """(code) => {
 def launch(blocks: gr.Blocks, host: str, port: int | None, is_waiting: bool = True) -> str:
     """Serve the page, and return its address. Nothing on it comes from elsewhere, its fonts included."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    subdued = {"light": "*neutral_600", "dark": "*neutral_300"}  # Gradio's own greys are too pale to read
+    for name in ("body_text_color_subdued", "block_info_text_color"):
+        theme.set(**{name: subdued["light"], f"{name}_dark": subdued["dark"]})
     _, url, _ = blocks.launch(
         server_name=host,
         server_port=port,

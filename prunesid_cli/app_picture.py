@@ -134,7 +134,9 @@ def explain_numbers(seen: Explanation) -> str:
     if seen.tau is None:
         text += "This method has no threshold &tau;: it compares each square with those that are kept already."
     elif seen.tau > 1:
-        text += f"Threshold <b>&tau; = {seen.tau:.2f}</b>: nothing is more than 100% alike, so no square is suppressed."
+        text += (
+            f"Threshold <b>&tau; = {seen.tau:.2f}</b>: nothing is more than 100% alike, so no square is suppressed."
+        )
     else:
         text += (
             f"Threshold <b>&tau; = {seen.tau:.2f}</b>: a square that is at least {seen.tau:.0%} like a better one of "

@@ -82,7 +82,9 @@ def space_files(model: str | None) -> dict[str, bytes]:
         `ValueError`: for a model that is a folder of this machine.
     """
     if model is not None and os.path.isdir(model):
-        raise ValueError(f"--model must be on the Hub for a Space to load it, got the folder {model!r}. Push it first.")
+        raise ValueError(
+            f"--model must be on the Hub for a Space to load it, got the folder {model!r}. Push it first."
+        )
     files = {
         f"{package.name}/{path.relative_to(package).as_posix()}": path
         for package in PACKAGES

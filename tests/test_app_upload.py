@@ -48,7 +48,10 @@ ODD_FILES = {
     "bomb": (bomb(), "has too many pixels"),
     "strip": (saved(Image.new("RGB", (5000, 2)), "PNG"), "is 5000 x 2 pixels, a strip"),
     "large": (b"\0" * (MAX_BYTES + 1), "is larger than 20 MB"),
-    "pickle": (b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.", "cannot be"),
+    "pickle": (
+        b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
+        "cannot be",
+    ),
 }
 
 
