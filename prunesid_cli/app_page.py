@@ -27,16 +27,16 @@ MAX_WAITING = 64  # visitors in the queue
 KEPT_FOR = 3600  # seconds that a visitor's picture is kept
 QUESTION_LENGTH = 500
 EXAMPLES = {  # a question for each picture of `app_files`
-    "Hearts": ("example_1.jpg", "what colour is the heart?"),
-    "Pandas": ("example_2.jpg", "how many times does the panda appear?"),
-    "Umbrellas": ("example_3.jpg", "what word is printed?"),
+    "Burgers": ("example_1.jpg", "how many times does the burger appear?"),
+    "Balloons": ("example_2.jpg", "how many times does the balloon appear?"),
+    "A sign": ("example_3.jpg", "what word is printed?"),
 }
 METHOD_NAMES = {
-    "paper": ("PruneSID, as the paper has it", "puts squares that look alike into groups, drops near-copies in each "
+    "paper": ("PruneSID, as the paper has it", "it puts squares that look alike into groups, drops near-copies in each "
               "group, and keeps the most typical squares of every group"),
     "release": ("PruneSID, as its authors' code has it", "the same groups, but it prefers squares that the vision "
                 "model itself looks at"),
-    "spread": ("Spread", "takes squares that the vision model looks at, each as unlike those already taken as possible"),
+    "spread": ("Spread", "it takes squares that the vision model looks at, each as unlike those already taken as possible"),
 }  # fmt: skip
 INTRODUCTION = """
 # What does an AI need to see of a picture?
@@ -101,7 +101,9 @@ class Page:
         try:
             picture = read()
         except Exception as error:
-            return gr.skip(), say(f"{sentence_of(error)} The picture on the page is the one before.", True)
+            text = f"{sentence_of(error)} The picture on the page is the one before."
+            gr.Warning(html.escape(text))  # beside the upload on a small screen, which the status is not
+            return gr.skip(), say(text, True)
         return picture, say("Here is your picture. Ask something about it.")
 
     def choice(self, budget: float, method: str, is_dynamic: bool) -> Choice:
@@ -146,7 +148,9 @@ class Page:
             unknown = self.model.unknown_words(question)
             words = ", ".join(f"“{word[:30]}”" for word in unknown[:8])
             told = f" It does not know: {words}. Its answers may make no sense." if unknown else ""
-            yield say(f"Done.{told}", bool(unknown)), answers[0].text, answers[1].text, table_of(answers)
+            is_same = "the same" if answers[0].text == answers[1].text else "another one"
+            told = f"Done. From {answers[1].visual_tokens} of {answers[0].visual_tokens} squares, the answer is {is_same}.{told}"
+            yield say(told, bool(unknown)), answers[0].text, answers[1].text, table_of(answers)
         except Exception as error:
             yield say(sentence_of(error), True), gr.skip(), gr.skip(), gr.skip()
 
@@ -191,7 +195,8 @@ def table_of(answers: list[Answer]) -> str:
     )
     return (
         "<table class='ps-table'><thead><tr><td></td><th scope='col'>All</th><th scope='col'>Kept</th>"
-        f"<th scope='col'>Saved</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<th scope='col'>Saved</th></tr></thead><tbody>{''.join(rows)}</tbody>"
+        "<caption>Each was run once, on the machine of this page.</caption></table>"
     )
 
 
@@ -309,19 +314,16 @@ def build(model: AppModel) -> gr.Blocks:
             part.change(forget, None, answers, **stops)
             part.change(**looks, show_progress="hidden", trigger_mode="always_last")
         method.change(**strips)
-        opened = [
-            file.upload(page.open_file, file, [picture, status], **private),
-            address.submit(page.open_address, address, [picture, status], **private),
-        ]
+        file.upload(page.open_file, file, [picture, status], **private)
+        address.submit(page.open_address, address, [picture, status], **private)
         for label, (_, text) in EXAMPLES.items():
             place = list(EXAMPLES).index(label)
             take = lambda place=place, text=text: (example_pictures()[place], text)  # noqa: E731
-            opened.append(examples[place].click(take, None, [picture, question], **private))
-        opened.append(blocks.load(lambda: (example_pictures()[0], next(iter(EXAMPLES.values()))[1]), None,
-                                  [picture, question], **private))  # fmt: skip
-        for event in opened:
-            event.success(forget, None, answers, **stops)
-            event.success(**looks, show_progress="hidden").then(**strips)
+            examples[place].click(take, None, [picture, question], **private)
+        first_text = next(iter(EXAMPLES.values()))[1]
+        blocks.load(lambda: (example_pictures()[0], first_text), None, [picture, question], **private)
+        picture.change(forget, None, answers, **stops)
+        picture.change(**looks, show_progress="hidden").then(**strips)
         compare.click(page.compare, [picture, slider, first, second], [pair], **one_at_a_time)
         copy.click(None, code, None, js=COPY, **private)
     blocks.queue(max_size=MAX_WAITING, api_open=False)
@@ -347,6 +349,9 @@ COPY = """(code) => {
 def launch(blocks: gr.Blocks, host: str, port: int | None, is_waiting: bool = True) -> str:
     """Serve the page, and return its address. Nothing on it comes from elsewhere, its fonts included."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    subdued = {"light": "*neutral_600", "dark": "*neutral_300"}  # Gradio's own greys are too pale to read
+    for name in ("body_text_color_subdued", "block_info_text_color"):
+        theme.set(**{name: subdued["light"], f"{name}_dark": subdued["dark"]})
     _, url, _ = blocks.launch(
         server_name=host,
         server_port=port,

@@ -186,11 +186,12 @@ def _svg(
         link = f' data-by="{by}"' if by >= 0 else ""
         cells.append(f'{place} data-i="{index}"{link}><title>{html.escape(sentences[index])}</title></rect>')
     keyboard = "" if sentences is None else f' tabindex="0" data-columns="{columns}"'
+    mark = "" if sentences is None else '<g class="ps-mark"><path/><path/></g>'
     role = "img" if sentences is None else "application"
     return (
         f'<svg class="ps-svg" viewBox="0 0 {columns} {rows}" role="{role}" aria-label="{html.escape(label)}"{keyboard}>'
         f'<image href="{_jpeg(picture, seen, sentences is None)}" width="{columns}" height="{rows}" '
-        f'preserveAspectRatio="none"/>{"".join(cells)}{"".join(_outlines(seen, kept, style))}</svg>'
+        f'preserveAspectRatio="none"/>{"".join(cells)}{"".join(_outlines(seen, kept, style))}{mark}</svg>'
     )
 
 

@@ -4,7 +4,15 @@
     const svg = cell.closest("svg");
     svg.querySelectorAll(".ps-here, .ps-by").forEach((other) => other.classList.remove("ps-here", "ps-by"));
     cell.classList.add("ps-here");
-    if (cell.dataset.by) svg.querySelector(`[data-i="${cell.dataset.by}"]`).classList.add("ps-by");
+    const around = (one) => `M${one.x.baseVal.value} ${one.y.baseVal.value}h1v1h-1z`;
+    let path = around(cell);
+    if (cell.dataset.by) {
+      const by = svg.querySelector(`[data-i="${cell.dataset.by}"]`);
+      by.classList.add("ps-by");
+      const [x, y] = [cell, by].map((one) => [one.x.baseVal.value + 0.5, one.y.baseVal.value + 0.5]);
+      path += `${around(by)}M${x}L${y}`;
+    }
+    svg.querySelectorAll(".ps-mark path").forEach((line) => line.setAttribute("d", path));
     svg.parentElement.querySelector(".ps-readout").textContent = cell.querySelector("title").textContent;
   };
   for (const kind of ["pointerover", "click"]) {
