@@ -8,7 +8,8 @@ on everything upstream (caches, positions, decoding) works on the short prompt a
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from .prompts import (
     gather_columns,
     is_flat,
     is_right_padded,
-    mark_kept_placeholders,
     padding_of,
+    read_placeholders,
     run_lengths,
     shorten_cached_mask,
     shorten_shifted_labels,
@@ -34,6 +35,88 @@ from .upstream import CACHE_NAME, cache_of
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 
+# The base model whose `generate` runs.
+generating: ContextVar[Any] = ContextVar("generating", default=None)
+# Whether the placeholders of the prompt that goes into upstream's next `forward` were counted at its entrance.
+is_counted: ContextVar[bool] = ContextVar("is_counted", default=False)
+
+
+@dataclass
+class HostPrompt:
+    """
+    What the plan for a prompt reads of it, copied to the host at once before the tower is launched.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*).
+        placeholders (`dict[str, torch.BoolTensor]`): of each modality, `(batch, length)`.
+        mask (`torch.BoolTensor` of shape `(batch, cached + length)`, *optional*): a flat attention mask.
+        labels (`dict[str, torch.BoolTensor]`): which columns of `labels` and `shift_labels` have one.
+    """
+
+    input_ids: torch.LongTensor | None
+    placeholders: dict[str, torch.BoolTensor]
+    mask: torch.BoolTensor | None
+    labels: dict[str, torch.BoolTensor]
+
+    @property
+    def is_labelled(self) -> torch.BoolTensor | None:
+        """Which columns have a label or predict one: the loss counts padding that is labelled."""
+        is_labelled = None
+        for name, labels in self.labels.items():
+            own = torch.nn.functional.pad(labels[:, :-1], (1, 0)) if name == "shift_labels" else labels
+            own = own | torch.nn.functional.pad(own[:, 1:], (0, 1))
+            is_labelled = own if is_labelled is None else is_labelled | own
+        return is_labelled
+
+    def of(self, outputs: dict[str, Any]) -> torch.BoolTensor:
+        """The placeholders `(batch, length)` of all encoded views, whatever their modality."""
+        masks = [self.placeholders[name] for name, output in outputs.items() if output is not None]
+        return torch.stack(masks).any(0)
+
+
+class _CountedFeatures:
+    """Features whose number was checked: what is compared with it is equal. All else is the features'."""
+
+    def __init__(self, features: torch.Tensor):
+        self.features = features
+
+    def numel(self):
+        return _Counted()
+
+    def __getattr__(self, name: str):
+        return getattr(self.features, name)
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, index):
+        return self.features[index]
+
+
+class _Counted:
+    """Equals any number."""
+
+    def __eq__(self, other):
+        return True
+
+    def __ne__(self, other):
+        return False
+
+    __hash__ = None
+
+
+def _to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Integers and flags of any shapes, copied to the host at once."""
+    if not tensors or torch.compiler.is_compiling():
+        return tensors
+    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
+        return tensors
+    device = next(tensor.device for tensor in tensors.values() if tensor.device.type != "cpu")
+    flat = torch.cat([tensor.to(device).long().flatten() for tensor in tensors.values()]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensor.shape).to(tensor.dtype) for (name, tensor), part in zip(tensors.items(), parts)}
+
+
 class CompressedModelMixin:
     """
     For a base model (vision tower, projector and language model) whose `get_image_features` or `get_video_features`
@@ -44,6 +127,10 @@ class CompressedModelMixin:
     first_position = 0
     # Further arguments of `forward` that run along the prompt, with what fills added padding.
     along_prompt: dict[str, float | int] = {}
+
+    def is_off(self, num_visual_tokens: Any) -> bool:
+        """Whether nothing is to be dropped, whatever the input."""
+        return False
 
     def features_of(self, output: Any) -> list[torch.Tensor]:
         """The rows `(tokens, dim)` that go into the prompt, of each entry of an encoder's output."""
@@ -90,6 +177,27 @@ class CompressedModelMixin:
         token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
+    def look_at(self, inputs: dict[str, Any]) -> HostPrompt:
+        """The arguments of `forward` that the plan for its prompt reads, in one copy to the host."""
+        ids, embeds, mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        names = dict.fromkeys([*_PIXELS, *(inputs.get("mm_encoder_outputs") or {})])
+        names = [name for name in names if getattr(self.config, f"{name}_token_id", None) is not None]
+        tensors = {} if ids is None else {"ids": ids}
+        if ids is None:
+            tensors = {name: self.find_placeholders(name, None, embeds) for name in names}
+        if is_flat(mask):
+            tensors["mask"] = mask != 0
+        columns = ids if ids is not None else embeds
+        for name in ("labels", "shift_labels"):
+            if inputs.get(name) is not None and inputs[name].shape == columns.shape[:2]:
+                tensors[name] = inputs[name] != IGNORED_LABEL
+        found = _to_host(tensors)
+        ids, labels = found.get("ids"), {name: found[name] for name in ("labels", "shift_labels") if name in found}
+        placeholders = {
+            name: found[name] if ids is None else self.find_placeholders(name, ids, None) for name in names
+        }
+        return HostPrompt(ids, placeholders, found.get("mask"), labels)
+
     def compress(
         self, inputs: dict[str, Any], is_generation: bool = False
     ) -> tuple[dict[str, Any], ShortPrompt | None]:
@@ -109,12 +217,19 @@ class CompressedModelMixin:
         """
         stated = inputs.get("num_visual_tokens")
         is_stated = isinstance(stated, (list, tuple, torch.Tensor))
+        if not torch.compiler.is_compiling() and generating.get() is not self:
+            is_counted.set(False)
+        has_prompt = inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is not None
+        pixels = [name for names in _PIXELS.values() for name in names]
+        is_encoded = any(inputs.get(name) is not None for name in pixels)
+        is_off = self.is_off(stated)
+        host = self.look_at(inputs) if has_prompt and is_encoded and not is_off else None
         inputs = self.encode_views(inputs)
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         columns = input_ids if input_ids is not None else inputs_embeds
         cache, mask = cache_of(inputs), inputs.get("attention_mask")
         has_views = bool(self._dropped_tokens(inputs))
-        if not is_generation and not has_views and getattr(cache, "_prunesid_interrupted", False):
+        if not is_generation and not has_views and not torch.compiler.is_compiling() and generating.get() is self:
             return self.place(inputs, is_generation), None  # a step of our `generate`, on what it has shortened
         # A compiled step has its mask in the form that attention takes, which fits the cache.
         has_memory = hasattr(cache, "_prunesid_prompt") or hasattr(cache, "_prunesid_rope_deltas")
@@ -123,6 +238,11 @@ class CompressedModelMixin:
         is_step = columns is not None and (columns.shape[1] == 1 or torch.compiler.is_compiling())
         if columns is None or (is_step and not is_generation and not has_views and not has_memory):
             return inputs, None
+        if is_off and not has_views and not has_memory:
+            return self.place(inputs, is_generation), None
+        if host is None:  # later steps on a cache have no views to look for
+            is_looked_for = has_views or is_generation or cache is None
+            host = self.look_at(inputs) if is_looked_for else HostPrompt(None, {}, None, {})
         cached_length = int(cache.get_seq_length()) if cache is not None else 0
         earlier = CachedPrompt.recall(cache, len(columns))
         repeats_cached = is_generation and (not is_flat(mask) or mask.shape[1] == columns.shape[1])
@@ -130,8 +250,8 @@ class CompressedModelMixin:
         if earlier is not None and not repeats_cached:
             positions, moved = inputs.get("position_ids"), earlier.prompt.moved
             if positions is not None and positions.dim() == 2 and moved is None:
-                moved = earlier.prompt.dropped.sum(1, keepdim=True) - earlier.prompt.first_ahead()
-            callers_mask, added = mask, bool((earlier.prompt.source < 0).any())
+                moved = earlier.prompt.num_dropped - earlier.prompt.first_ahead
+            callers_mask, added = mask, earlier.prompt.has_added_padding
             if mask is None and added:  # the caller's rows have no padding
                 length = earlier.prompt.full_length + cached_length - earlier.prompt.length + columns.shape[1]
                 callers_mask = torch.ones(len(columns), length, dtype=torch.long, device=columns.device)
@@ -148,31 +268,32 @@ class CompressedModelMixin:
         if start:
             seen = start + max(cached_length - earlier.prompt.length, 0)
         if is_generation and (not cached_length or earlier is not None):
-            self._check_not_forgotten(inputs, start, seen)
+            self._check_not_forgotten(inputs, host, start, seen)
         elif cache is None and not is_generation:
-            self._check_not_forgotten(inputs, start, seen, only_whole_views=True)
+            self._check_not_forgotten(inputs, host, start, seen, only_whole_views=True)
 
-        current = mask[:, -columns.shape[1] :] if is_flat(mask) else None
-        keep_mask = self._mark_kept(inputs, start, seen, current, is_stated)
-        if keep_mask is not None and not bool(keep_mask[:, start:seen].all()):
-            raise ValueError(
-                f"{CACHE_NAME} was filled by another prompt: input_ids have every placeholder of views in the cache, "
-                "which were not shortened there. Pass the cache that belongs to the conversation, or an empty one."
-            )
+        # Of a mask that was shortened for the cache, the columns of this prompt are the caller's.
+        current = host.mask[:, -columns.shape[1] :] if host.mask is not None else None
+        keep_mask, num_dropped = self._mark_kept(inputs, host, start, seen, current, is_stated)
         padding_side = "left" if is_generation or not is_right_padded(current) else "right"
         if has_views and not is_generation:
-            inputs = self._ignore_placeholders(inputs)
+            inputs = self._ignore_placeholders(inputs, host)
         prompt = None
         if start:
             rest = torch.ones_like(input_ids, dtype=torch.bool) if keep_mask is None else keep_mask
-            prompt = earlier.prompt.then(ShortPrompt.from_keep_mask(rest[:, start:], padding_side))
+            rest = ShortPrompt.from_keep_mask(rest[:, start:], padding_side, num_dropped=num_dropped)
+            prompt = earlier.prompt.then(rest)
         elif keep_mask is not None:
             # Padding gives way to rows that lost less; a length that the caller pads to shrinks by what was dropped.
-            padding, length = None, int(keep_mask.sum(1).min())
+            padding, length = None, keep_mask.shape[1] - int(num_dropped.max())
             if current is not None and not (repeats_cached and cached_length):
-                padding = padding_of(current, leading_only=padding_side == "left") & ~self._placeholders(inputs)
-                padding = padding & ~_labelled(inputs, padding)
-            prompt = ShortPrompt.from_keep_mask(keep_mask, padding_side, minimum_length=length, padding=padding)
+                padding = padding_of(current, leading_only=padding_side == "left") & ~host.of(
+                    inputs["mm_encoder_outputs"]
+                )
+                padding = padding if host.is_labelled is None else padding & ~host.is_labelled
+            prompt = ShortPrompt.from_keep_mask(
+                keep_mask, padding_side, minimum_length=length, padding=padding, num_dropped=num_dropped
+            )
         if prompt is not None:
             prompt.cached_before = 0 if repeats_cached else cached_length
             inputs = self._shorten(inputs, prompt)
@@ -190,6 +311,8 @@ class CompressedModelMixin:
         settled = {modality: _settle(output) for modality, output in self._dropped_tokens(inputs).items()}
         if settled:
             inputs = {**inputs, "mm_encoder_outputs": {**outputs, **settled}}
+            if not torch.compiler.is_compiling():
+                is_counted.set(set(settled) == {name for name, output in outputs.items() if output is not None})
         if repeats_cached and cached_length:
             inputs = self._drop_cached_features(inputs, cached_length)
         return inputs, prompt
@@ -208,11 +331,22 @@ class CompressedModelMixin:
         current = ShortPrompt.whole(batch, length, device) if prompt is None else prompt
         before = ShortPrompt.whole(batch, 0, device) if earlier is None else earlier.prompt
         before = before.then(ShortPrompt.whole(batch, cached_length - before.length, device))
-        ahead = before.columns_ahead() + current.first_ahead() - before.then(current).first_ahead()
-        if not bool(ahead.any()):
+        ahead = before.columns_ahead + current.first_ahead - before.then(current).first_ahead
+        if not ahead.any():
             return inputs
-        positions = torch.arange(length, device=device) + cached_length + self.first_position - ahead
+        positions = (torch.arange(length) + cached_length + self.first_position - ahead).to(device, non_blocking=True)
         return {**inputs, "position_ids": positions}
+
+    def get_placeholder_mask(self, *args, **kwargs):
+        """Upstream's. What it checks was checked at the entrance, so that it need not wait for the device."""
+        if torch.compiler.is_compiling() or not is_counted.get():
+            return super().get_placeholder_mask(*args, **kwargs)
+        signature = inspect.signature(super().get_placeholder_mask)
+        arguments = signature.bind(*args, **kwargs).arguments
+        for name, value in arguments.items():
+            if name.endswith("features") and isinstance(value, torch.Tensor):
+                arguments[name] = _CountedFeatures(value)
+        return super().get_placeholder_mask(**arguments)
 
     def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
         """Gives a family the shortened arguments to add positions to that upstream cannot find from them."""
@@ -239,75 +373,91 @@ class CompressedModelMixin:
         outputs = inputs.get("mm_encoder_outputs") or {}
         return {name: out for name, out in outputs.items() if getattr(out, "keep_indices", None) is not None}
 
-    def _placeholders(self, inputs: dict[str, Any]) -> torch.BoolTensor:
-        """Mask `(batch, length)` of the placeholders of all encoded views, whatever their modality."""
-        outputs = inputs.get("mm_encoder_outputs") or {}
-        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        masks = [self.find_placeholders(name, ids, embeds) for name, output in outputs.items() if output is not None]
-        return torch.stack(masks).any(0)
-
-    def _ignore_placeholders(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _ignore_placeholders(self, inputs: dict[str, Any], host: HostPrompt) -> dict[str, Any]:
         """
         Labels of placeholders are ignored: how many of them are left is no matter of the loss. `num_items_in_batch`,
         which counted them, is reduced by their share of the labels.
         """
-        inputs, placeholders = dict(inputs), self._placeholders(inputs)
+        if not host.labels:
+            return inputs
+        inputs, placeholders = dict(inputs), host.of(inputs["mm_encoder_outputs"])
         of_next = torch.nn.functional.pad(placeholders[:, 1:], (0, 1), value=False)
         for name, ignored in (("labels", placeholders), ("shift_labels", of_next)):
-            labels = inputs.get(name)
-            if labels is None or labels.shape != ignored.shape:
+            if name not in host.labels:
                 continue
+            given = host.labels[name]
             if name == "labels":  # nothing predicts the first column, unless padding is added before it
-                labels = labels.index_fill(1, labels.new_zeros(1, dtype=torch.long), IGNORED_LABEL)
-            inputs[name] = labels.masked_fill(ignored.to(labels.device), IGNORED_LABEL)
-            given, counted = ((part != IGNORED_LABEL).sum() for part in (labels, inputs[name]))
+                ignored = ignored.index_fill(1, torch.zeros(1, dtype=torch.long), True)
+                given = given & ~torch.nn.functional.pad(torch.ones_like(given[:, :1]), (0, given.shape[1] - 1))
+            labels = inputs[name]
+            inputs[name] = labels.masked_fill(ignored.to(labels.device, non_blocking=True), IGNORED_LABEL)
             is_used = name == "shift_labels" or inputs.get("shift_labels") is None
-            if is_used and inputs.get("num_items_in_batch") is not None and counted < given:
-                inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * (counted / given)
+            if is_used and inputs.get("num_items_in_batch") is not None:
+                given, counted = int(given.sum()), int((given & ~ignored).sum())
+                if counted < given:
+                    inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * (counted / given)
         return inputs
 
     def _mark_kept(
-        self, inputs: dict[str, Any], start: int, seen: int, mask: torch.Tensor | None, is_stated: bool
-    ) -> torch.BoolTensor | None:
+        self,
+        inputs: dict[str, Any],
+        host: HostPrompt,
+        start: int,
+        seen: int,
+        mask: torch.Tensor | None,
+        is_stated: bool,
+    ) -> tuple[torch.BoolTensor | None, torch.LongTensor | None]:
         """
-        The columns that remain, None for all. Those before `start` were shortened with the cache, and those before
-        `seen` are in it.
+        The columns that remain, None for all, and how many each row loses. Those before `start` were shortened with
+        the cache, and those before `seen` are in it.
+
+        Raises:
+            `ValueError`: if columns would go that are in a cache, where they were not shortened.
         """
-        keep_mask = None
+        keep_mask, num_dropped = None, None
         for modality, output in self._dropped_tokens(inputs).items():
-            placeholders = self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
-            new = None
+            placeholders, new = host.placeholders[modality], None
             if seen:
                 placeholders = without_answer(placeholders, start, seen)
-                new = placeholders & (torch.arange(placeholders.shape[1], device=placeholders.device) >= seen)
+                new = placeholders & (torch.arange(placeholders.shape[1]) >= seen)
+            num_kept = [len(kept) for kept in output.keep_indices]
             # Either the views of the whole conversation are passed again, or the new ones alone.
-            kept = mark_kept_placeholders(
-                placeholders,
-                output.num_placeholders,
-                output.keep_indices,
-                modality,
-                new=new,
-                is_token=mask,
-                is_stated=is_stated,
-                views=output.get("view_lengths"),
+            reading = read_placeholders(
+                placeholders, output.num_placeholders, num_kept, modality, new=new, is_token=mask, is_stated=is_stated
             )
-            if kept is not None:
-                keep_mask = kept if keep_mask is None else keep_mask & kept
-        return keep_mask
+            if reading is None:
+                continue
+            if reading.drops_between(start, seen, num_kept):
+                raise ValueError(
+                    f"{CACHE_NAME} was filled by another prompt: input_ids have every placeholder of views in the "
+                    "cache, which were not shortened there. Pass the cache that belongs to the conversation, or an "
+                    "empty one."
+                )
+            device = self._device_of_prompt(inputs)
+            views, of_views = output.get("view_lengths"), output.get("num_kept_of_views")
+            kept = reading.mark_kept(output.keep_indices, device, views, of_views)
+            keep_mask = kept if keep_mask is None else keep_mask & kept
+            lost = reading.num_dropped(num_kept, start)
+            num_dropped = lost if num_dropped is None else num_dropped + lost
+        return keep_mask, num_dropped
+
+    @staticmethod
+    def _device_of_prompt(inputs: dict[str, Any]) -> torch.device:
+        return (inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]).device
 
     def _check_not_forgotten(
-        self, inputs: dict[str, Any], start: int, seen: int, only_whole_views: bool = False
+        self, inputs: dict[str, Any], host: HostPrompt, start: int, seen: int, only_whole_views: bool = False
     ) -> None:
         """
         Upstream embeds a placeholder without a view like a word; with compression on, that is an error. A `forward` on
         ids that are no prompt, as profilers and tests run it, is left to upstream: `only_whole_views`.
         """
-        outputs, input_ids = inputs.get("mm_encoder_outputs") or {}, inputs.get("input_ids")
+        outputs, input_ids = inputs.get("mm_encoder_outputs") or {}, host.input_ids
         if input_ids is None or inputs.get("inputs_embeds") is not None or self.config.prunesid_config.budget is None:
             return
         for modality in outputs:  # a placeholder may be that of two modalities
-            if hasattr(self.config, f"{modality}_token_id"):
-                input_ids = input_ids.masked_fill(self.find_placeholders(modality, input_ids, None), -1)
+            if modality in host.placeholders:
+                input_ids = input_ids.masked_fill(host.placeholders[modality], -1)
         for modality, pixels in _PIXELS.items():
             token_id = getattr(self.config, f"{modality}_token_id", None)
             if token_id is None or outputs.get(modality) is not None:
@@ -327,7 +477,7 @@ class CompressedModelMixin:
     def _shorten(self, inputs: dict[str, Any], prompt: ShortPrompt) -> dict[str, Any]:
         """Drop the columns from every argument that runs along the prompt."""
         inputs = dict(inputs)
-        mask, added_padding = inputs.get("attention_mask"), bool((prompt.source < 0).any())
+        mask, added_padding = inputs.get("attention_mask"), prompt.has_added_padding
         if mask is not None and not is_flat(mask):
             got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
             raise ValueError(
@@ -410,17 +560,30 @@ def run_shortened(
     Upstream's `forward` on shortened arguments. Its logits and hidden states get the columns of the caller's prompt
     `input_ids`; a tuple, where one is asked for, has what the stock class returns.
     """
-    if prompt is None:
+    if prompt is None and (torch.compiler.is_compiling() or not is_counted.get()):
         return forward(**inputs)
+    if prompt is None:
+        try:
+            return forward(**inputs)
+        finally:
+            is_counted.set(False)
     inputs = dict(inputs)
     return_dict, keep = inputs.pop("return_dict", None), inputs.pop("logits_to_keep", 0)
     columns = prompt.callers_columns()
     wanted = _select(columns, keep)
     logits_columns = wanted
-    if wanted is not columns:  # the head runs on the short columns that any row needs
+    if isinstance(keep, int) and keep:  # the caller's last columns carry no earlier ones of the short prompt
+        added = int(prompt.is_own.flip(1).long().argmax(1).max())
+        inputs["logits_to_keep"] = min(keep + added + 1, prompt.length)
+        logits_columns = wanted - (prompt.length - inputs["logits_to_keep"])
+    elif wanted is not columns:  # the head runs on the short columns that any row needs
         needed, logits_columns = wanted.unique(return_inverse=True)
         inputs["logits_to_keep"] = needed
-    output = forward(**inputs, return_dict=True)
+    try:
+        output = forward(**inputs, return_dict=True)
+    finally:
+        if not torch.compiler.is_compiling():
+            is_counted.set(False)
     cache = cache_of(output)
     CachedPrompt(input_ids, prompt).behind(cache).remember(cache)
     if output.get("logits") is not None:
@@ -455,18 +618,6 @@ def _gather_logits(logits: torch.Tensor, columns: torch.LongTensor, keep: int | 
     if columns.dim() == 1:
         return logits[keep.nonzero()[:, 0].to(logits.device), columns.to(logits.device)]
     return gather_columns(logits, columns)
-
-
-def _labelled(inputs: dict[str, Any], columns: torch.Tensor) -> torch.BoolTensor:
-    """Which columns `(batch, length)` have a label, or predict one: the loss counts padding that is labelled."""
-    is_labelled = torch.zeros_like(columns, dtype=torch.bool)
-    for name, is_shifted in (("labels", False), ("shift_labels", True)):
-        labels = inputs.get(name)
-        if labels is not None and labels.shape == columns.shape:
-            own = (labels != IGNORED_LABEL).to(columns.device)
-            own = torch.nn.functional.pad(own[:, :-1], (1, 0)) if is_shifted else own
-            is_labelled = is_labelled | own | torch.nn.functional.pad(own[:, 1:], (0, 1))
-    return is_labelled
 
 
 def _settle(output: Any) -> Any:

@@ -166,6 +166,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         return_dict, given = inputs.get("return_dict"), inputs
         inputs = {name: value for name, value in inputs.items() if name not in self.own_arguments}
         inputs["return_dict"] = True
+        if isinstance(inputs.get("image_sizes"), torch.Tensor) and not self.is_off(num_visual_tokens):
+            inputs["image_sizes"] = inputs["image_sizes"].cpu()  # once, as upstream reads them one by one
         if num_visual_tokens is _ALL_TOKENS:
             return encode(**inputs)
         if self.is_off(num_visual_tokens):
@@ -267,7 +269,9 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         output["keep_indices"] = list(keep_rows(list(compared.split(sizes)), rows, of_inputs)[1])
         output["num_placeholders"] = sizes
         if not isinstance(given[0][0], View):
+            kept = iter(counts)
             output["view_lengths"] = given
+            output["num_kept_of_views"] = [[next(kept) for _ in own] for own in views]
         self.put_features(output, keep)
         return output
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .compression import run_shortened
+from .compression import generating, is_counted, run_shortened
 from .prompts import CachedPrompt, ShortPrompt
 from .upstream import CACHE_NAME, cache_of, rename_cache
 
@@ -101,6 +101,8 @@ class CompressedGenerationMixin:
                 "holds. Start from an empty cache, or from a copy that was made before that call."
             )
         kwargs, prompt = self.model.compress(kwargs, is_generation=True)
+        if self._setting("prefill_chunk_size", generation_config, kwargs) is not None:
+            is_counted.set(False)
         arguments = {
             "generation_config": generation_config,
             "logits_processor": logits_processor,
@@ -116,7 +118,7 @@ class CompressedGenerationMixin:
         if cache is not None and is_ours:
             cache._prunesid_interrupted = True
         if prompt is None or callers_ids is None:
-            output = super().generate(inputs, **arguments, **kwargs)
+            output = self._generate_short(super().generate, inputs, **arguments, **kwargs)
             if cache is not None and is_ours:
                 cache._prunesid_interrupted = False
             return output
@@ -135,7 +137,7 @@ class CompressedGenerationMixin:
         if streamer is not None:
             arguments["streamer"] = _StreamsCallersPrompt(streamer, callers_prompt)
 
-        output = super().generate(inputs, **arguments, **kwargs)
+        output = self._generate_short(super().generate, inputs, **arguments, **kwargs)
         if cache is not None:
             cache._prunesid_interrupted = False
         if isinstance(output, torch.Tensor):
@@ -168,6 +170,15 @@ class CompressedGenerationMixin:
 
             self.model.put_features(output, repeat)
         return mm_encoder_output
+
+    def _generate_short(self, generate: Callable, *args, **kwargs):
+        """Upstream's `generate`; the steps of `forward` in it have nothing to shorten."""
+        token = generating.set(self.model)
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            generating.reset(token)
+            is_counted.set(False)
 
     def _merge_criteria_processor_list(self, default_list, custom_list):
         """Upstream's rule, by the types of the caller's own processors and criteria."""

@@ -109,7 +109,7 @@ class MRoPEModelMixin(CompressedModelMixin):
         mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         # What is placed: the whole conversation, or its part behind the cache if only that part's views are given.
         repeats_cached = is_generation and (mask is None or mask.shape[1] == length)
-        first = cached_length if repeats_cached and not self._has_every_view(inputs) else 0
+        first = cached_length if repeats_cached and cached_length and not self._has_every_view(inputs) else 0
         columns, length = columns[:, first:], length - first
         if mask is None:
             before = first if repeats_cached else cached_length
@@ -122,7 +122,7 @@ class MRoPEModelMixin(CompressedModelMixin):
             positions, deltas = text_positions.expand(self.num_axes, -1, -1), torch.zeros_like(seen)
         elif has_views:
             positions, deltas = self._positions_in_full_prompt(inputs, columns, mask, is_generation)
-            if seen.any():
+            if (first or cached_length) and seen.any():
                 offset = seen + deltas_of_cache.to(seen.device) if continues else seen
                 positions, deltas = self._behind(positions, offset * (mask > 0)), deltas + offset - seen
         else:
@@ -197,7 +197,8 @@ class MRoPEModelMixin(CompressedModelMixin):
                 is_last = torch.cat([start[1:] != start[:-1], kept.new_ones(1, dtype=torch.bool)])
                 gaps.append(torch.stack([kept - previous - 1, (start + size - 1 - kept) * is_last]))
             placeholders = self.find_placeholders(modality, *_ids_or_embeds(columns))
-            before[placeholders], after[placeholders] = torch.cat(gaps, dim=1).to(columns.device)
+            gaps = torch.cat(gaps, dim=1).to(columns.device)
+            before, after = (part.masked_scatter(placeholders, gap) for part, gap in zip((before, after), gaps))
         return before, after
 
     def _shorten(self, inputs: dict[str, Any], prompt: ShortPrompt) -> dict[str, Any]:

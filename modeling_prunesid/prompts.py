@@ -30,6 +30,11 @@ class ShortPrompt:
         moved (`torch.LongTensor` of shape `(batch, 1)`, *optional*):
             By how much the positions that the caller gave were moved up at the end of the prompt.
         cached_before (`int`): columns of a cache that come before the prompt.
+        is_own (`torch.BoolTensor` of shape `(batch, short_length)`, *optional*):
+            On the host: which columns of the short prompt are the caller's, and no padding that was added.
+        num_dropped, first_ahead (`torch.LongTensor` of shape `(batch, 1)`, *optional*):
+            On the host: how many columns each row lost, and by how many more the short prompt has than the row alone
+            up to the first column of its own.
     """
 
     source: torch.LongTensor
@@ -37,10 +42,21 @@ class ShortPrompt:
     dropped: torch.BoolTensor = None
     moved: torch.LongTensor | None = None
     cached_before: int = 0
+    is_own: torch.BoolTensor | None = None
+    num_dropped: torch.LongTensor | None = None
+    first_ahead: torch.LongTensor | None = None
 
     def __post_init__(self) -> None:
         if self.dropped is None:
             self.dropped = ~self.keep_mask
+        if self.is_own is None:
+            self.is_own = (self.source >= 0).cpu()
+        if self.num_dropped is None:
+            self.num_dropped = self.dropped.sum(1, keepdim=True).cpu()
+        if self.first_ahead is None:
+            first = (self.source >= 0).long().argmax(1, keepdim=True)
+            alone = torch.nn.functional.pad((~self.dropped).cumsum(1) - 1, (0, 1))
+            self.first_ahead = (first - alone.gather(1, self.source.gather(1, first).clamp(min=0))).cpu()
 
     @classmethod
     def from_keep_mask(
@@ -49,30 +65,46 @@ class ShortPrompt:
         padding_side: str,
         minimum_length: int = 0,
         padding: torch.BoolTensor | None = None,
+        num_dropped: torch.LongTensor | None = None,
     ) -> "ShortPrompt":
         """
         The columns that `keep_mask` `(batch, full_length)` marks, moved together. Rows shorter than the longest one,
         or than `minimum_length`, are filled up on the `padding_side`, `"left"` or `"right"`. The columns `padding`
-        `(batch, full_length)` give way.
+        `(batch, full_length)`, known on the host, give way. With `num_dropped` `(batch, 1)`, how many columns of each
+        row `keep_mask` leaves out, nothing waits for the device.
         """
-        dropped = ~keep_mask
-        keep_mask = keep_mask if padding is None else keep_mask & ~padding
-        lengths = keep_mask.sum(1)
+        dropped, device = ~keep_mask, keep_mask.device
+        if num_dropped is None:
+            num_dropped = dropped.sum(1, keepdim=True).cpu()
+        gone = num_dropped
+        first_ahead = torch.zeros_like(num_dropped)
+        if padding is not None:
+            first_ahead = -(padding.long().cumprod(1).sum(1, keepdim=True))
+            gone = gone + padding.sum(1, keepdim=True)
+            keep_mask = keep_mask & ~padding.to(device, non_blocking=True)
+        lengths = keep_mask.shape[1] - gone
         length = max(int(lengths.max()), minimum_length)
         # A stable sort moves the kept columns to the front and leaves them in order.
         source = (~keep_mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :length]
-        columns = torch.arange(length, device=keep_mask.device)
+        columns = torch.arange(length)
         if padding_side == "left":
-            columns = columns - (length - lengths)[:, None]
-            source = source.gather(1, columns.clamp(min=0))
-            return cls(source.masked_fill(columns < 0, -1), keep_mask, dropped)
-        return cls(source.masked_fill(columns >= lengths[:, None], -1), keep_mask, dropped)
+            columns = columns - (length - lengths)
+            first_ahead = first_ahead + length - lengths
+            is_own = columns >= 0
+            source = source.gather(1, columns.clamp(min=0).to(device, non_blocking=True))
+        else:
+            is_own = columns < lengths
+        source = source.masked_fill(~is_own.to(device, non_blocking=True), -1)
+        return cls(source, keep_mask, dropped, is_own=is_own, num_dropped=num_dropped, first_ahead=first_ahead)
 
     @classmethod
     def whole(cls, batch: int, length: int, device: torch.device) -> "ShortPrompt":
         """All of `length` columns."""
         source = torch.arange(length, device=device).expand(batch, -1)
-        return cls(source, torch.ones_like(source, dtype=torch.bool))
+        nothing = torch.zeros(batch, 1, dtype=torch.long)
+        is_own = torch.ones(batch, length, dtype=torch.bool)
+        keep_mask = torch.ones_like(source, dtype=torch.bool)
+        return cls(source, keep_mask, is_own=is_own, num_dropped=nothing, first_ahead=nothing)
 
     @property
     def full_length(self) -> int:
@@ -89,15 +121,14 @@ class ShortPrompt:
         index = source.clamp(min=0).view(shape).expand(-1, -1, *columns.shape[2:])
         return columns.gather(1, index).masked_fill((source < 0).view(shape), fill)
 
+    @property
+    def has_added_padding(self) -> bool:
+        return not bool(self.is_own.all())
+
+    @property
     def columns_ahead(self) -> torch.LongTensor:
         """How many columns more the short prompt has than each row alone, without added padding: `(batch, 1)`."""
-        return self.length - (~self.dropped).sum(1, keepdim=True)
-
-    def first_ahead(self) -> torch.LongTensor:
-        """The same up to the first column of the caller's that remains: `(batch, 1)`."""
-        first = (self.source >= 0).long().argmax(1, keepdim=True)
-        alone = (~self.dropped).cumsum(1) - 1
-        return first - alone.gather(1, self.source.gather(1, first).clamp(min=0))
+        return self.length - self.full_length + self.num_dropped
 
     def callers_columns(self) -> torch.LongTensor:
         """
@@ -167,20 +198,31 @@ class ShortPrompt:
         """This prompt continued by the columns of `rest`."""
         shifted = rest.source + self.full_length * (rest.source >= 0)
         moved = [part.moved for part in (self, rest) if part.moved is not None]
+        first_ahead = torch.where(
+            self.is_own.any(1, keepdim=True), self.first_ahead, self.columns_ahead + rest.first_ahead
+        )
         return ShortPrompt(
             torch.cat([self.source, shifted], dim=1),
             torch.cat([self.keep_mask, rest.keep_mask], dim=1),
             torch.cat([self.dropped, rest.dropped], dim=1),
             sum(moved) if moved else None,
+            is_own=torch.cat([self.is_own, rest.is_own], dim=1),
+            num_dropped=self.num_dropped + rest.num_dropped,
+            first_ahead=first_ahead,
         )
 
     def repeat_rows(self, times: int) -> "ShortPrompt":
         """Each row `times` times in succession, as `generate` repeats them for beams."""
+        if times == 1:
+            return self
         return ShortPrompt(
             self.source.repeat_interleave(times, 0),
             self.keep_mask.repeat_interleave(times, 0),
             self.dropped.repeat_interleave(times, 0),
             None if self.moved is None else self.moved.repeat_interleave(times, 0),
+            is_own=self.is_own.repeat_interleave(times, 0),
+            num_dropped=self.num_dropped.repeat_interleave(times, 0),
+            first_ahead=self.first_ahead.repeat_interleave(times, 0),
         )
 
 
@@ -236,6 +278,8 @@ class CachedPrompt:
                 "was dropped from which. Pass a multiple of its rows, or start from an empty cache."
             )
         times = batch // rows
+        if times == 1:
+            return cached
         input_ids = cached.input_ids if cached.input_ids is None else cached.input_ids.repeat_interleave(times, 0)
         return CachedPrompt(input_ids, cached.prompt.repeat_rows(times))
 
@@ -314,39 +358,96 @@ class Reading:
         last = columns.masked_fill(~is_token, 0).amax(1, keepdim=True)
         return bool((self.placeholders & is_token).gather(1, last).any())
 
+    def num_dropped(self, num_kept: list[int], first: int = 0) -> torch.LongTensor:
+        """How many columns each row loses, of views from column `first` on: `(batch, 1)`."""
+        batch, length = self.placeholders.shape
+        columns, lost = self.placeholders.flatten().nonzero()[:, 0], torch.zeros(batch, dtype=torch.long)
+        for start, total, kept in zip(self.view_ends, self.num_placeholders, num_kept):
+            if kept < total and columns[start] % length >= first:
+                lost[columns[start] // length] += total - kept
+        return lost[:, None]
 
-def mark_kept_placeholders(
+    def drops_between(self, start: int, end: int, num_kept: list[int]) -> bool:
+        """Whether a view that loses tokens has placeholders in the columns from `start` to `end`."""
+        loses = [kept < total for kept, total in zip(num_kept, self.num_placeholders)]
+        loses = torch.tensor(loses).repeat_interleave(torch.tensor(self.num_placeholders))
+        columns = (self.placeholders.flatten().nonzero()[:, 0] % self.placeholders.shape[1])[loses]
+        return bool(((columns >= start) & (columns < end)).any())
+
+    def mark_kept(
+        self,
+        keep_indices: list[torch.LongTensor],
+        device: torch.device,
+        views: list[list[int]] | None = None,
+        num_kept_of_views: list[list[int]] | None = None,
+    ) -> torch.BoolTensor:
+        """
+        The columns `(batch, length)` that remain of a prompt of T placeholders a view, on `device`, for which nothing
+        waits unless text stands between the placeholders of a view whose N is not known.
+
+        Args:
+            keep_indices (`list[torch.LongTensor]`):
+                The kept tokens of each input. -1 stands for a token that has no placeholder of its own (the CLS token)
+                and takes the input's first free one.
+            views, num_kept_of_views (`list[list[int]]`, *optional*):
+                T and N of each view of each input, one behind the other.
+        """
+        sizes, total = self.num_placeholders, sum(self.num_placeholders)
+        starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+        num_kept = torch.tensor([len(kept) for kept in keep_indices])
+        indices = torch.cat([kept.to(device) for kept in keep_indices])
+        offsets = starts.repeat_interleave(num_kept).to(device, non_blocking=True)
+        has_place = indices >= 0
+        # One place more takes what has none.
+        flags = torch.zeros(total + 1, dtype=torch.bool, device=device)
+        flags = flags.index_fill(0, torch.where(has_place, indices + offsets, total), True)[:-1]
+        input_of_kept = torch.arange(len(sizes)).repeat_interleave(num_kept).to(device, non_blocking=True)
+        missing = torch.zeros(len(sizes), dtype=torch.long, device=device)
+        missing = missing.index_add(0, input_of_kept, (~has_place).long())
+        input_of_place = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device, non_blocking=True)
+        free = torch.nn.functional.pad((~flags).cumsum(0), (1, 0))
+        rank = free[1:] - free.index_select(0, starts.to(device, non_blocking=True)).index_select(0, input_of_place)
+        flags = flags | (~flags & (rank <= missing.index_select(0, input_of_place)))
+
+        columns = self.placeholders.flatten().nonzero()[:, 0]
+        for index, own in enumerate(columns.split(sizes)):
+            if views is not None:
+                of_views = None if num_kept_of_views is None else num_kept_of_views[index]
+                first = int(starts[index])
+                _level_runs(flags[first : first + sizes[index]], own, views[index], of_views)
+        keep_mask = torch.ones(self.placeholders.numel(), dtype=torch.bool, device=device)
+        keep_mask = keep_mask.index_copy(0, columns.to(device, non_blocking=True), flags)
+        return keep_mask.view(self.placeholders.shape)
+
+
+def read_placeholders(
     placeholders: torch.BoolTensor,
     num_placeholders: list[int],
-    keep_indices: list[torch.LongTensor],
+    num_kept: list[int],
     modality: str = "image",
     new: torch.BoolTensor | None = None,
     is_token: torch.Tensor | None = None,
     is_stated: bool = True,
-    views: list[list[int]] | None = None,
-) -> torch.BoolTensor | None:
+) -> Reading | None:
     """
-    Marks the columns of a prompt that remain.
+    How a prompt is to be read; everything is on the host.
 
     Args:
         placeholders (`torch.BoolTensor` of shape `(batch, length)`): visual placeholders, in the order of the views.
         num_placeholders (`list[int]`): T of each view, the placeholders that the stock processor writes for it.
-        keep_indices (`list[torch.LongTensor]`): the kept of these, N of each view. -1 stands for a token that has no
-            placeholder of its own (the CLS token) and takes the view's first free one.
+        num_kept (`list[int]`): N of each view.
         modality (`str`): named in errors.
         new (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
             The placeholders that are in no cache yet, if the views may be those of these alone.
         is_token (`torch.Tensor` of shape `(batch, length)`, *optional*): what is no padding.
         is_stated (`bool`): N was passed along with the prompt, as our processor does, which dispels any doubt.
-        views (`list[list[int]]`, *optional*): tokens of each view of each input, one behind the other.
 
     Returns:
-        A mask of the shape of `placeholders`, or None if the prompt has N placeholders for each view already.
+        The reading with T placeholders of each view, or None if the prompt has N placeholders for each view already.
 
     Raises:
         `ValueError`: if the prompt has neither T nor N placeholders for each view, or may be read either way.
     """
-    num_kept = [len(kept) for kept in keep_indices]
     full, short = sum(num_placeholders), sum(num_kept)
     # A compiled graph cannot count; a prompt too short for T placeholders is checked by upstream inside the graph.
     if torch.compiler.is_compiling() and placeholders.numel() < full:
@@ -386,21 +487,21 @@ def mark_kept_placeholders(
         )
     # The runs of a whole conversation tell apart what their sum does not.
     reading = next((reading for reading in clear if reading.ends_runs_with_views), clear[0])
-    if not reading.is_full or full == short:
-        return None
+    return reading if reading.is_full and full != short else None
 
-    flags = []
-    columns = iter(reading.placeholders.flatten().nonzero()[:, 0].split(num_placeholders))
-    for total, kept, own in zip(num_placeholders, keep_indices, views or [[]] * len(num_placeholders)):
-        flag = torch.zeros(total, dtype=torch.bool, device=placeholders.device)
-        flag[kept[kept >= 0].to(placeholders.device)] = True
-        without_place = int((kept < 0).sum())
-        if without_place:
-            flag[(~flag).nonzero()[:without_place, 0]] = True
-        flags.append(_level_runs(flag, next(columns), own))
-    keep_mask = torch.ones_like(placeholders)
-    keep_mask[reading.placeholders] = torch.cat(flags)
-    return keep_mask
+
+def mark_kept_placeholders(
+    placeholders: torch.BoolTensor,
+    num_placeholders: list[int],
+    keep_indices: list[torch.LongTensor],
+    modality: str = "image",
+    **options: Any,
+) -> torch.BoolTensor | None:
+    """The columns `(batch, length)` of a prompt that remain; see `read_placeholders` and `Reading.mark_kept`."""
+    num_kept = [len(kept) for kept in keep_indices]
+    views = options.pop("views", None)
+    reading = read_placeholders(placeholders, num_placeholders, num_kept, modality, **options)
+    return None if reading is None else reading.mark_kept(keep_indices, placeholders.device, views)
 
 
 def gather_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
@@ -409,22 +510,25 @@ def gather_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Ten
     return states.gather(1, columns.expand(-1, -1, *states.shape[2:]))
 
 
-def _level_runs(flag: torch.BoolTensor, columns: torch.LongTensor, views: list[int]) -> torch.BoolTensor:
+def _level_runs(
+    flags: torch.BoolTensor, columns: torch.LongTensor, views: list[int], num_kept: list[int] | None = None
+) -> None:
     """
     A processor cannot know which rows of a view keep tokens. Where text stands between the placeholders `columns` of a
-    view, they leave each run in equal shares, as in the prompts that it writes; what they hold stays in order.
+    view, they leave each run in equal shares, as in the prompts that it writes; what they hold stays in order. `flags`
+    `(tokens,)` of an input are changed in place.
     """
     starts = [0, *((columns.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(columns)]
     first = 0
-    for length in views if len(starts) > 2 else ():
+    for view, length in enumerate(views if len(starts) > 2 else ()):
         inside = [start for start in starts if first < start < first + length]
         runs = torch.tensor([first, *inside, first + length]).diff().tolist()
         if inside:
-            kept = largest_remainder(runs, int(flag[first : first + length].sum()))
+            of_view = flags[first : first + length]
+            kept = largest_remainder(runs, int(of_view.sum()) if num_kept is None else num_kept[view])
             levelled = [torch.arange(run) < count for run, count in zip(runs, kept)]
-            flag[first : first + length] = torch.cat(levelled).to(flag.device)
+            of_view.copy_(torch.cat(levelled).to(flags.device, non_blocking=True))
         first += length
-    return flag
 
 
 def largest_remainder(sizes: list[int], total: int) -> list[int]:

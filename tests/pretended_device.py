@@ -179,7 +179,15 @@ class Pretended(TorchDispatchMode):
         )
         self.waits[f"{what} {place}"] += 1
 
+    def _read(self, value):
+        if not isinstance(value, PretendedTensor):
+            return value
+        self.note_wait("item")
+        return value.data_on_cpu.item()
+
     def _from_list(self, data, *args, device=None, **kwargs):
+        if isinstance(data, (list, tuple)):
+            data = [self._read(value) for value in data]
         made = self._tensor(data, *args, **kwargs)
         if device is None or torch.device(device).type != NAME:
             return made

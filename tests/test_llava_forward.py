@@ -414,7 +414,9 @@ class TestCaches:
             cache, mask, logits = DynamicCache(config=ours.config.get_text_config()), torch.ones(2, 0).long(), []
             for turn, images in zip(turns(count), (*views, {}, {})):
                 mask = torch.cat([mask, turn["attention_mask"]], dim=1)
-                inputs = {"input_ids": turn["input_ids"], "attention_mask": mask, **images}
+                # Without positions a turn's padding would count, of which the full prompts have more.
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -turn["input_ids"].shape[1] :]
+                inputs = {"input_ids": turn["input_ids"], "attention_mask": mask, "position_ids": positions, **images}
                 logits.append(model(**inputs, **{CACHE_NAME: cache}).logits[:, -1])
             return torch.stack(logits), cache
 

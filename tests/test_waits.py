@@ -1,0 +1,127 @@
+"""How often the host waits for the device: a `forward` or a prefill with images no oftener than the stock class."""
+
+import random
+
+import pytest
+import torch
+from oracle_prompt import CACHE, FAMILIES
+from pretended_device import Pretended, PretendedTensor
+from transformers import DynamicCache
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ANSWER = {"max_new_tokens": 1, "do_sample": False}
+# Positions of Qwen-VL are upstream's own in the full prompt: its grids are read twice more, and its longest row once.
+MORE = {"Qwen2_5_VL": 3}
+
+
+def put(values):
+    return {
+        name: PretendedTensor(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()
+    }
+
+
+def put_model(model):
+    with Pretended():
+        for module in model.modules():
+            for name, value in list(module._parameters.items()):
+                if value is not None:
+                    moved = PretendedTensor(value.detach())
+                    module._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
+            for name, value in list(module._buffers.items()):
+                if value is not None:
+                    module._buffers[name] = PretendedTensor(value)
+    return model
+
+
+def pair(name, **settings):
+    family = FAMILIES[name]
+    ours = family.build()
+    stock = family.stock(ours)
+    for setting, value in settings.items():
+        setattr(ours.config.prunesid_config, setting, value)
+    return family, put_model(ours.float()), put_model(stock.float())
+
+
+def views_of(family, count):
+    if family.name == "LLaVA-NeXT":
+        return [family.view_of(size, seed) for seed, size in enumerate([(40, 50), (30, 90), (60, 30)][:count])]
+    if family.is_qwen:
+        return [
+            family.view_of("image", grid, seed)
+            for seed, grid in enumerate([(1, 8, 12), (1, 4, 12), (1, 6, 16)][:count])
+        ]
+    return [family.view(random.Random(seed)) for seed in range(count)]
+
+
+def batch_of(family, count):
+    """One row of one view, or two rows of one and two, padded on the left."""
+    views = views_of(family, count)
+    rows = [[1, 5, *views[0].ids, 7, 8]]
+    if count > 1:
+        rows.append([1, *views[1].ids, 6, *views[2].ids, 9])
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    pixels = {
+        name: value.float() if value.is_floating_point() else value for name, value in family.pixels(views).items()
+    }
+    return {"input_ids": ids, "attention_mask": mask, **family.types(ids), **pixels}
+
+
+def waits(run):
+    with torch.no_grad(), Pretended() as device:
+        run()
+    return device.waits
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("name", ["LLaVA", "LLaVA-NeXT", "Qwen2_5_VL"])
+def test_full_prompts_wait_no_oftener_than_the_stock_class(name, call, count):
+    family, ours, stock = pair(name)
+    inputs = batch_of(family, count)
+    if call == "forward":
+        found, expected = (waits(lambda model=model: model(**put(inputs))) for model in (ours, stock))
+    else:
+        found, expected = (
+            waits(lambda model=model: model.generate(**put(inputs), **ANSWER)) for model in (ours, stock)
+        )
+    assert found.total() <= expected.total() + MORE.get(name, 0), found - expected
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_dynamic_budget_waits_once_more(count):
+    family, ours, stock = pair("LLaVA", reference_information=0.8, dynamic=True)
+    inputs = batch_of(family, count)
+    found, expected = (waits(lambda model=model: model(**put(inputs))) for model in (ours, stock))
+    assert found.total() <= expected.total() + 1, found - expected
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_a_decoding_step_waits_no_oftener_than_that_of_the_stock_class(has_mask):
+    family, ours, stock = pair("LLaVA")
+    found = []
+    for model in (ours, stock):
+        inputs, cache = batch_of(family, 1), DynamicCache(config=model.config.get_text_config())
+        length = inputs["input_ids"].shape[1] + 1
+
+        def fill(model=model, inputs=inputs, cache=cache):
+            model(**put(inputs), **{CACHE: cache})
+
+        step = {"input_ids": torch.tensor([[11]])}
+        if has_mask:
+            step["attention_mask"] = torch.ones(1, length, dtype=torch.long)
+        waits(fill)
+        found.append(waits(lambda model=model, step=step, cache=cache: model(**put(step), **{CACHE: cache})))
+    assert found[0].total() <= found[1].total(), found[0] - found[1]
+
+
+def test_the_prompt_is_checked_before_the_tower_runs():
+    """What waits for the device in `forward` is one copy, before anything is queued on it."""
+    family, ours, _ = pair("LLaVA")
+    ran = []
+    ours.model.vision_tower.register_forward_pre_hook(lambda *args: ran.append(dict(Pretended.current.waits)))
+    waits(lambda: ours(**put(batch_of(family, 3))))
+    (before,) = ran
+    assert [wait.rsplit(" ", 1)[1] for wait in before] == ["_to_host"]
