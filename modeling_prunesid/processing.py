@@ -294,7 +294,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         self._check_is_served(num_visual_tokens)
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
         if data.num_image_tokens is not None:
-            settings = self._merge_kwargs(**kwargs)["images_kwargs"]
+            settings = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
             data.num_image_tokens = [
                 tokens - self._num_dropped_of_size(tokens, size, num_visual_tokens, settings)
                 for tokens, size in zip(data.num_image_tokens, image_sizes)
