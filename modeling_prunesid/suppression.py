@@ -32,6 +32,7 @@ def find_suppressors(
     if settings.method not in WITH_NMS:
         return None
     tokens, count = view.shape[1], int(selection.counts[0])
+    assert selection.scores is not None and selection.groups is not None
     pairs = compare(view, None, context)
     ranking = selection.scores.argsort(dim=1, descending=True, stable=True)
     members = selection.groups.masked_fill(selection.groups < 0, tokens)

@@ -32,11 +32,12 @@ EXAMPLES = {  # a question for each picture of `app_files`
     "A sign": ("example_3.jpg", "what word is printed?"),
 }
 METHOD_NAMES = {
-    "paper": ("PruneSID, as the paper has it", "it puts squares that look alike into groups, drops near-copies in each "
-              "group, and keeps the most typical squares of every group"),
+    "paper": ("PruneSID, as the paper has it", "it puts squares that look alike into groups, drops near-copies in "
+              "each group, and keeps the most typical squares of every group"),
     "release": ("PruneSID, as its authors' code has it", "the same groups, but it prefers squares that the vision "
                 "model itself looks at"),
-    "spread": ("Spread", "it takes squares that the vision model looks at, each as unlike those already taken as possible"),
+    "spread": ("Spread", "it takes squares that the vision model looks at, each as unlike those already "
+               "taken as possible"),
 }  # fmt: skip
 INTRODUCTION = """
 # What does an AI need to see of a picture?
@@ -147,7 +148,8 @@ class Page:
             words = ", ".join(f"“{word[:30]}”" for word in unknown[:8])
             told = f" It does not know: {words}. Its answers may make no sense." if unknown else ""
             is_same = "the same" if answers[0].text == answers[1].text else "another one"
-            told = f"Done. From {answers[1].visual_tokens} of {answers[0].visual_tokens} squares, the answer is {is_same}.{told}"
+            squares = f"{answers[1].visual_tokens} of {answers[0].visual_tokens} squares"
+            told = f"Done. From {squares}, the answer is {is_same}.{told}"
             yield say(told, bool(unknown)), answers[0].text, answers[1].text, table_of(answers)
         except Exception as error:
             yield say(sentence_of(error), True), gr.skip(), gr.skip(), gr.skip()
@@ -330,7 +332,10 @@ def build(model: AppModel) -> gr.Blocks:
 
 COPY = """(code) => {
     const button = document.querySelector("#copy");
-    const done = () => { button.textContent = "Copied"; setTimeout(() => { button.textContent = "Copy as code"; }, 2000); };
+    const done = () => {
+        button.textContent = "Copied";
+        setTimeout(() => { button.textContent = "Copy as code"; }, 2000);
+    };
     const byHand = () => {
         const area = document.createElement("textarea");
         area.value = code;

@@ -1,6 +1,6 @@
 """
-The page of `prunesid app` in a real Chromium, with the embedded model, as a visitor uses it. Set `APP_SCREENSHOTS` to a
-folder outside the checkout to look at what was seen.
+The page of `prunesid app` in a real Chromium, with the embedded model, as a visitor uses it. Set `APP_SCREENSHOTS` to
+a folder outside the checkout to look at what was seen.
 """
 
 import concurrent.futures

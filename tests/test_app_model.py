@@ -47,7 +47,7 @@ def test_an_answer_is_that_of_the_model_and_its_numbers_are_counted(model, folde
     heads = config.num_key_value_heads * config.head_dim
     assert last.cache_bytes == 2 * config.num_hidden_layers * heads * length * torch.finfo(theirs.dtype).bits // 8
     assert last.cache_bytes == cache_bytes(output["cache" if "cache" in output else "past_key_values"])
-    assert 0 < last.first_token_seconds
+    assert last.first_token_seconds > 0
 
 
 def test_settings_are_as_before_after_each_call(model):
