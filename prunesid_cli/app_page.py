@@ -90,10 +90,10 @@ class Page:
         self.model = model
 
     def open_file(self, path: str | None) -> tuple:
-        """The picture of an upload, and what to say of it."""
+        """The picture of an upload, what to say of it, and an empty place for the next one."""
         if path is None:
-            return gr.skip(), gr.skip()
-        return self._open(lambda: read_upload(path))
+            return gr.skip(), gr.skip(), gr.skip()
+        return *self._open(lambda: read_upload(path)), None
 
     def open_address(self, address: str) -> tuple:
         return self._open(lambda: read_address(address))
@@ -314,8 +314,8 @@ def build(model: AppModel) -> gr.Blocks:
             part.change(forget, None, answers, **stops)
             part.change(**looks, show_progress="hidden", trigger_mode="always_last")
         method.change(**strips)
-        file.upload(page.open_file, file, [picture, status], **private)
-        address.submit(page.open_address, address, [picture, status], **private)
+        file.upload(page.open_file, file, [picture, status, file], concurrency_limit=4, **private)
+        address.submit(page.open_address, address, [picture, status], concurrency_limit=8, **private)
         for label, (_, text) in EXAMPLES.items():
             place = list(EXAMPLES).index(label)
             take = lambda place=place, text=text: (example_pictures()[place], text)  # noqa: E731
