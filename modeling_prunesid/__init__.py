@@ -35,6 +35,7 @@ from .modeling_vitcop_llava import (
     ViTCoPLlavaProcessor,
 )
 from .processing_mini_gemini import MiniGeminiProcessor
+from .registering import register_method
 from .visualize import explain, visualize
 
 
@@ -61,6 +62,7 @@ __all__ = [
     "ViTCoPLlavaProcessor",
     "compress",
     "explain",
+    "register_method",
     "visualize",
 ]
 

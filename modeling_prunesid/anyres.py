@@ -1,6 +1,6 @@
 """The any-resolution crops of the LLaVA-NeXT families: which patch of which crop each token of an image is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,8 @@ def views_of_crops(
 
 
 def packed_views(
-    model: Any,
+    pack: Callable,
+    config: Any,
     image_sizes: torch.LongTensor,
     is_cropped: Sequence[bool] | None = None,
     side: int | None = None,
@@ -66,21 +67,21 @@ def packed_views(
     place of features. A row that was interpolated between crops is of the one of most weight; newlines are of none.
 
     Args:
-        model: the base model.
+        pack (`Callable`): upstream's `pack_image_features`.
+        config: of the model, with `image_grid_pinpoints`, and `image_size` and `patch_size` in its `vision_config`.
         image_sizes (`torch.LongTensor` of shape `(num_images, 2)`): height and width, in pixels.
         is_cropped (`list[bool]`, *optional*): False for images that are a single crop, whatever their size.
         side (`int`, *optional*): of the grid of a crop, in tokens; by default in patches.
-        options: further arguments of `pack_image_features`.
+        options: further arguments of `pack`.
     """
-    vision = model.config.vision_config
-    side, grids = side or vision.image_size // vision.patch_size, model.config.image_grid_pinpoints
-    views = []
+    vision = config.vision_config
+    side, views = side or vision.image_size // vision.patch_size, []
     for index, size in enumerate(torch.as_tensor(image_sizes).cpu()):
         whole = is_cropped is None or is_cropped[index]
-        count = image_size_to_num_patches(size, grids, vision.image_size) if whole else 1
+        count = image_size_to_num_patches(size, config.image_grid_pinpoints, vision.image_size) if whole else 1
         owners = torch.eye(count + 1)
         crops = owners[:count, None].expand(-1, side**2, -1)
-        packed = model.pack_image_features([crops], size[None], image_newline=owners[count], **options)[0]
+        packed = pack([crops], size[None], image_newline=owners[count], **options)[0]
         owner = (packed[0] if isinstance(packed, list) else packed).argmax(-1)
         of_crops = [(owner == crop).nonzero()[:, 0] for crop in range(count)]
         views.append([View(rows) for rows in of_crops if len(rows)])

@@ -180,21 +180,6 @@ def tower_of(model: Any) -> nn.Module:
     return getattr(model, next(name for name in _TOWERS if hasattr(model, name)))
 
 
-def pool_consecutive(patches: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """
-    The mean of the patches of each token, which lie one behind the other.
-
-    Raises:
-        `ValueError`: if tokens are no groups of equal numbers of patches.
-    """
-    if len(patches) % num_tokens:
-        raise ValueError(
-            f"score='attention' needs tokens that are merged from equal numbers of patches, but {len(patches)} patches "
-            f"became {num_tokens} tokens. Use score='component'."
-        )
-    return patches.view(num_tokens, -1).mean(1)
-
-
 def pool_blocks(patches: torch.Tensor, grids: torch.LongTensor, num_tokens: int) -> torch.Tensor:
     """The mean of the square of patches that each token is merged from, of grids `(t, h, w)` in raster order."""
     side, pooled = math.isqrt(len(patches) // num_tokens), []

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig
@@ -80,7 +80,7 @@ class Chosen(NamedTuple):
 
 def listed_budgets(
     num_visual_tokens: int | float | Sequence[int] | torch.Tensor | None, num_inputs: int
-) -> list | None:
+) -> list[Any] | None:
     """
     The totals where a caller passes one for each input (image or clip); None where he passes a single value, or none.
 
@@ -252,10 +252,8 @@ def choose_tokens(
     full_view: int | None = None,
     extra_kept: int = 0,
     lambda_of_share: bool = False,
-    attention: torch.Tensor | None = None,
-    projected: torch.Tensor | None = None,
-    keys: torch.Tensor | None = None,
-    information: Callable = view_information,
+    seen: dict[str, torch.Tensor] | None = None,
+    information: Callable[..., list[float]] = view_information,
 ) -> Chosen:
     """
     The kept tokens of all views of several inputs.
@@ -267,9 +265,8 @@ def choose_tokens(
         num_tokens (`list[list[int]]`), full_view (`int`), extra_kept (`int`): as given to `request_budgets`.
         budgets ([`Budgets`]).
         lambda_of_share (`bool`): lambda is 18 N/T where `settings` have none, in place of N/32.
-        attention (`torch.Tensor` of shape `(views, tokens)`, *optional*): for methods that read it.
-        projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*): for methods that read it.
-        keys (`torch.Tensor` of shape `(views, tokens, dim)`, *optional*): for methods that read them.
+        seen (`dict[str, torch.Tensor]`, *optional*):
+            `(views, tokens, ...)`: what else of the tokens the method reads, by its name in [`Context`].
         information (`Callable`): the scores that a total is shared by with rule `"information"`.
     """
     settings.check()
@@ -294,8 +291,8 @@ def choose_tokens(
         everything = len(chosen) == len(views)
         rows = None if everything else torch.tensor(chosen).to(device, non_blocking=True)
 
-        def part(values):
-            return values if values is None or everything else values.index_select(0, rows)
+        def part(values: Any) -> Any:
+            return values if everything else values.index_select(0, rows)
 
         chosen_counts = [counts[view] for view in chosen]
         found = None if torch.compiler.is_compiling() else SELECTIONS.get()
@@ -304,10 +301,8 @@ def choose_tokens(
             lengths=None if set(lengths) == {views.shape[1]} else [lengths[view] for view in chosen],
             extra_kept=extra_kept,
             lambda_of_share=lambda_of_share,
-            attention=part(attention),
-            projected=part(projected),
-            keys=part(keys),
             details=found is not None,
+            **{name: part(value) for name, value in (seen or {}).items()},
         )
         selection = method_of(settings.method)(part(views), counts_on(device, chosen_counts), settings, context)
         if found is not None:
@@ -320,7 +315,14 @@ def choose_tokens(
 
 
 def _shares(
-    settings, views, lengths, num_tokens, budgets: Budgets, full_view, extra_kept: int, information: Callable
+    settings: PretrainedConfig,
+    views: torch.Tensor,
+    lengths: list[int],
+    num_tokens: Sequence[Sequence[int]],
+    budgets: Budgets,
+    full_view: int | None,
+    extra_kept: int,
+    information: Callable[..., list[float]],
 ) -> list[int]:
     """N of each view, with what is kept besides. Looks at the features only where budgets follow information."""
     if budgets.rule == "reference":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .layer_pruning import CachedColumns, LayerInput, Reducer, hooked_output, prune_layers, stack_rows
+from .prompts import is_flat
 from .upstream import cache_of
 from .vitcop import keep_smallest
 
@@ -132,7 +133,11 @@ class CoPrunedModelMixin:
             reducers[first] = thin_out(groups, _FIRST_COUNT, self._first_rule)
             if second < len(self.language_model.layers):
                 reducers[second] = thin_out(groups, _SECOND_COUNT, leave_smallest)
+        mask = inputs.get("attention_mask")
         with prune_layers(self.language_model, columns, cache, reducers) as pruning:
+            if groups is not None and is_flat(mask):
+                is_filled = mask[:, -columns.shape[1] :].bool() | (groups[..., _IMAGE] >= 0).to(mask.device)
+                pruning.is_filled = is_filled.cumsum(1) > 0
             output = forward(**inputs)
         if groups is None:
             return output

@@ -44,7 +44,7 @@ def principal_components(
     return torch.stack([_components_of_one(*view, num_components, center) for view in zip(features, finite)])
 
 
-def _components_of_one(features, finite, num_components, center):
+def _components_of_one(features: torch.Tensor, finite: torch.Tensor, num_components: int, center: str) -> torch.Tensor:
     tokens, dim = features.shape
     rescaled = features.sigmoid()
     if center == "tokens":
@@ -60,7 +60,9 @@ def _components_of_one(features, finite, num_components, center):
     return eigenvectors[:tokens, :num_components].abs().masked_fill(null[:num_components], 0)
 
 
-def _components_of_all(features, finite, num_components, center, lengths):
+def _components_of_all(
+    features: torch.Tensor, finite: torch.Tensor, num_components: int, center: str, lengths: torch.Tensor
+) -> torch.Tensor:
     dim = features.shape[2]
     # In whole steps of 2^-24 the mean is a sum of whole numbers: no order of summation changes it.
     steps = (features.sigmoid() * STEPS).round() * finite[..., None]
@@ -184,7 +186,7 @@ def _iterate(matrices: torch.Tensor, lengths: torch.Tensor, count: int) -> tuple
     # Beside the squared lengths of the columns, so that rounding leaves no negative pivot, and for a column of zeros.
     loading, least = 1 + 8 * limits.eps * tokens * eye, limits.tiny**0.75 * eye
 
-    def orthogonal(block):
+    def orthogonal(block: torch.Tensor) -> torch.Tensor:
         factor = torch.linalg.cholesky_ex(torch.addcmul(least, block.mT @ block, loading)).L
         return torch.linalg.solve_triangular(factor.mT, block, upper=True, left=False)
 

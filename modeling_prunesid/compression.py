@@ -40,6 +40,8 @@ class CompressedModelMixin:
     returns, besides upstream's fields, `keep_indices` and `num_placeholders` of each view where it dropped tokens.
     """
 
+    # The position of the first column, where `forward` is given none.
+    first_position = 0
     # Further arguments of `forward` that run along the prompt, with what fills added padding.
     along_prompt: dict[str, float | int] = {}
 
@@ -112,6 +114,8 @@ class CompressedModelMixin:
         columns = input_ids if input_ids is not None else inputs_embeds
         cache, mask = cache_of(inputs), inputs.get("attention_mask")
         has_views = bool(self._dropped_tokens(inputs))
+        if not is_generation and not has_views and getattr(cache, "_prunesid_interrupted", False):
+            return self.place(inputs, is_generation), None  # a step of our `generate`, on what it has shortened
         # A compiled step has its mask in the form that attention takes, which fits the cache.
         has_memory = hasattr(cache, "_prunesid_prompt") or hasattr(cache, "_prunesid_rope_deltas")
         has_memory = has_memory and (is_flat(mask) or not torch.compiler.is_compiling())
@@ -125,6 +129,8 @@ class CompressedModelMixin:
         start = 0
         if earlier is not None and not repeats_cached:
             positions, moved = inputs.get("position_ids"), earlier.prompt.moved
+            if positions is not None and positions.dim() == 2 and moved is None:
+                moved = earlier.prompt.dropped.sum(1, keepdim=True) - earlier.prompt.first_ahead()
             callers_mask, added = mask, bool((earlier.prompt.source < 0).any())
             if mask is None and added:  # the caller's rows have no padding
                 length = earlier.prompt.full_length + cached_length - earlier.prompt.length + columns.shape[1]
@@ -165,6 +171,7 @@ class CompressedModelMixin:
             padding, length = None, int(keep_mask.sum(1).min())
             if current is not None and not (repeats_cached and cached_length):
                 padding = padding_of(current, leading_only=padding_side == "left") & ~self._placeholders(inputs)
+                padding = padding & ~_labelled(inputs, padding)
             prompt = ShortPrompt.from_keep_mask(keep_mask, padding_side, minimum_length=length, padding=padding)
         if prompt is not None:
             prompt.cached_before = 0 if repeats_cached else cached_length
@@ -177,6 +184,8 @@ class CompressedModelMixin:
                     "nothing is left to answer. Pass the whole conversation of the cache, or an empty cache."
                 )
         inputs = self.place(inputs, is_generation)
+        if not is_generation and cached_length and (prompt is not None or earlier is not None):
+            inputs = self._place_behind_cache(inputs, earlier, prompt, cached_length)
         outputs = inputs.get("mm_encoder_outputs") or {}
         settled = {modality: _settle(output) for modality, output in self._dropped_tokens(inputs).items()}
         if settled:
@@ -184,6 +193,26 @@ class CompressedModelMixin:
         if repeats_cached and cached_length:
             inputs = self._drop_cached_features(inputs, cached_length)
         return inputs, prompt
+
+    def _place_behind_cache(
+        self, inputs: dict[str, Any], earlier: CachedPrompt | None, prompt: ShortPrompt | None, cached_length: int
+    ) -> dict[str, Any]:
+        """
+        Without positions upstream counts the columns of the cache. Padding that was added between a row's own columns,
+        or gave way there, is none of the row's.
+        """
+        if inputs.get("position_ids") is not None or (earlier is not None and cached_length < earlier.prompt.length):
+            return inputs
+        columns = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        batch, length, device = len(columns), columns.shape[1], columns.device
+        current = ShortPrompt.whole(batch, length, device) if prompt is None else prompt
+        before = ShortPrompt.whole(batch, 0, device) if earlier is None else earlier.prompt
+        before = before.then(ShortPrompt.whole(batch, cached_length - before.length, device))
+        ahead = before.columns_ahead() + current.first_ahead() - before.then(current).first_ahead()
+        if not bool(ahead.any()):
+            return inputs
+        positions = torch.arange(length, device=device) + cached_length + self.first_position - ahead
+        return {**inputs, "position_ids": positions}
 
     def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
         """Gives a family the shortened arguments to add positions to that upstream cannot find from them."""
@@ -228,6 +257,8 @@ class CompressedModelMixin:
             labels = inputs.get(name)
             if labels is None or labels.shape != ignored.shape:
                 continue
+            if name == "labels":  # nothing predicts the first column, unless padding is added before it
+                labels = labels.index_fill(1, labels.new_zeros(1, dtype=torch.long), IGNORED_LABEL)
             inputs[name] = labels.masked_fill(ignored.to(labels.device), IGNORED_LABEL)
             given, counted = ((part != IGNORED_LABEL).sum() for part in (labels, inputs[name]))
             is_used = name == "shift_labels" or inputs.get("shift_labels") is None
@@ -426,8 +457,22 @@ def _gather_logits(logits: torch.Tensor, columns: torch.LongTensor, keep: int | 
     return gather_columns(logits, columns)
 
 
+def _labelled(inputs: dict[str, Any], columns: torch.Tensor) -> torch.BoolTensor:
+    """Which columns `(batch, length)` have a label, or predict one: the loss counts padding that is labelled."""
+    is_labelled = torch.zeros_like(columns, dtype=torch.bool)
+    for name, is_shifted in (("labels", False), ("shift_labels", True)):
+        labels = inputs.get(name)
+        if labels is not None and labels.shape == columns.shape:
+            own = (labels != IGNORED_LABEL).to(columns.device)
+            own = torch.nn.functional.pad(own[:, :-1], (1, 0)) if is_shifted else own
+            is_labelled = is_labelled | own | torch.nn.functional.pad(own[:, 1:], (0, 1))
+    return is_labelled
+
+
 def _settle(output: Any) -> Any:
-    """A copy of an encoder's output with upstream's fields alone: it fits the prompt, and upstream may reorder it."""
-    return type(output)(
+    """A copy of an encoder's output with upstream's fields alone: it fits the prompt, and beams may repeat it."""
+    settled = type(output)(
         **{field.name: output[field.name] for field in fields(output) if output.get(field.name) is not None}
     )
+    settled.is_pruned = True
+    return settled

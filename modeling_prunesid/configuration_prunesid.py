@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, __version__
 from transformers.models.auto import modeling_auto
 
 from .checks import check_transformers
-from .methods import DEFAULT_METHOD, check_method, method_of_saved, needs_of, options_of
+from .methods import DEFAULT_METHOD, OF_CLS, check_method, method_of_saved, needs_of, options_of
 
 
 check_transformers()
@@ -371,7 +371,7 @@ class NestsPruneSIDConfig:
             return super().__init_subclass__(**kwargs)
         cls.__annotations__ = {
             **vars(cls).get("__annotations__", {}),
-            "prunesid_config": dict | PretrainedConfig | None,
+            "prunesid_config": dict | str | PretrainedConfig | None,
         }
         cls.prunesid_config = None
         super().__init_subclass__(**kwargs)
@@ -416,10 +416,12 @@ class BehindConnectorConfig(NestsPruneSIDConfig):
 
 def refuse_cls(settings: PretrainedConfig, reason: str) -> None:
     """Raise a `ValueError` for settings that need a CLS token, of a model that has none to give."""
-    if "cls_attention" in needs_of(settings):
+    missing = OF_CLS & needs_of(settings)
+    if missing:
         raise ValueError(
-            f"prunesid_config.method={settings.method!r} ranks tokens by CLS attention, which this model has not: "
-            f"{reason}. Set method_settings={{'score': 'component'}}, or method='paper'."
+            f"prunesid_config.method={settings.method!r} needs {' and '.join(sorted(missing))} of a vision tower with "
+            f"a CLS token, which this model has not: {reason}. Set method_settings={{'score': 'component'}} (or "
+            "'attention', that of all tokens) if the method has them, or method='paper'."
         )
     if options_of(settings).get("keep_cls"):
         raise ValueError(

@@ -13,6 +13,8 @@ from .exact import is_batched, without_autocast
 
 
 VIEWS_AT_ONCE = 32
+# What a context has of each token.
+TENSORS = ("attention", "joined_attention", "projected", "keys", "features")
 
 
 @dataclass
@@ -27,10 +29,14 @@ class Context:
         extra_kept (`int`): tokens kept besides, which count in the N of K, of lambda and of the bounds.
         lambda_of_share (`bool`): `nms_lambda=None` means 18 * N / T in place of N / 32.
         attention (`torch.Tensor` of shape `(views, tokens)`, *optional*):
-            The attention that each token receives, of CLS or of all tokens alike.
+            The attention that each token receives, of CLS (summed over heads) or of all tokens alike.
+        joined_attention (`torch.Tensor` of shape `(views, tokens)`, *optional*):
+            That of CLS with the heads taken as one.
+        keys (`torch.Tensor` of shape `(views, tokens, heads, any dim)`, *optional*): the tower's keys.
         projected (`torch.Tensor` of shape `(views, tokens, hidden_size)`, *optional*):
-            The tokens as the language model gets them.
-        keys (`torch.Tensor` of shape `(views, tokens, any dim)`, *optional*): the tower's keys.
+            The tokens as the language model gets them; None where the views are these.
+        features (`torch.Tensor` of shape `(views, tokens, any dim)`, *optional*):
+            The rows that `Selection.merged` replaces; None where the views are these.
         details (`bool`): also return groups and scores.
     """
 
@@ -40,8 +46,10 @@ class Context:
     extra_kept: int = 0
     lambda_of_share: bool = False
     attention: torch.Tensor | None = None
-    projected: torch.Tensor | None = None
+    joined_attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    projected: torch.Tensor | None = None
+    features: torch.Tensor | None = None
     details: bool = False
 
     def of_views(self, first: int, last: int, tokens: int) -> "Context":
@@ -50,7 +58,7 @@ class Context:
         def part(value):
             return None if value is None else value[first:last]
 
-        tensors = {name: part(getattr(self, name)) for name in ("attention", "projected", "keys")}
+        tensors: dict[str, Any] = {name: part(getattr(self, name)) for name in TENSORS}
         tensors = {name: None if value is None else value[:, :tokens] for name, value in tensors.items()}
         return replace(self, counts=part(self.counts), lengths=part(self.lengths), **tensors)
 

@@ -14,7 +14,7 @@ import torch
 
 from .attention import attending_layer, watch_attention
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
-from .methods import needs_of, options_of
+from .methods import OF_CLS, needs_of, options_of
 from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
 
 
@@ -136,7 +136,7 @@ class TowerEncoding:
         layers = model.config.vision_feature_layer if layers is None else layers
         layers = [layers] if isinstance(layers, int) else layers
         self.feature_layers = [resolve_layer(layer, num_layers, "vision_feature_layer") for layer in layers]
-        if self.needs_cls_attention:
+        if OF_CLS & self.needs:
             check_has_cls(self.tower)
         self.num_prefix = self.num_fed = count_prefix(self.tower)
         given = self.inputs.get("vision_feature_select_strategy")
@@ -169,19 +169,9 @@ class TowerEncoding:
     keeps_fed = True
 
     @property
-    def needs_cls_attention(self) -> bool:
-        """Whether the attention that the CLS token pays is read, or the keys of that layer."""
-        return bool({"cls_attention", "keys"} & needs_of(self.settings))
-
-    @property
-    def needs_attention(self) -> bool:
-        """Whether tokens are ranked by the attention that they receive from all others."""
-        return "attention" in needs_of(self.settings)
-
-    @property
-    def compares_projected(self) -> bool:
-        """Whether tokens are compared as the language model would get them, so that all of them are projected."""
-        return "projected" in needs_of(self.settings)
+    def needs(self) -> frozenset[str]:
+        """What the method reads of the tokens beside what it compares: of CLS, `"attention"`, `"projected"`, ..."""
+        return needs_of(self.settings)
 
     @property
     def runs_whole(self) -> bool:
@@ -192,8 +182,7 @@ class TowerEncoding:
         """Upstream's output for the kept tokens; all of it if nothing is to be dropped."""
         if self.budgets is None:
             return encode(**self.inputs)
-        needs_hooks = self.tower is None or self.has_own_cls or self.needs_cls_attention or self.compares_projected
-        needs_hooks = needs_hooks or self.needs_attention
+        needs_hooks = self.tower is None or self.has_own_cls or self.needs
         if torch.compiler.is_compiling() and not needs_hooks:
             return self._run_without_hooks(encode)
         return self._run_watched(encode)
@@ -202,7 +191,7 @@ class TowerEncoding:
         """In a compiled graph, which does not look for hooks: all tokens are projected."""
         output = encode(**{**self.inputs, "output_hidden_states": True})
         compared = output.hidden_states[self.selection_layer][:, self.num_prefix :]
-        self._choose(compared)
+        self._choose(compared, {})
         return self._finish(output, None)
 
     @torch.compiler.disable
@@ -214,11 +203,11 @@ class TowerEncoding:
         watched = watch_tower(
             self.tower,
             [*self.feature_layers, self.selection_layer],
-            self.selection_layer if self.needs_cls_attention else None,
+            self.selection_layer if OF_CLS & self.needs else None,
             self.runs_whole,
         )
-        attention = contextlib.nullcontext([])
-        if self.needs_attention:
+        attention: Any = contextlib.nullcontext([])
+        if "attention" in self.needs:
             attention = watch_attention(attending_layer(self.tower, self.settings.layer))
         with (
             watched as self.states,
@@ -233,24 +222,28 @@ class TowerEncoding:
         The rows that are projected, of all views' features `(views, tokens, dim)`, with the CLS tokens before them if
         these are kept and upstream left them out.
         """
-        compared, attention, keys = features[:, self.num_fed :], None, None
+        compared, seen = features[:, self.num_fed :], {}
         if self.tower is not None:
             states: TowerStates = self.states
             compared = states.hidden_states[self.selection_layer][:, self.num_prefix :]
-            if states.cls_attention is not None:
-                attention, keys = states.cls_attention[:, self.num_prefix :], states.keys[:, self.num_prefix :]
-            elif self.received:
-                attention = torch.cat(self.received)[:, self.num_prefix :]
+            heads = self.tower.config.num_attention_heads
+            for name in OF_CLS & self.needs:
+                value = getattr(states, name)[:, self.num_prefix :]
+                value = value.unflatten(-1, (heads, -1)) if name == "keys" else value
+                seen["attention" if name == "cls_attention" else name] = value
+            if "attention" in self.needs:
+                seen["attention"] = torch.cat(self.received)[:, self.num_prefix :]
             if self.has_own_cls:
                 cls = torch.cat([states.hidden_states[layer][:, :1] for layer in self.feature_layers], dim=-1)
                 features = torch.cat([cls, features], dim=1)
-        projected = None
-        if self.compares_projected:
+        patches = features[:, -compared.shape[1] :]
+        if "features" in self.needs:
+            seen["features"] = patches
+        if "projected" in self.needs:
             with torch.no_grad():
                 # One view at a time, because matrix products round differently in other batch sizes.
-                patches = features[:, -compared.shape[1] :].split(1)
-                projected = torch.cat([self.projector(view) for view in patches])
-        merged = self._choose(compared, attention, projected, keys)
+                seen["projected"] = torch.cat([self.projector(view) for view in patches.split(1)])
+        merged = self._choose(compared, seen)
 
         views, length = list(itertools.chain(*self.views)), features.shape[1]
         starts = [view * length for view in range(len(views))]
@@ -277,17 +270,18 @@ class TowerEncoding:
         """How many rows of the projector's features come before the patches of a view."""
         return self.num_fed + self.has_own_cls
 
-    def _choose(self, compared: Any, attention: Any = None, projected: Any = None, keys: Any = None) -> Merged | None:
-        """Chooses the patches of each view, from what is compared of all patches `(views, patches, dim)`."""
+    def _choose(self, compared: Any, seen: dict[str, torch.Tensor]) -> Merged | None:
+        """
+        Chooses the patches of each view, from what is compared of all patches `(views, patches, dim)`, and what else
+        the method reads of them.
+        """
         views: list[Any] = list(itertools.chain(*self.views))
         lengths = [len(view.patches) for view in views]
         if set(lengths) != {compared.shape[1]}:
             table = table_of([view.patches for view in views]).to(compared.device, non_blocking=True)
             view_ids = torch.arange(len(views), device=compared.device)[:, None]
             compared = compared[view_ids, table]
-            attention = None if attention is None else attention[view_ids, table]
-            projected = None if projected is None else projected[view_ids, table]
-            keys = None if keys is None else keys[view_ids, table]
+            seen = {name: value[view_ids, table] for name, value in seen.items()}
         self.indices, self.counts, merged = choose_tokens(
             self.settings,
             compared,
@@ -296,9 +290,7 @@ class TowerEncoding:
             self.budgets,
             full_view=self.full_view,
             extra_kept=self.num_extra,
-            attention=attention,
-            projected=projected,
-            keys=keys,
+            seen=seen,
             information=self.information,
         )
         all_whole = [whole for own, whole in zip(self.views, self.is_whole) for _ in own]

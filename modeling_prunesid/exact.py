@@ -9,7 +9,7 @@ library chooses for a batch makes no difference, and a GPU gives the bits that a
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def is_batched(tensor: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or tensor.device.type != "cpu"
 
 
-def without_autocast(device: torch.device):
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """fp32 stays fp32; a device that has no autocast needs nothing."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)

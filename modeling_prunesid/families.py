@@ -29,6 +29,7 @@ FAMILIES = {
     "glm4v_moe": "Glm4vMoe",
     "glm5_next": "Glm5Next",
     "glm_ocr": "GlmOcr",
+    "glmga": "Glmga",
     "got_ocr2": "GotOcr2",
     "granite4_vision": "Granite4Vision",
     "granite_docling": "GraniteDocling",
@@ -38,6 +39,8 @@ FAMILIES = {
     "idefics2": "Idefics2",
     "idefics3": "Idefics3",
     "inkling2": "Inkling2",
+    "inkling2_loop": "Inkling2Loop",
+    "inkling_mm_model": "Inkling",
     "internvl": "InternVL",
     "janus": "Janus",
     "kimi_k25": "Kimi_K25",
@@ -50,6 +53,7 @@ FAMILIES = {
     "llava_next_video": "LlavaNextVideo",
     "llava_onevision": "LlavaOnevision",
     "mini_gemini": "MiniGemini",
+    "minicpm_ocr": "MiniCPMOcr",
     "minicpmv4_6": "MiniCPMV4_6",
     "minicpmv4_7": "MiniCPMV4_7",
     "minimax_m3_vl": "MiniMaxM3VL",
@@ -86,17 +90,30 @@ FAMILIES = {
 _OWN = ("mini_gemini",)
 # The first release that was seen to have a family as it is declared; the others are in 5.18.0, the oldest supported.
 _RELEASES = {
+    "aria": "5.23.0",
+    "cosmos3_edge": "5.23.0",  # generate had no text axis before
     "dots3_note": "5.23.0",
+    "gemma4": "5.23.0",  # its processor cannot be imported without torchvision before
+    "gemma4_unified": "5.23.0",
     "granite_docling": "5.23.0",
+    "hunyuan_vl": "5.23.0",
     "hy_v4_vl": "5.24.0",
+    "idefics2": "5.23.0",
+    "idefics3": "5.23.0",
     "inkling2": "5.23.0",
+    "inkling2_loop": "5.24.0",
+    "inkling_mm_model": "5.23.0",
     "lfm3_vl": "5.23.0",
+    "llava_next_video": "5.23.0",
+    "minicpm_ocr": "5.23.0",
     "mistral_large4": "5.22.0",
     "molmo2": "5.20.0",
     "muse_spark": "5.23.0",
     "qwen2_5_omni_thinker": "5.23.0",  # one class for head and base before
     "qwen3_omni_moe_thinker": "5.23.0",
+    "smolvlm": "5.23.0",
     "unlimited_ocr": "5.20.0",
+    "vipllava": "5.23.0",
 }
 
 _CROSS_ATTENTION = "its language model reads the image through cross-attention, so that no token of the prompt is one"
@@ -120,6 +137,7 @@ UNSUPPORTED = {
     "fuyu": _NO_ENCODER,
     "chameleon": _NO_ENCODER,
     "emu3": _NO_ENCODER,
+    "apertus1p5": _NO_ENCODER,
     "git": _NO_PLACEHOLDERS,
     "blip": _NO_PLACEHOLDERS,
     "kosmos-2": _NO_PLACEHOLDERS,
@@ -127,6 +145,8 @@ UNSUPPORTED = {
     "diffusion_gemma": _NO_PLACEHOLDERS,
     "evolla": _NO_PLACEHOLDERS,
     "pi0": _NO_PLACEHOLDERS,
+    "mistral4": "it reads text alone",
+    "shieldgemma2": "it classifies an image by a fixed prompt, and generates nothing; its parts are Gemma 3",
 }
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .attention import encode_with_attention, pool_consecutive
+from .attention import encode_with_attention
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
 from .compression import CompressedModelMixin
@@ -30,7 +30,7 @@ from .upstream import like_upstream
 
 # In place of `num_visual_tokens`: all of them, where upstream's encoder of videos calls that of images.
 _ALL_TOKENS = object()
-_OVERRIDES = ("forward", "get_image_features", "get_video_features")
+_OVERRIDES = ("forward", "get_image_features", "get_video_features", "get_rope_index")
 
 logger = logging.get_logger(__name__)
 
@@ -200,9 +200,17 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     ) -> torch.Tensor:
         """
         The attention `(num_tokens,)` that the tokens of all views receive, of that of the patches `(patches,)` of the
-        tower, in the tower's order. By default a token is merged from patches that lie one behind the other.
+        tower, in the tower's order. By default each token is a patch.
+
+        Raises:
+            `ValueError`: if it is not known which patches a token is merged from.
         """
-        return pool_consecutive(patches, num_tokens)
+        if len(patches) != num_tokens:
+            raise ValueError(
+                f"score='attention' is not declared for {type(self).__name__}, which merges {len(patches)} patches "
+                f"into {num_tokens} tokens. Use score='component'."
+            )
+        return patches
 
     def keep_tokens(
         self,
@@ -214,8 +222,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     ):
         """
         Upstream's output with the kept rows alone, chosen by the features that enter the language model, and by the
-        attention that the `patches` `(patches,)` of the tower receive, if the method reads it. lambda is 18 N/T where the
-        configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
+        attention that the `patches` `(patches,)` of the tower receive, if the method reads it. lambda is 18 N/T where
+        the configuration has none, in place of N/32, which the paper tuned for 576 CLIP tokens.
         """
         settings, features = self.config.prunesid_config, self.features_of(output)
         sizes = [len(own) for own in features]
@@ -240,7 +248,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             lengths,
             num_tokens,
             budgets,
-            attention=attention,
+            seen={} if attention is None else {"attention": attention},
             lambda_of_share=True,
             information=self.video_information if modality == "video" else view_information,
         )
@@ -299,13 +307,13 @@ class PrunedGenerationMixin(CompressedGenerationMixin, HubModelMixin):
 
         Returns:
             Upstream's output. Where the prompt was shortened it also has `keep_mask`, of shape `(batch, full_length)`:
-            the columns of the caller's prompt that remain. A dropped column has the logits and hidden states of the last
-            one before it that remains. Attentions and caches have the short length.
+            the columns of the caller's prompt that remain. A dropped column has the logits and hidden states of the
+            last one before it that remains. Attentions and caches have the short length.
         """
         return self.forward_compressed(super().forward, num_visual_tokens=num_visual_tokens, **inputs)
 
 
-def stock_class(cls: type) -> type | None:
+def stock_class(cls: type) -> Any:
     """The model class that a class of ours extends; None for a mixin."""
     ours = (CompressedModelMixin, CompressedGenerationMixin)
     models = (base for base in cls.__mro__ if issubclass(base, PreTrainedModel))
@@ -332,7 +340,10 @@ def register_family(head: Any, processor: type | None = None) -> type:
         "AutoModelForImageTextToText": head.__name__,
         "AutoModelForMultimodalLM": head.__name__,
     }
-    head._processor_class = processor
+    # Without the packages that it needs, Transformers has but a placeholder for a stock processor.
+    head._processor_class = None if getattr(processor, "is_dummy", False) else processor
+    if head._processor_class is not None:
+        processor.has_mrope = hasattr(model, "has_text_axis")
     for ours in {head, model}:
         stock = stock_class(ours)
         names = {ours.__name__: stock.__name__, ours.config_class.model_type: stock.config_class.model_type}

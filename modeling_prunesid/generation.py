@@ -112,8 +112,14 @@ class CompressedGenerationMixin:
         }
         if prompt is not None:
             self._count_from_callers_prompt(generation_config, kwargs, prompt)
+        is_ours = prompt is not None or hasattr(cache, "_prunesid_prompt")
+        if cache is not None and is_ours:
+            cache._prunesid_interrupted = True
         if prompt is None or callers_ids is None:
-            return super().generate(inputs, **arguments, **kwargs)
+            output = super().generate(inputs, **arguments, **kwargs)
+            if cache is not None and is_ours:
+                cache._prunesid_interrupted = False
+            return output
 
         callers_prompt = _CallersPrompt(callers_ids, prompt.length)
         if logits_processor is not None:
@@ -129,8 +135,6 @@ class CompressedGenerationMixin:
         if streamer is not None:
             arguments["streamer"] = _StreamsCallersPrompt(streamer, callers_prompt)
 
-        if cache is not None:
-            cache._prunesid_interrupted = True
         output = super().generate(inputs, **arguments, **kwargs)
         if cache is not None:
             cache._prunesid_interrupted = False
@@ -143,6 +147,27 @@ class CompressedGenerationMixin:
         if cache is not None:
             CachedPrompt(callers_ids, prompt).behind(cache).remember(cache)
         return output
+
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+        """
+        Repeats the features of each row of a batch for its beams. Upstream's own way puts those of several inputs of a
+        row into the wrong order in some families (GLM-4V), and in others leaves parts out.
+        """
+        arguments = {"expand_size": expand_size, "inputs_embeds": inputs_embeds}
+        if not any(getattr(output, "is_pruned", False) for output in mm_encoder_output.values()):
+            return super()._expand_multimodal_outputs(input_ids, mm_encoder_output, **arguments)
+        for modality, output in mm_encoder_output.items():
+            if modality not in ("image", "video") or output is None:
+                continue
+            columns = (input_ids, None) if input_ids is not None and input_ids.numel() else (None, inputs_embeds)
+            counts = self.model.find_placeholders(modality, *columns).sum(1).tolist()
+
+            def repeat(entries, counts=counts):
+                rows = torch.cat(list(entries)).split(counts)
+                return [row for row in rows if len(row) for _ in range(expand_size)]
+
+            self.model.put_features(output, repeat)
+        return mm_encoder_output
 
     def _merge_criteria_processor_list(self, default_list, custom_list):
         """Upstream's rule, by the types of the caller's own processors and criteria."""

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
 
 from .attention import from_windows, pool_blocks, tower_of
 from .configuration_prunesid import NestsPruneSIDConfig
@@ -15,7 +14,8 @@ class GridConfigMixin(NestsPruneSIDConfig):
     """
     For images of any number of tokens: the budget is a share by default, a third of the tokens and at least 16 (the
     authors' release for Qwen2-VL), of each image and of each temporal slice of a video, or with `budget_scope="image"`
-    of each image and video. `layer` has no meaning here: tokens are compared as they leave the patch merger.
+    of each image and video. Tokens are compared as they leave the patch merger; `layer` is that of
+    `score="attention"`.
     """
 
     _has_no_cls = "its vision tower has no CLS token"
@@ -32,9 +32,8 @@ class GridModelMixin(PrunedModelMixin):
     """
 
     def slices(self, modality: str, inputs: dict[str, Any]) -> list[int]:
-        """In how many slices of equal length the tokens of each input lie one behind the other; none if unknown."""
-        grids = inputs.get(f"{modality}_grid_thw")
-        return [] if grids is None else grids[:, 0].tolist()
+        """In how many slices of equal length the tokens of each input lie one behind the other."""
+        return inputs[f"{modality}_grid_thw"][:, 0].tolist()
 
     def views(self, modality, inputs, sizes):
         return [[size // count] * count for size, count in zip(sizes, self.slices(modality, inputs))]
@@ -46,7 +45,7 @@ class GridModelMixin(PrunedModelMixin):
         grids = inputs[f"{modality}_grid_thw"]
         if self.has_raster_patches:
             return pool_blocks(patches, grids, num_tokens)
-        return from_windows(tower_of(self), super().pool_attention(patches, modality, inputs, num_tokens), grids)
+        return from_windows(tower_of(self), patches.view(num_tokens, -1).mean(1), grids)
 
 
 class GridProcessorMixin(PrunedProcessorMixin):
@@ -66,21 +65,6 @@ class SharedIdModelMixin(GridModelMixin):
 
     def find_placeholders(self, modality, input_ids, inputs_embeds):
         return super().find_placeholders("image", input_ids, inputs_embeds)
-
-
-class SharedIdGenerationMixin:
-    """
-    For the head of a [`SharedIdModelMixin`]. Upstream's own `_expand_multimodal_outputs` repeats the images of a row
-    for its beams one by one (A, A, B, B for A, B, A, B), and looks for videos by an id that their prompt has not.
-    """
-
-    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
-        if input_ids is not None and mm_encoder_output.get("video") is not None:
-            is_video = self.model.find_placeholders("video", input_ids, None)
-            input_ids = input_ids.masked_fill(is_video, self.config.video_token_id)
-        return GenerationMixin._expand_multimodal_outputs(
-            self, input_ids, mm_encoder_output, expand_size, inputs_embeds
-        )
 
 
 class SharedIdProcessorMixin(GridProcessorMixin):

@@ -139,6 +139,8 @@ class LayerPruning:
     earlier: CachedColumns | None
     columns: dict[int, torch.LongTensor] = field(default_factory=dict)
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    # `(batch, length)`: the columns that are no padding; None for all.
+    is_filled: torch.BoolTensor | None = None
 
     @property
     def is_flash(self) -> bool:
@@ -255,7 +257,7 @@ class LayerPruning:
     def after_last_layer(self, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         """
         Hidden states of the whole prompt again, so that logits and labels match it: a dropped column gets those of the
-        last column before it that is left, which predicts what follows.
+        last column before it that is left and no padding, which predicts what follows, or of the first where none is.
         """
         return self.in_prompt(hidden_states, len(self.decoder.layers) - 1)
 
@@ -266,9 +268,14 @@ class LayerPruning:
             return hidden_states
         columns = columns.to(hidden_states.device)
         num_padding = (columns < 0).sum(1, keepdim=True)
-        counts = torch.zeros(self.batch, self.length + 1, dtype=torch.long, device=columns.device)
-        counts.scatter_(1, torch.where(columns < 0, self.length, columns), 1)
-        slots = (counts[:, :-1].cumsum(1) - 1).clamp(min=0) + num_padding
+        is_left = torch.zeros(self.batch, self.length + 1, dtype=torch.bool, device=columns.device)
+        is_left = is_left.scatter(1, torch.where(columns < 0, self.length, columns), True)[:, :-1]
+        slots = is_left.cumsum(1) - 1
+        carries = is_left if self.is_filled is None else is_left & self.is_filled.to(columns.device)
+        last = slots.masked_fill(~carries, -1).cummax(1).values
+        first = slots.masked_fill(~carries, self.length).amin(1, keepdim=True)
+        first = first.masked_fill(first == self.length, 0)
+        slots = torch.where(is_left, slots, torch.where(last < 0, first, last)) + num_padding
         return hidden_states.gather(1, slots[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 

@@ -33,7 +33,7 @@ def select(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context
     """
     options = DEFAULTS | (settings.method_settings or {})
 
-    def share_out(sizes, total, nominal, tokens):
+    def share_out(sizes, held, total, nominal, tokens):
         return proportional_quotas(sizes, total)
 
     return select_by_groups(views, counts, settings, context, "component", "tokens", share_out, **options)

@@ -1,4 +1,8 @@
-"""PruneSID as its authors' release has it: attention of CLS as the score, other means, bounded quotas, CLS kept."""
+"""PruneSID as its authors' release has it: attention of CLS as the score, other means, bounded quotas, CLS kept.
+
+What differs: it hands tokens over group by group, ours ascending; it suppresses above tau, the paper and ours from
+tau on; and ties are decided by chance there.
+"""
 
 from typing import Any
 
@@ -44,10 +48,10 @@ def select(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context
     """
     options = DEFAULTS | (settings.method_settings or {})
 
-    def share_out(sizes, total, nominal, tokens):
+    def share_out(sizes, held, total, nominal, tokens):
         if options["quota"] == "proportional":
             return proportional_quotas(sizes, total)
-        return bounded_quotas(sizes, total, nominal, tokens)
+        return bounded_quotas(sizes, held, total, nominal, tokens)
 
     names = ("score", "center", "grouping", "seed")
     chosen = {name: options[name] for name in names}
@@ -55,36 +59,48 @@ def select(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context
 
 
 def bounded_quotas(
-    sizes: torch.Tensor, total: int | torch.Tensor, nominal: int | torch.Tensor, tokens: int
+    survivors: torch.Tensor,
+    held: torch.Tensor,
+    total: int | torch.Tensor,
+    nominal: int | torch.Tensor,
+    tokens: int,
 ) -> torch.Tensor:
     """
     Share out `total` tokens between bounds, as the authors' release does.
 
-    Each group with survivors gets one token; the others follow by cumulative rounding of the survivors' shares, up to
-    5 * ceil(N / 64) a group, a bound raised by the least that lets the groups hold `total`; what it cuts off goes to
-    the groups with most survivors. Two rules are ours: no group takes a suppressed token before another's survivor,
-    and no group is sure of a token where the groups outnumber `total`.
+    Each group gets one token; the others follow by cumulative rounding of the survivors' shares, halves to the even
+    number, up to 5 * ceil(N / 64) or the group's survivors. Where the groups cannot hold N so, every bound rises by
+    one token at a time up to the group's own tokens: a group then hands over suppressed tokens before another has
+    handed over all of its survivors. What the bounds cut off goes to the groups with most survivors. One rule is ours:
+    where the groups outnumber `total`, none is sure of a token (the release returns more than N, or drops groups).
 
     Args:
-        sizes (`torch.LongTensor` of shape `(..., groups)`): survivors of each group.
-        total (`int` or `torch.LongTensor` of shape `(..., 1)`): tokens to share out, at most all survivors.
-        nominal (`int` or `torch.LongTensor` of shape `(..., 1)`): N of the bound.
+        survivors (`torch.LongTensor` of shape `(..., groups)`): survivors of each group.
+        held (`torch.LongTensor` of shape `(..., groups)`): tokens of each group, suppressed ones as well.
+        total (`int` or `torch.LongTensor` of shape `(..., 1)`):
+            Tokens to share out: N, less a kept CLS token; of fewer tokens, all.
+        nominal (`int` or `torch.LongTensor` of shape `(..., 1)`): N of the bounds, with CLS.
         tokens (`int`): tokens of the image, at least the size of any group.
 
     Returns:
-        `torch.LongTensor` of shape `(..., groups)`, none above its group's size, their sum `total`.
+        `torch.LongTensor` of shape `(..., groups)`, none above its group's tokens, their sum `total`.
     """
-    held_by_bound = sizes[..., None, :].minimum(torch.arange(tokens + 1, device=sizes.device)[:, None]).sum(-1)
-    bound = (held_by_bound < total).sum(-1, keepdim=True).maximum(torch.as_tensor(5 * ((nominal + 63) // 64)))
-    upper = sizes.minimum(bound)
-    lower = sizes.clamp(max=1)
+    everything = held.sum(-1, keepdim=True)
+    total, wanted = everything.clamp(max=total), everything.clamp(max=nominal)
+    base = survivors.minimum(torch.as_tensor(5 * ((nominal + 63) // 64), device=survivors.device))
+    raises = torch.arange(tokens, device=survivors.device)[:, None]
+    capacity = (base[..., None, :] + raises).minimum(held[..., None, :]).sum(-1)
+    upper = (base + (capacity < wanted).sum(-1, keepdim=True)).minimum(held)
+    lower = held.clamp(max=1)
     lower = lower * (lower.sum(-1, keepdim=True) <= total)
 
-    cumulative = sizes.cumsum(-1)
-    survivors = cumulative[..., -1:]
-    goals = (2 * (total - lower.sum(-1, keepdim=True)) * cumulative + survivors) // (2 * survivors).clamp(min=1)
-    quotas = (lower + goals.diff(dim=-1, prepend=torch.zeros_like(survivors))).minimum(upper)
-    largest_first = sizes.argsort(dim=-1, descending=True, stable=True)
-    room = (upper - quotas).gather(-1, largest_first)
+    cumulative = survivors.cumsum(-1)
+    shared = (total - lower.sum(-1, keepdim=True)) * cumulative
+    divisor = cumulative[..., -1:].clamp(min=1)
+    whole, rest = shared // divisor, shared % divisor
+    goals = whole + (2 * rest + whole % 2 > divisor)
+    quotas = (lower + goals.diff(dim=-1, prepend=torch.zeros_like(divisor))).minimum(upper)
+    most_first = survivors.argsort(dim=-1, descending=True, stable=True)
+    room = (upper - quotas).gather(-1, most_first)
     added = (total - quotas.sum(-1, keepdim=True) - (room.cumsum(-1) - room)).clamp(min=0).minimum(room)
-    return quotas.scatter_add(-1, largest_first, added)
+    return quotas.scatter_add(-1, most_first, added)

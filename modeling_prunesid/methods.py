@@ -1,12 +1,11 @@
 """The methods that choose tokens: by name, what each reads, and what settings it has of its own.
 
-A method is a file `method_<name>.py` with `select(views, counts, settings, context) -> Selection`, `needs`, `DEFAULTS`
-and `RULES`, and has its two lines below. A repository on the Hub carries those of its own method: `carried_source`.
+A method is a file with `select(views, counts, settings, context) -> Selection`, `needs`, `DEFAULTS` and `RULES`. Those
+of the package are `method_<name>.py` and have two lines below; `registering.py` adds others. A repository on the Hub
+carries its own method alone.
 """
 
 import importlib
-import inspect
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +20,12 @@ METHODS: dict[str, Callable] = {
     "release": release,
     "spread": spread,
 }
-# A configuration knows methods by name alone: pickled by value, as vLLM does, it takes no selector along.
-NAMES = tuple(METHODS)
-DEFAULT_METHOD = NAMES[0]
-_PACKAGE = __name__.rpartition(".")[0]
+# The module of each method. A configuration knows methods by name alone: pickled by value, as vLLM does, it takes no
+# selector along.
+MODULES = {name: f"{__name__.rpartition('.')[0]}.method_{name}" for name in METHODS}
+DEFAULT_METHOD = next(iter(MODULES))
+# What a method may need that is read in the layer of the tower whose CLS attention is watched.
+OF_CLS = frozenset({"cls_attention", "joined_attention", "keys"})
 
 
 def method_of(name: str, field: str = "prunesid_config.method") -> Callable:
@@ -35,26 +36,27 @@ def method_of(name: str, field: str = "prunesid_config.method") -> Callable:
 
 def check_name(name: str, field: str = "prunesid_config.method") -> None:
     """Raise a `ValueError` for a method that is not carried here."""
-    if name not in NAMES:
+    if name not in MODULES:
         raise ValueError(
-            f"{field} must be one of {NAMES}, the methods that are carried here, got {name!r}. A model "
-            "saved on the Hub carries its own method only: convert it with the package to change it."
+            f"{field} must be one of {tuple(MODULES)}, the methods that are carried here, got {name!r}. A model "
+            "saved on the Hub carries its own method only: convert it with the package to change it, or add yours "
+            "with `register_method`."
         )
 
 
 def needs_of(settings: Any) -> frozenset[str]:
     """What of a `Context` the method of the settings reads: `"cls_attention"`, `"attention"`, `"projected"`, ..."""
-    return _module_of(settings.method).needs(settings.method_settings or {})
+    return module_of(settings.method).needs(settings.method_settings or {})
 
 
 def options_of(settings: Any) -> dict:
     """The method's own settings, with its defaults."""
-    return _module_of(settings.method).DEFAULTS | (settings.method_settings or {})
+    return module_of(settings.method).DEFAULTS | (settings.method_settings or {})
 
 
 def check_method(name: str, method_settings: dict | None, field: str = "prunesid_config.method_settings") -> None:
     """Raise a `ValueError` for a method that is not carried here, or settings that are none of its own."""
-    rules = _module_of(name).RULES
+    rules = module_of(name).RULES
     for setting, value in (method_settings or {}).items():
         if setting not in rules:
             raise ValueError(f"{field} of method {name!r} may have {tuple(rules)}, got {setting!r}. Remove it.")
@@ -85,21 +87,12 @@ def method_of_saved(fields: dict) -> tuple[str, dict]:
         name, unread = "paper", {"score", "center", "quota", "keep_cls"}
     else:
         name, unread = "release", set()
-    defaults = _module_of(name).DEFAULTS
+    defaults = module_of(name).DEFAULTS
     return name, {key: value for key, value in given.items() if key not in unread and value != defaults[key]}
 
 
-def carried_source(name: str) -> str:
-    """The source of this file for a repository that carries one method."""
+def module_of(name: str) -> Any:
+    """The module of a method. `ValueError` if no such method is carried here."""
     check_name(name)
-    source = inspect.getsource(sys.modules[__name__])
-    for other in set(METHODS) - {name}:
-        source = re.sub(rf"from \.method_{other} import .*\n", "", source)
-        source = re.sub(rf'    "{other}": {other},\n', "", source)
-    return source
-
-
-def _module_of(name: str) -> Any:
-    check_name(name)
-    module = f"{_PACKAGE}.method_{name}"
+    module = MODULES[name]
     return sys.modules[module] if module in sys.modules else importlib.import_module(module)

@@ -29,5 +29,8 @@ class PruneSIDAriaForConditionalGeneration(PrunedGenerationMixin, AriaForConditi
 class PruneSIDAriaProcessor(TiledProcessorMixin, AriaProcessor):
     """[`AriaProcessor`] that writes short prompts; see [`TiledProcessorMixin`]."""
 
+    def num_tiles(self, modality, inputs, index, runs):
+        return int(inputs["num_crops"])
+
 
 PruneSIDAriaAutoModel = register_family(PruneSIDAriaForConditionalGeneration, PruneSIDAriaProcessor)

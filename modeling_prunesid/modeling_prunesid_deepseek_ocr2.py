@@ -4,6 +4,8 @@ DeepSeek-OCR 2 with PruneSID: tokens are compared as they enter the language mod
 The separator behind an image is of no view.
 """
 
+import math
+
 import torch
 from transformers import (
     DeepseekOcr2Config,
@@ -55,6 +57,12 @@ class PruneSIDDeepseekOcr2ForConditionalGeneration(
 
 class PruneSIDDeepseekOcr2Processor(PrunedProcessorMixin, DeepseekOcr2Processor):
     """[`DeepseekOcr2Processor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+    def view_lengths(self, modality, inputs, index, runs):
+        count = int(inputs["num_local_patches"][index])
+        size, tile = self.image_processor.size["height"], self.image_processor.tile_size
+        crop, whole = (math.ceil(side / self.patch_size / self.downsample_ratio) ** 2 for side in (tile, size))
+        return [crop] * count + [whole]
 
 
 PruneSIDDeepseekOcr2AutoModel = register_family(

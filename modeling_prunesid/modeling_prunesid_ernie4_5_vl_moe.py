@@ -21,7 +21,9 @@ class PruneSIDErnie4_5_VLMoeConfig(GridConfigMixin, Ernie4_5_VLMoeConfig):
 
 
 class PruneSIDErnie4_5_VLMoeModel(MRoPEModelMixin, GridModelMixin, Ernie4_5_VLMoeModel):
-    """[`Ernie4_5_VLMoeModel`] with compressing `get_*_features`; see [`GridModelMixin`]. Frames of a video merge in pairs."""
+    """
+    [`Ernie4_5_VLMoeModel`] with compressing `get_*_features`; see [`GridModelMixin`]. Two frames make a slice.
+    """
 
     config_class = PruneSIDErnie4_5_VLMoeConfig
     along_prompt = {"moe_mm_token_type_ids": 0}

@@ -32,5 +32,8 @@ class PruneSIDGemma3ForConditionalGeneration(PrunedGenerationMixin, Gemma3ForCon
 class PruneSIDGemma3Processor(TiledProcessorMixin, Gemma3Processor):
     """[`Gemma3Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
 
+    def _placeholder(self, modality):
+        return self.tokenizer.image_token
+
 
 PruneSIDGemma3AutoModel = register_family(PruneSIDGemma3ForConditionalGeneration, PruneSIDGemma3Processor)

@@ -1,6 +1,7 @@
 """GLM-4.6V with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
 from transformers import (
+    GenerationMixin,
     Glm46VConfig,
     Glm46VForConditionalGeneration,
     Glm46VModel,
@@ -8,7 +9,7 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, SharedIdGenerationMixin, SharedIdModelMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, SharedIdModelMixin, SharedIdProcessorMixin
 from .mrope import MRoPEModelMixin
 
 
@@ -24,9 +25,7 @@ class PruneSIDGlm46VModel(MRoPEModelMixin, SharedIdModelMixin, Glm46VModel):
     config_class = PruneSIDGlm46VConfig
 
 
-class PruneSIDGlm46VForConditionalGeneration(
-    SharedIdGenerationMixin, PrunedGenerationMixin, Glm46VForConditionalGeneration
-):
+class PruneSIDGlm46VForConditionalGeneration(PrunedGenerationMixin, Glm46VForConditionalGeneration, GenerationMixin):
     """[`Glm46VForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
 
     model_class = PruneSIDGlm46VModel

@@ -1,6 +1,7 @@
 """GLM-4.1V with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
 from transformers import (
+    GenerationMixin,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm4vModel,
@@ -8,7 +9,7 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, SharedIdGenerationMixin, SharedIdModelMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, SharedIdModelMixin, SharedIdProcessorMixin
 from .mrope import MRoPEModelMixin
 
 
@@ -24,9 +25,7 @@ class PruneSIDGlm4vModel(MRoPEModelMixin, SharedIdModelMixin, Glm4vModel):
     config_class = PruneSIDGlm4vConfig
 
 
-class PruneSIDGlm4vForConditionalGeneration(
-    SharedIdGenerationMixin, PrunedGenerationMixin, Glm4vForConditionalGeneration
-):
+class PruneSIDGlm4vForConditionalGeneration(PrunedGenerationMixin, Glm4vForConditionalGeneration, GenerationMixin):
     """[`Glm4vForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
 
     model_class = PruneSIDGlm4vModel

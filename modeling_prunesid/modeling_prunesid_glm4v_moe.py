@@ -1,6 +1,7 @@
 """GLM-4.5V with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
 from transformers import (
+    GenerationMixin,
     Glm4vMoeConfig,
     Glm4vMoeForConditionalGeneration,
     Glm4vMoeModel,
@@ -8,7 +9,7 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, SharedIdGenerationMixin, SharedIdModelMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, SharedIdModelMixin, SharedIdProcessorMixin
 from .mrope import MRoPEModelMixin
 
 
@@ -25,7 +26,7 @@ class PruneSIDGlm4vMoeModel(MRoPEModelMixin, SharedIdModelMixin, Glm4vMoeModel):
 
 
 class PruneSIDGlm4vMoeForConditionalGeneration(
-    SharedIdGenerationMixin, PrunedGenerationMixin, Glm4vMoeForConditionalGeneration
+    PrunedGenerationMixin, Glm4vMoeForConditionalGeneration, GenerationMixin
 ):
     """[`Glm4vMoeForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
 

@@ -1,6 +1,7 @@
 """GLM-5-Next with PruneSID: tokens are chosen behind the patch merger."""
 
 from transformers import (
+    GenerationMixin,
     Glm5NextConfig,
     Glm5NextForConditionalGeneration,
     Glm5NextModel,
@@ -8,7 +9,7 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, GridModelMixin, SharedIdGenerationMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, GridModelMixin, SharedIdProcessorMixin
 
 
 class PruneSIDGlm5NextConfig(GridConfigMixin, Glm5NextConfig):
@@ -33,7 +34,7 @@ class PruneSIDGlm5NextModel(GridModelMixin, Glm5NextModel):
 
 
 class PruneSIDGlm5NextForConditionalGeneration(
-    SharedIdGenerationMixin, PrunedGenerationMixin, Glm5NextForConditionalGeneration
+    PrunedGenerationMixin, Glm5NextForConditionalGeneration, GenerationMixin
 ):
     """[`Glm5NextForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
 

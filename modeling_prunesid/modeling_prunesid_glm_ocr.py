@@ -1,6 +1,7 @@
 """GLM-OCR with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
 
 from transformers import (
+    GenerationMixin,
     Glm46VProcessor,
     GlmOcrConfig,
     GlmOcrForConditionalGeneration,
@@ -8,7 +9,7 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, SharedIdGenerationMixin, SharedIdModelMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, SharedIdModelMixin, SharedIdProcessorMixin
 from .mrope import MRoPEModelMixin
 
 
@@ -24,9 +25,7 @@ class PruneSIDGlmOcrModel(MRoPEModelMixin, SharedIdModelMixin, GlmOcrModel):
     config_class = PruneSIDGlmOcrConfig
 
 
-class PruneSIDGlmOcrForConditionalGeneration(
-    SharedIdGenerationMixin, PrunedGenerationMixin, GlmOcrForConditionalGeneration
-):
+class PruneSIDGlmOcrForConditionalGeneration(PrunedGenerationMixin, GlmOcrForConditionalGeneration, GenerationMixin):
     """[`GlmOcrForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
 
     model_class = PruneSIDGlmOcrModel

@@ -36,7 +36,13 @@ class PruneSIDGranite4VisionModel(PrunedModelMixin, Granite4VisionModel):
     def views(self, modality, inputs, sizes):
         vision = self.config.vision_config
         side = int(vision.image_size // vision.patch_size * fractions.Fraction(self.downsample_rate))
-        return packed_views(self, inputs["image_sizes"], side=side, vision_feature_select_strategy="full")
+        return packed_views(
+            self.pack_image_features,
+            self.config,
+            inputs["image_sizes"],
+            side=side,
+            vision_feature_select_strategy="full",
+        )
 
 
 class PruneSIDGranite4VisionForConditionalGeneration(

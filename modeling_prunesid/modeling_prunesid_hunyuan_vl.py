@@ -22,8 +22,8 @@ class PruneSIDHunYuanVLConfig(GridConfigMixin, HunYuanVLConfig):
 
 class PruneSIDHunYuanVLModel(MRoPEModelMixin, GridModelMixin, HunYuanVLModel):
     """
-    [`HunYuanVLModel`] with compressing `get_image_features`; see [`GridModelMixin`]. An image has a token before it, one
-    behind it and one at the end of each row, which leave with the first token that is dropped.
+    [`HunYuanVLModel`] with compressing `get_image_features`; see [`GridModelMixin`]. An image has a token before it,
+    one behind it and one at the end of each row, which leave with the first token that is dropped.
     """
 
     config_class = PruneSIDHunYuanVLConfig
@@ -33,6 +33,12 @@ class PruneSIDHunYuanVLModel(MRoPEModelMixin, GridModelMixin, HunYuanVLModel):
     @property
     def num_axes(self):
         return len(self.config.text_config.rope_parameters["mrope_section"])
+
+    def _behind(self, positions, offset):
+        raise ValueError(
+            "One coordinate of an image is its number among the images, so that new images behind a cache are not "
+            "enough. Pass pixel_values and image_grid_thw of all images of the conversation."
+        )
 
     def views(self, modality, inputs, sizes):
         sides = inputs["image_grid_thw"][:, 1:] // self.config.vision_config.spatial_merge_size

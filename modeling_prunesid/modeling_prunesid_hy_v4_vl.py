@@ -22,8 +22,8 @@ class PruneSIDHYV4VLConfig(GridConfigMixin, HYV4VLConfig):
 
 class PruneSIDHYV4VLModel(MRoPEModelMixin, GridModelMixin, HYV4VLModel):
     """
-    [`HYV4VLModel`] with compressing `get_*_features`; see [`GridModelMixin`]. The rows of a frame end with a token each,
-    which leave with the first token that is dropped.
+    [`HYV4VLModel`] with compressing `get_*_features`; see [`GridModelMixin`]. The rows of a frame end with a token
+    each, which leave with the first token that is dropped.
     """
 
     config_class = PruneSIDHYV4VLConfig

@@ -1,5 +1,6 @@
 """Idefics2 with PruneSID: tokens are compared as they enter the language model."""
 
+import torch
 from transformers import (
     GenerationMixin,
     Idefics2Config,
@@ -10,7 +11,8 @@ from transformers import (
 
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
-from .tiles import TiledModelMixin, TiledProcessorMixin
+from .processing import VariantProcessorMixin
+from .tiles import TiledModelMixin
 
 
 class PruneSIDIdefics2Config(BehindConnectorConfig, Idefics2Config):
@@ -40,8 +42,22 @@ class PruneSIDIdefics2ForConditionalGeneration(
     model_class = PruneSIDIdefics2Model
 
 
-class PruneSIDIdefics2Processor(TiledProcessorMixin, Idefics2Processor):
-    """[`Idefics2Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+class PruneSIDIdefics2Processor(VariantProcessorMixin, Idefics2Processor):
+    """
+    [`Idefics2Processor`], which leaves no place to shorten what it writes: prompts are full, and the model shortens
+    them. Also returns `num_tiles`; see [`TiledModelMixin`].
+    """
+
+    _auto_class = "AutoProcessor"
+
+    def __call__(self, images=None, text=None, **kwargs):
+        output = super().__call__(images=images, text=text, **kwargs)
+        if "pixel_values" in output:
+            texts, ids = [text] if isinstance(text, str) else text, output["input_ids"]
+            tiles = 5 if self.image_processor.do_image_splitting else 1
+            counts = [tiles] * sum(sample.count(self.image_token) for sample in texts)
+            output["num_tiles"] = torch.tensor(counts) if isinstance(ids, torch.Tensor) else counts
+        return output
 
 
 PruneSIDIdefics2AutoModel = register_family(PruneSIDIdefics2ForConditionalGeneration, PruneSIDIdefics2Processor)

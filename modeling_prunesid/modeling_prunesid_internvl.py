@@ -40,5 +40,10 @@ class PruneSIDInternVLForConditionalGeneration(
 class PruneSIDInternVLProcessor(TiledProcessorMixin, InternVLProcessor):
     """[`InternVLProcessor`] that writes short prompts; see [`TiledProcessorMixin`]."""
 
+    _videos_are_images = True
+
+    def num_tiles(self, modality, inputs, index, runs):
+        return int(inputs["num_patches"][index]) if modality == "image" else len(runs)
+
 
 PruneSIDInternVLAutoModel = register_family(PruneSIDInternVLForConditionalGeneration, PruneSIDInternVLProcessor)

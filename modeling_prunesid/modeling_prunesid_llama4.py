@@ -32,5 +32,8 @@ class PruneSIDLlama4ForConditionalGeneration(
 class PruneSIDLlama4Processor(TiledProcessorMixin, Llama4Processor):
     """[`Llama4Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
 
+    def _placeholder(self, modality):
+        return self.img_patch_token
+
 
 PruneSIDLlama4AutoModel = register_family(PruneSIDLlama4ForConditionalGeneration, PruneSIDLlama4Processor)

@@ -8,7 +8,7 @@ from transformers import (
     LlavaNextVideoProcessor,
 )
 
-from .anyres import packed_views
+from .anyres import packed_views, views_of_crops
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
 from .processing import PrunedProcessorMixin
@@ -30,7 +30,9 @@ class PruneSIDLlavaNextVideoModel(PrunedModelMixin, LlavaNextVideoModel):
 
     def views(self, modality, inputs, sizes):
         if modality == "image":
-            return packed_views(self, inputs["image_sizes"], vision_feature_select_strategy="full")
+            return packed_views(
+                self.pack_image_features, self.config, inputs["image_sizes"], vision_feature_select_strategy="full"
+            )
         frames = inputs["pixel_values_videos"].shape[1]
         return [[size // frames] * frames for size in sizes]
 
@@ -45,6 +47,15 @@ class PruneSIDLlavaNextVideoForConditionalGeneration(
 
 class PruneSIDLlavaNextVideoProcessor(PrunedProcessorMixin, LlavaNextVideoProcessor):
     """[`LlavaNextVideoProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+    def view_lengths(self, modality, inputs, index, runs):
+        if modality == "video":
+            frames = len(inputs["pixel_values_videos"][index])
+            return [sum(runs) // frames] * frames
+        size, crop = inputs["image_sizes"][index], inputs["pixel_values"][0][0].shape[-1]
+        grids = self.image_processor.image_grid_pinpoints
+        views = views_of_crops([int(side) for side in size], grids, crop, self.patch_size)
+        return [len(view.rows) for view in views]
 
 
 PruneSIDLlavaNextVideoAutoModel = register_family(

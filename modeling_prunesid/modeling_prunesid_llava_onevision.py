@@ -4,6 +4,10 @@ LLaVA-OneVision with PruneSID: tokens are compared as they enter the language mo
 The newline token behind a video, and those of the grid of crops, are of no view.
 """
 
+import functools
+import math
+from types import SimpleNamespace
+
 import torch
 from transformers import (
     GenerationMixin,
@@ -41,7 +45,7 @@ class PruneSIDLlavaOnevisionModel(PrunedModelMixin, LlavaOnevisionModel):
             counts = None if alone is None else torch.as_tensor(alone).tolist()
             is_cropped = None if counts is None else [count == 1 for count in counts for _ in range(count)]
             options = {"vision_aspect_ratio": inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio}
-            return packed_views(self, inputs["image_sizes"], is_cropped, **options)
+            return packed_views(self.pack_image_features, self.config, inputs["image_sizes"], is_cropped, **options)
         frames = inputs["pixel_values_videos"].shape[1]
         return [[View(rows) for rows in torch.arange(size - 1).chunk(frames)] for size in sizes]
 
@@ -56,6 +60,20 @@ class PruneSIDLlavaOnevisionForConditionalGeneration(
 
 class PruneSIDLlavaOnevisionProcessor(PrunedProcessorMixin, LlavaOnevisionProcessor):
     """[`LlavaOnevisionProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+    def view_lengths(self, modality, inputs, index, runs):
+        if modality == "video":
+            frames = len(inputs["pixel_values_videos"][index])
+            return [(sum(runs) - 1) // frames] * frames
+        counts = inputs["batch_num_images"]
+        is_cropped = [count == 1 for count in torch.as_tensor(counts).tolist() for _ in range(count)][index]
+        crop = inputs["pixel_values"][0][0].shape[-1]
+        vision = SimpleNamespace(image_size=crop, patch_size=crop // math.isqrt(self.num_image_tokens))
+        config = SimpleNamespace(vision_config=vision, image_grid_pinpoints=self.image_processor.image_grid_pinpoints)
+        pack = functools.partial(LlavaOnevisionModel.pack_image_features, SimpleNamespace(config=config))
+        size, options = inputs["image_sizes"][index], {"vision_aspect_ratio": self.vision_aspect_ratio}
+        [views] = packed_views(pack, config, torch.as_tensor(size)[None], [is_cropped], **options)
+        return [len(view.rows) for view in views]
 
 
 PruneSIDLlavaOnevisionAutoModel = register_family(

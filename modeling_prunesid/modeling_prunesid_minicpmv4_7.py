@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.7 with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
+"""MiniCPM-V 4.7 with PruneSID: tokens are compared as they enter the language model, and keep their positions."""
 
 from transformers import (
     GenerationMixin,
@@ -8,25 +8,26 @@ from transformers import (
     MiniCPMV4_7Processor,
 )
 
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
-from .grids import GridConfigMixin
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, register_family
 from .mrope import MRoPEModelMixin
-from .processing import PrunedProcessorMixin
+from .tiles import TiledModelMixin, TiledProcessorMixin
 
 
-class PruneSIDMiniCPMV4_7Config(GridConfigMixin, MiniCPMV4_7Config):
-    """[`MiniCPMV4_7Config`] with a nested [`PruneSIDConfig`]; see [`GridConfigMixin`]."""
+class PruneSIDMiniCPMV4_7Config(BehindConnectorConfig, MiniCPMV4_7Config):
+    """
+    [`MiniCPMV4_7Config`] with a nested [`PruneSIDConfig`], whose budget is that of each slice of an image or of a
+    frame.
+    """
 
     model_type = "prunesid_minicpmv4_7"
 
 
-class PruneSIDMiniCPMV4_7Model(MRoPEModelMixin, PrunedModelMixin, MiniCPMV4_7Model):
-    """[`MiniCPMV4_7Model`] with compressing `get_*_features`; a view is a slice of an image or frame."""
+class PruneSIDMiniCPMV4_7Model(MRoPEModelMixin, TiledModelMixin, MiniCPMV4_7Model):
+    """[`MiniCPMV4_7Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDMiniCPMV4_7Config
-
-    def slices(self, modality, inputs):
-        return []
+    tiled = ("image", "video")
 
 
 class PruneSIDMiniCPMV4_7ForConditionalGeneration(
@@ -37,8 +38,8 @@ class PruneSIDMiniCPMV4_7ForConditionalGeneration(
     model_class = PruneSIDMiniCPMV4_7Model
 
 
-class PruneSIDMiniCPMV4_7Processor(PrunedProcessorMixin, MiniCPMV4_7Processor):
-    """[`MiniCPMV4_7Processor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+class PruneSIDMiniCPMV4_7Processor(TiledProcessorMixin, MiniCPMV4_7Processor):
+    """[`MiniCPMV4_7Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
 
 
 PruneSIDMiniCPMV4_7AutoModel = register_family(

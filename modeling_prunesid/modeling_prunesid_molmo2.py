@@ -46,5 +46,8 @@ class PruneSIDMolmo2Processor(PrunedProcessorMixin, Molmo2Processor):
         low_rows, low_columns, rows, columns = (int(number) for number in inputs["image_grids"][index])
         return [tokens for tokens in (low_rows * low_columns, rows * columns) if tokens]
 
+    def _placeholder(self, modality):
+        return "<im_patch>"
+
 
 PruneSIDMolmo2AutoModel = register_family(PruneSIDMolmo2ForConditionalGeneration, PruneSIDMolmo2Processor)

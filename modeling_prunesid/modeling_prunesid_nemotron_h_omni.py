@@ -14,7 +14,10 @@ from .whole import PrunedWholeMixin
 
 
 class PruneSIDNemotronHOmniConfig(BehindConnectorConfig, NemotronH_Omni_Reasoning_V3_Config):
-    """[`NemotronH_Omni_Reasoning_V3_Config`] with a nested [`PruneSIDConfig`], whose budget is that of each image and of each slice of a video."""
+    """
+    [`NemotronH_Omni_Reasoning_V3_Config`] with a nested [`PruneSIDConfig`], whose budget is that of each image and of
+    each slice of a video.
+    """
 
     model_type = "prunesid_nemotron_h_omni"
 

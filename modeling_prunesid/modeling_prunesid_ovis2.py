@@ -29,5 +29,8 @@ class PruneSIDOvis2ForConditionalGeneration(PrunedGenerationMixin, Ovis2ForCondi
 class PruneSIDOvis2Processor(TiledProcessorMixin, Ovis2Processor):
     """[`Ovis2Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
 
+    def _placeholder(self, modality):
+        return "<IMG_ATOM>"
+
 
 PruneSIDOvis2AutoModel = register_family(PruneSIDOvis2ForConditionalGeneration, PruneSIDOvis2Processor)

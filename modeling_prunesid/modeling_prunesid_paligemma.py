@@ -24,6 +24,7 @@ class PruneSIDPaliGemmaModel(PrunedModelMixin, PaliGemmaModel):
 
     config_class = PruneSIDPaliGemmaConfig
     pools_tensor = ("image",)
+    first_position = 1
 
 
 class PruneSIDPaliGemmaForConditionalGeneration(

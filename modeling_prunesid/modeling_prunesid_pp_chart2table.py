@@ -37,6 +37,9 @@ class PruneSIDPPChart2TableForConditionalGeneration(
 class PruneSIDPPChart2TableProcessor(TiledProcessorMixin, PPChart2TableProcessor):
     """[`PPChart2TableProcessor`] that writes short prompts; see [`TiledProcessorMixin`]."""
 
+    def num_tiles(self, modality, inputs, index, runs):
+        return sum(runs) // self.num_image_tokens
+
 
 PruneSIDPPChart2TableAutoModel = register_family(
     PruneSIDPPChart2TableForConditionalGeneration, PruneSIDPPChart2TableProcessor

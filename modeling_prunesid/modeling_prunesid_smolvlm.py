@@ -40,5 +40,7 @@ class PruneSIDSmolVLMForConditionalGeneration(PrunedGenerationMixin, SmolVLMForC
 class PruneSIDSmolVLMProcessor(TiledProcessorMixin, SmolVLMProcessor):
     """[`SmolVLMProcessor`] that writes short prompts; see [`TiledProcessorMixin`]."""
 
+    _videos_are_images = True
+
 
 PruneSIDSmolVLMAutoModel = register_family(PruneSIDSmolVLMForConditionalGeneration, PruneSIDSmolVLMProcessor)

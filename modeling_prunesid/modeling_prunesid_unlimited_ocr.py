@@ -16,7 +16,7 @@ from .processing import PrunedProcessorMixin
 
 
 class PruneSIDUnlimitedOcrConfig(BehindConnectorConfig, UnlimitedOcrConfig):
-    """[`UnlimitedOcrConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each crop and of the whole image."""
+    """[`UnlimitedOcrConfig`] with a nested [`PruneSIDConfig`]: the budget of each crop and of the whole image."""
 
     model_type = "prunesid_unlimited_ocr"
 

@@ -112,7 +112,7 @@ class ViTCoPLlavaConfig(LlavaConfig):
     sub_configs = {**LlavaConfig.sub_configs, "vitcop_config": ViTCoPConfig}
     keys_to_ignore_at_inference = ignored_at_inference(LlavaConfig)
 
-    vitcop_config: dict | PretrainedConfig | None = None
+    vitcop_config: dict | str | PretrainedConfig | None = None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -138,8 +138,8 @@ register_class_names(ViTCoPLlavaConfig)
 class _SalientEncoding(TowerEncoding):
     """Stage I: keeps the tokens that the CLS token attends to most, and clusters them by their keys."""
 
-    keeps_cls = keeps_fed = compares_projected = needs_attention = False
-    needs_cls_attention = True
+    keeps_cls = keeps_fed = False
+    needs = frozenset({"cls_attention", "keys"})
 
     def __init__(self, model, modality, num_visual_tokens, inputs):
         super().__init__(model, modality, num_visual_tokens, inputs)
@@ -152,14 +152,14 @@ class _SalientEncoding(TowerEncoding):
     def is_whole(self):
         return [False] * len(self.num_tokens)
 
-    def _choose(self, compared, attention=None, projected=None, keys=None):
+    def _choose(self, compared, seen):
         num_layers, layers = len(self.model.language_model.layers), self.model.pruning_layers()
         grid, kept = self.grid.to(compared.device), []
         self.groups = []
         for image, total in enumerate(self.budgets.totals):
             count, num_centers = self.model.plan_tower(total, len(grid))
-            patches = select_salient(attention[image], count)
-            clusters = cluster_tokens(keys[image][patches], grid[patches], num_centers)
+            patches = select_salient(seen["attention"][image], count)
+            clusters = cluster_tokens(seen["keys"][image][patches].flatten(1), grid[patches], num_centers)
             kept.append(patches)
             self.groups.append(describe_tokens(image, clusters, plan_counts(total, count, num_layers, *layers)))
         self.indices, self.counts = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True), list(map(len, kept))

@@ -18,10 +18,7 @@ from .upstream import CACHE_NAME, cache_of
 
 
 class MRoPEModelMixin(CompressedModelMixin):
-    """
-    For a base model with upstream's `compute_3d_position_ids` and `rope_deltas`, and our `slices` (see
-    [`GridModelMixin`]).
-    """
+    """For a base model with upstream's `compute_3d_position_ids` and `rope_deltas`."""
 
     # How many coordinates a token has, and whether `generate` puts its place in the sequence before them.
     num_axes = 3
@@ -30,7 +27,7 @@ class MRoPEModelMixin(CompressedModelMixin):
     _short_rope_deltas: torch.LongTensor | None = None
 
     def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As the other families, but what positions follow stays; and a cache brings back its own prompt's deltas."""
+        """As the other families, but what positions follow stays; a cache brings back the deltas of its own prompt."""
         cache = cache_of(inputs)
         deltas = getattr(cache, "_prunesid_rope_deltas", None)
         if inputs.get("position_ids") is None and deltas is not None and cache.get_seq_length():
@@ -68,6 +65,34 @@ class MRoPEModelMixin(CompressedModelMixin):
         if cache is not None and self._short_rope_deltas is not None and self.rope_deltas is self._short_rope_deltas:
             cache._prunesid_rope_deltas = self.rope_deltas
 
+    def get_rope_index(self, *args, **inputs):
+        """
+        Upstream's positions `(axes, batch, length)` of a full prompt, and the deltas `(batch, 1)` after them. With
+        `mrope_positions="contiguous"` also those of a short one: engines number prompts before they encode images.
+        """
+        given = inspect.signature(super().get_rope_index).bind(*args, **inputs).arguments
+        if not self._is_short(given["input_ids"], given):
+            return super().get_rope_index(*args, **inputs)
+        input_ids, mask = given["input_ids"], given.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device).long()
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+        return positions.expand(self.num_axes, -1, -1), positions.new_zeros(len(positions), 1)
+
+    def _is_short(self, input_ids: torch.LongTensor, inputs: dict[str, Any]) -> bool:
+        """Whether a prompt that is numbered through has fewer placeholders than its grids have merged patches."""
+        settings, vision = self.config.prunesid_config, self.config.vision_config
+        if settings.mrope_positions != "contiguous" or settings.budget is None:
+            return False
+        found = num_tokens = 0
+        for modality in ("image", "video"):
+            grids = inputs.get(f"{modality}_grid_thw")
+            if grids is not None:
+                merged = vision.spatial_merge_size**2
+                merged *= getattr(vision, "temporal_merge_size", 1) if modality == "video" else 1
+                num_tokens += int(grids.prod(-1).sum()) // merged
+                found += int(self.find_placeholders(modality, input_ids, None).sum())
+        return found < num_tokens
+
     def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
         """Adds `position_ids` of the short prompt to the arguments of `forward`, and sets `rope_deltas`."""
         cache = cache_of(inputs)
@@ -99,7 +124,7 @@ class MRoPEModelMixin(CompressedModelMixin):
             positions, deltas = self._positions_in_full_prompt(inputs, columns, mask, is_generation)
             if seen.any():
                 offset = seen + deltas_of_cache.to(seen.device) if continues else seen
-                positions, deltas = positions + offset * (mask > 0), deltas + offset - seen
+                positions, deltas = self._behind(positions, offset * (mask > 0)), deltas + offset - seen
         else:
             deltas = deltas_of_cache.repeat_interleave(batch // len(deltas_of_cache), dim=0).to(seen.device)
             positions = (text_positions + deltas * (mask > 0)).expand(self.num_axes, -1, -1)
@@ -109,6 +134,10 @@ class MRoPEModelMixin(CompressedModelMixin):
         if is_generation and self.has_text_axis:
             positions = torch.cat([text_positions[None], positions])
         return {**inputs, "position_ids": positions}
+
+    def _behind(self, positions: torch.LongTensor, offset: torch.LongTensor) -> torch.LongTensor:
+        """Positions `(axes, batch, length)` of a part of a conversation, `offset` behind the part in a cache."""
+        return positions + offset
 
     def _has_every_view(self, inputs: dict[str, Any]) -> bool:
         """Whether there is a view for every placeholder of the prompt."""
@@ -124,7 +153,7 @@ class MRoPEModelMixin(CompressedModelMixin):
     def _positions_in_full_prompt(
         self, inputs: dict[str, Any], columns: torch.Tensor, mask: torch.LongTensor, is_generation: bool
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Positions `(axes, batch, length)` of the columns in the full prompt, and the deltas `(batch, 1)` after them."""
+        """Positions `(axes, batch, length)` of the columns in the full prompt, and deltas `(batch, 1)` after them."""
         before, after = self._dropped_around(inputs, columns)
         repeats = before + 1 + after
         ends = repeats.cumsum(1)
@@ -158,14 +187,15 @@ class MRoPEModelMixin(CompressedModelMixin):
         """How many tokens were dropped just before and just after each column of the short prompt."""
         before, after = (torch.zeros(columns.shape[:2], dtype=torch.long, device=columns.device) for _ in range(2))
         for modality, output in self._dropped_tokens(inputs).items():
-            slices, gaps = self.slices(modality, inputs) or [1] * len(output.num_placeholders), []
-            for kept, num_tokens, num_slices in zip(output.keep_indices, output.num_placeholders, slices):
-                # Timestamps may stand between the slices of a video, so that each slice ends for itself.
-                size = num_tokens // num_slices
-                place, start = kept % size, kept - kept % size
-                previous = torch.cat([kept.new_full((1,), -1), kept[:-1]]).maximum(start - 1) - start
+            gaps, views = [], output.get("view_lengths") or [[total] for total in output.num_placeholders]
+            for kept, lengths in zip(output.keep_indices, views):
+                # Text may stand between the views of an input (timestamps, tags), so that each ends for itself.
+                sizes = torch.tensor(lengths, device=kept.device)
+                view = torch.searchsorted(sizes.cumsum(0), kept, right=True)
+                start, size = (sizes.cumsum(0) - sizes)[view], sizes[view]
+                previous = torch.cat([kept.new_full((1,), -1), kept[:-1]]).maximum(start - 1)
                 is_last = torch.cat([start[1:] != start[:-1], kept.new_ones(1, dtype=torch.bool)])
-                gaps.append(torch.stack([place - previous - 1, (size - 1 - place) * is_last]))
+                gaps.append(torch.stack([kept - previous - 1, (start + size - 1 - kept) * is_last]))
             placeholders = self.find_placeholders(modality, *_ids_or_embeds(columns))
             before[placeholders], after[placeholders] = torch.cat(gaps, dim=1).to(columns.device)
         return before, after

@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
@@ -23,8 +24,10 @@ from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .prompts import largest_remainder
 
 
-_OF_VIDEOS = "num_visual_tokens_of_videos"
+OF_VIDEOS = "num_visual_tokens_of_videos"
 _TYPED_DICT: Any = TypedDict
+_BUDGET_ARGUMENTS = ("num_visual_tokens", "budget_scope", "min_budget", "dynamic", "mrope_positions")
+_MOST_TOKENS = 1_000_000  # that a request can ask for: more than any input has
 
 
 def _locate(name: str | os.PathLike, is_trusted: bool, kwargs: dict[str, Any]) -> tuple[Any, dict, dict]:
@@ -79,6 +82,9 @@ class BaseTokenizer:
 class VariantProcessorMixin:
     """For a processor that is published with a model."""
 
+    # The thin variant that it was loaded from.
+    _thin_variant: str | None = None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *, base_trust_remote_code: bool = False, **kwargs):
         """
@@ -101,6 +107,7 @@ class VariantProcessorMixin:
         else:
             saved = {key: fields[key] for key in names if key in fields}
             processor = _load_from_base(super().from_pretrained, name, {**saved, **arguments})
+            processor._thin_variant = str(pretrained_model_name_or_path)
         # Upstream hands a processor's arguments to its tokenizer too, whose copy would outrank what is set later.
         for name in names:
             processor.tokenizer.init_kwargs.pop(name, None)
@@ -114,13 +121,15 @@ class VariantProcessorMixin:
             "num_visual_tokens": None if varies else settings.budget,
             "budget_scope": getattr(settings, "budget_scope", "view"),
             "min_budget": getattr(settings, "min_budget", None),
+            "dynamic": varies,
+            "mrope_positions": getattr(settings, "mrope_positions", "original"),
         }
         return {name: values[name] for name in cls._budget_arguments()}
 
     @classmethod
     def _budget_arguments(cls) -> list[str]:
         parameters = inspect.signature(cls.__init__).parameters
-        return [name for name in ("num_visual_tokens", "budget_scope", "min_budget") if name in parameters]
+        return [name for name in _BUDGET_ARGUMENTS if name in parameters]
 
 
 class PrunedProcessorMixin(VariantProcessorMixin):
@@ -135,10 +144,16 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             full prompt of the stock processor. A call may pass another value.
         budget_scope (`"view"` or `"image"`, defaults to `"view"`), min_budget (`int`, *optional*):
             Those of the model's `prunesid_config`.
+        dynamic (`bool`, defaults to `False`), mrope_positions (`str`, defaults to `"original"`):
+            Whether the model gives each view a dynamic budget of its own, and its `mrope_positions`: what engines
+            that size prompts cannot serve, see [`~PrunedProcessorMixin._get_num_multimodal_tokens`].
 
     Raises:
         `ValueError`: for an invalid budget.
     """
+
+    # Whether the family's model has three-dimensional positions. `register_family` says so.
+    has_mrope = False
 
     _auto_class = "AutoProcessor"
 
@@ -149,11 +164,26 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         if stock is None:  # a mixin of several families
             return
 
-        def __init__(self, *args, num_visual_tokens=None, budget_scope="view", min_budget=None, **kwargs):
+        def __init__(
+            self,
+            *args,
+            num_visual_tokens=None,
+            budget_scope="view",
+            min_budget=None,
+            dynamic=False,
+            mrope_positions="original",
+            **kwargs,
+        ):
             check_budget(num_visual_tokens, name="num_visual_tokens")
-            settings = PruneSIDConfig(budget=num_visual_tokens, budget_scope=budget_scope, min_budget=min_budget)
+            settings = PruneSIDConfig(
+                budget=num_visual_tokens,
+                budget_scope=budget_scope,
+                min_budget=min_budget,
+                mrope_positions=mrope_positions,
+            )
             self.num_visual_tokens, self.budget_scope = settings.budget, settings.budget_scope
-            self.min_budget = settings.min_budget
+            self.min_budget, self.dynamic = settings.min_budget, bool(dynamic)
+            self.mrope_positions = settings.mrope_positions
             stock.__init__(self, *args, **kwargs)
 
         signature = inspect.signature(stock.__init__)
@@ -222,41 +252,27 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         token = self._placeholder(modality)
         return [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
 
-    def replace_image_token(
-        self, image_inputs: dict, image_idx: int, num_visual_tokens: int | float | None = None, **kwargs
-    ) -> str:
-        text = super().replace_image_token(image_inputs, image_idx, **kwargs)
-        return self._shorten(text, "image", image_inputs, image_idx, num_visual_tokens)
-
-    def replace_video_token(
-        self, video_inputs: dict, video_idx: int, num_visual_tokens: int | float | None = None, **kwargs
-    ) -> str:
-        text = super().replace_video_token(video_inputs, video_idx, **kwargs)
-        return self._shorten(text, "video", video_inputs, video_idx, num_visual_tokens)
-
     def _process_images(self, images, num_visual_tokens: int | float | None = None, **kwargs):
         inputs, texts = super()._process_images(images, **kwargs)
-        texts = [
-            self.replace_image_token(inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
-            for index in range(len(texts))
-        ]
-        if self.num_visual_tokens is not None or num_visual_tokens is not None:
-            inputs["num_visual_tokens"] = [text.count(self._placeholder("image")) for text in texts]
-        return inputs, texts
+        return self._write("image", inputs, texts, num_visual_tokens)
 
     def _process_videos(self, videos, num_visual_tokens: int | float | None = None, **kwargs):
         inputs, texts = super()._process_videos(videos, **kwargs)
-        texts = [
-            self.replace_video_token(inputs, index, num_visual_tokens=num_visual_tokens, **kwargs)
-            for index in range(len(texts))
-        ]
+        return self._write("video", inputs, texts, num_visual_tokens)
+
+    def _write(self, modality: str, inputs: dict, texts: list[str], num_visual_tokens: int | float | None):
+        """The stock processor's texts, shortened, and what it returns besides, with the budget of each input."""
+        texts = [self._shorten(text, modality, inputs, index, num_visual_tokens) for index, text in enumerate(texts)]
         if self.num_visual_tokens is not None or num_visual_tokens is not None:
-            inputs[_OF_VIDEOS] = [text.count(self._placeholder("video")) for text in texts]
+            name = "num_visual_tokens" if modality == "image" else OF_VIDEOS
+            inputs[name] = [text.count(self._placeholder(modality)) for text in texts]
         return inputs, texts
 
     def __call__(self, *args, **kwargs):
+        for arguments in (kwargs, kwargs.get("images_kwargs"), kwargs.get("videos_kwargs")):
+            check_request((arguments or {}).get("num_visual_tokens"))
         output = super().__call__(*args, **kwargs)
-        of_images, of_videos = output.get("num_visual_tokens"), output.pop(_OF_VIDEOS, None)
+        of_images, of_videos = output.get("num_visual_tokens"), output.pop(OF_VIDEOS, None)
         if of_videos is not None and of_images is not None:
             both = [torch.as_tensor(of_images), torch.as_tensor(of_videos)]
             output["num_visual_tokens"] = (
@@ -267,27 +283,77 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         return output
 
     def _get_num_multimodal_tokens(self, image_sizes=None, num_visual_tokens=None, **kwargs) -> MultiModalData:
-        """Upstream's counts of placeholders for images of these sizes, shortened."""
+        """
+        Upstream's counts of tokens for images of these sizes, less the placeholders that are not written. Engines call
+        it when they start.
+
+        Raises:
+            `ValueError`: for an invalid budget, and for models that engines cannot serve.
+        """
+        check_request(num_visual_tokens)
+        self._check_is_served(num_visual_tokens)
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
         if data.num_image_tokens is not None:
+            settings = self._merge_kwargs(**kwargs)["images_kwargs"]
             data.num_image_tokens = [
-                self._num_kept_of_size(tokens, size, num_visual_tokens)
+                tokens - self._num_dropped_of_size(tokens, size, num_visual_tokens, settings)
                 for tokens, size in zip(data.num_image_tokens, image_sizes)
             ]
         return data
 
-    def _num_kept_of_size(self, num_tokens: int, image_size, num_visual_tokens: int | float | None) -> int:
-        kept = self._kept_of_views(self.view_lengths_of_size(num_tokens, image_size), num_visual_tokens)
-        return num_tokens if kept is None else sum(kept)
+    def _check_is_served(self, num_visual_tokens: int | float | None) -> None:
+        """Raise a `ValueError` for what engines, which load weights and size prompts themselves, fail at later."""
+        if self._thin_variant is not None:
+            raise ValueError(
+                f"{self._thin_variant} is a thin variant, whose weights engines do not find. Make a full one of it: "
+                f"`prunesid convert {self._thin_variant} --output FOLDER`."
+            )
+        advice = "Engines that size prompts before they see an image cannot serve this model"
+        if self.dynamic:
+            raise ValueError(
+                f"{advice}: prunesid_config.dynamic=True with budget_scope='view' gives each view a budget by what it "
+                "shows. Save the model with budget_scope='image', whose totals are exact, or with dynamic=False."
+            )
+        budget = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        if self.has_mrope and self.mrope_positions == "original" and budget is not None:
+            raise ValueError(
+                f"{advice}: with prunesid_config.mrope_positions='original' positions follow from which tokens are "
+                "kept. Save the model with mrope_positions='contiguous'."
+            )
 
-    def view_lengths_of_size(self, num_tokens: int, image_size: tuple[int, int]) -> list[int]:
-        """As `view_lengths`, of an image of this height and width that the stock processor writes `num_tokens` for."""
-        return [num_tokens]
+    def _num_dropped_of_size(self, num_tokens: int, size, num_visual_tokens, settings: dict) -> int:
+        views = self.view_lengths_of_size(num_tokens, size)
+        if views is None:
+            images, *_ = self.prepare_inputs_layout(images=[np.zeros((*size, 3), dtype=np.uint8)])
+            inputs, [text] = super()._process_images(images, **settings)
+            runs = self._runs(text, "image")
+            num_tokens, views = sum(runs), self.view_lengths("image", inputs, 0, runs)
+        kept = self._kept_of_views(views, num_visual_tokens)
+        return 0 if kept is None else num_tokens - sum(kept)
+
+    def view_lengths_of_size(self, num_tokens: int, image_size: tuple[int, int]) -> list[int] | None:
+        """
+        As `view_lengths`, of an image of this height and width that the stock processor writes `num_tokens` for, where
+        a family can tell without its image processor; None runs that on an empty image.
+        """
+        return None
 
     @property
     def model_input_names(self) -> list[str]:
         names = super().model_input_names
         return names if self.num_visual_tokens is None else [*names, "num_visual_tokens"]
+
+
+def check_request(num_visual_tokens: Any) -> None:
+    """
+    Raise a `ValueError` for what a request must not ask for, before upstream raises errors of other types. None is the
+    saved budget.
+    """
+    check_budget(num_visual_tokens, name="num_visual_tokens")
+    if num_visual_tokens is not None and num_visual_tokens > _MOST_TOKENS:
+        raise ValueError(
+            f"num_visual_tokens must be at most {_MOST_TOKENS}, got {num_visual_tokens}. Write 1.0 to keep all tokens."
+        )
 
 
 def share_over_runs(runs: list[int], views: list[int], kept: list[int]) -> list[int]:

@@ -34,11 +34,11 @@ class ShortPrompt:
 
     source: torch.LongTensor
     keep_mask: torch.BoolTensor
-    dropped: torch.BoolTensor | None = None
+    dropped: torch.BoolTensor = None
     moved: torch.LongTensor | None = None
     cached_before: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dropped is None:
             self.dropped = ~self.keep_mask
 
@@ -88,6 +88,16 @@ class ShortPrompt:
         shape = (*source.shape, *[1] * (columns.dim() - 2))
         index = source.clamp(min=0).view(shape).expand(-1, -1, *columns.shape[2:])
         return columns.gather(1, index).masked_fill((source < 0).view(shape), fill)
+
+    def columns_ahead(self) -> torch.LongTensor:
+        """How many columns more the short prompt has than each row alone, without added padding: `(batch, 1)`."""
+        return self.length - (~self.dropped).sum(1, keepdim=True)
+
+    def first_ahead(self) -> torch.LongTensor:
+        """The same up to the first column of the caller's that remains: `(batch, 1)`."""
+        first = (self.source >= 0).long().argmax(1, keepdim=True)
+        alone = (~self.dropped).cumsum(1) - 1
+        return first - alone.gather(1, self.source.gather(1, first).clamp(min=0))
 
     def callers_columns(self) -> torch.LongTensor:
         """

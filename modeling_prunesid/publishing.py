@@ -6,9 +6,9 @@ installed, for models of the package and for those that a repo's own code made.
 """
 
 import copy
-import importlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +29,8 @@ from transformers.utils import (
 
 from .card import write_card
 from .hub import find_commit, read_fields
+from .methods import DEFAULT_METHOD
+from .registering import carried_source, method_source
 
 
 logger = logging.get_logger(__name__)
@@ -145,19 +147,29 @@ def push_variant(
 
 def carry_own_method(model: Any, folder: str | os.PathLike) -> None:
     """
-    Leave in a saved folder the code of the model's own method alone: `methods.py` names no other, and files that were
-    copied and that nothing imports any more are removed.
+    Leave in a saved folder the code of the model's own method alone: `methods.py` names no other, a registered method
+    has its file beside it, and files that were copied and that nothing imports any more are removed.
     """
-    package = type(model).__module__.rpartition(".")[0]
-    settings = model.config.prunesid_config
-    path = Path(folder, "methods.py")
-    if not path.exists():
+    package, _, own = type(model).__module__.rpartition(".")
+    path, sources = Path(folder, "methods.py"), Path(__file__).parent
+    if package != __package__ or not path.exists():  # the code of a repo has one method already
         return
-    methods = importlib.import_module(f"{package}.methods")
-    method = getattr(settings, "method", methods.DEFAULT_METHOD)  # ViTCoP has none
-    own = f"{type(model).__module__.rpartition('.')[2]}.py"
+    own = f"{own}.py"
+    name = getattr(model.config.prunesid_config, "method", DEFAULT_METHOD)  # ViTCoP has none
     copied = files_imported_by(own, Path(folder))
-    path.write_text(methods.carried_source(method), encoding="utf-8")
+    path.write_text(carried_source(name), encoding="utf-8")
+    method = Path(folder, f"method_{name}.py")
+    if not (sources / method.name).exists():
+        method.write_text(method_source(name), encoding="utf-8")
+        for imported in [f"{module}.py" for module in get_relative_imports(method)]:
+            if not (sources / imported).exists():
+                raise ValueError(
+                    f"prunesid_config.method={name!r} imports {imported}, which does not travel with a model: only "
+                    "its own file does, and what that imports of modeling_prunesid. Move what it needs into the file."
+                )
+            for needed in files_imported_by(imported, sources):
+                if not Path(folder, needed).exists():
+                    shutil.copy(sources / needed, folder)
     for name in copied - files_imported_by(own, Path(folder)):
         Path(folder, name).unlink()
 

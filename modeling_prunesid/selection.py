@@ -49,7 +49,7 @@ def redundancy(views: torch.Tensor, lengths: list[int] | None = None) -> torch.T
         `torch.FloatTensor` of shape `(views,)`.
     """
 
-    def measure(views, counts, settings, context):
+    def measure(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context: Context) -> Selection:
         return Selection(counts[:, None], counts, rho=compare(views, None, context).rho)
 
     counts = torch.zeros(len(views), dtype=torch.long, device=views.device)
@@ -103,7 +103,7 @@ def select_by_groups(
     context: Context,
     score: str,
     center: str,
-    share_out: Callable,
+    share_out: Callable[..., torch.Tensor],
     grouping: str = "psca",
     seed: int = 0,
 ) -> Selection:
@@ -117,8 +117,8 @@ def select_by_groups(
     Args:
         views, counts, settings, context: as every method's.
         score (`"component"`, `"cls_attention"` or `"attention"`), center (`"tokens"` or `"features"`).
-        share_out: function of survivors of each group `(views, groups)`, tokens to share out `(views, 1)`, the N of
-            bounds `(views, 1)` and T, that returns quotas.
+        share_out: function of survivors and of tokens of each group `(views, groups)`, N and the N of bounds
+            `(views, 1)` and T, that returns quotas. A group hands over its survivors before the others.
         grouping (`"psca"`, `"kmeans"` or `"random"`), seed (`int`).
     """
     tokens, most = views.shape[1], largest(context)
@@ -140,7 +140,7 @@ def select_by_groups(
     members = groups.masked_fill(~pairs.finite, num_groups)
     order = ranking.gather(1, members.gather(1, ranking).argsort(dim=1, stable=True))
     members = members.gather(1, order)
-    alive = members < num_groups
+    finite = alive = members < num_groups
     factor = settings.nms_lambda
     if factor is None:
         factor = nominal * LAMBDA_OF_A_SHARE / pairs.lengths if context.lambda_of_share else nominal / 32
@@ -151,15 +151,19 @@ def select_by_groups(
         if is_batched(views) or tau < NEVER_SIMILAR:
             alive = alive & survivors(pairs.similarity(order, members), tau)[:, 0]
 
-    sizes = torch.zeros(views.shape[0], num_groups + 1, dtype=torch.long, device=views.device)
-    sizes = sizes.scatter_add(1, members, alive.long())
-    total = sizes.sum(1, keepdim=True).minimum(counts[:, None])
-    quotas = share_out(sizes, total, nominal, tokens)
-    place_in_group = alive.cumsum(1) - 1 - (sizes.cumsum(1) - sizes).gather(1, members)
-    kept = torch.zeros_like(alive).scatter(1, order, alive & (place_in_group < quotas.gather(1, members)))
+    none = torch.zeros(views.shape[0], num_groups + 1, dtype=torch.long, device=views.device)
+    sizes, held = (none.scatter_add(1, members, marked.long()) for marked in (alive, finite))
+    quotas = share_out(sizes, held, counts[:, None], nominal, tokens)
+    suppressed, behind = finite & ~alive, held - sizes
+    place = torch.where(  # in the group, from 1: survivors by score, then the suppressed
+        alive,
+        alive.cumsum(1) - (sizes.cumsum(1) - sizes).gather(1, members),
+        suppressed.cumsum(1) - (behind.cumsum(1) - behind - sizes).gather(1, members),
+    )
+    kept = torch.zeros_like(alive).scatter(1, order, finite & (place <= quotas.gather(1, members)))
 
     spare = ~kept.gather(1, ranking)
-    filled = spare & (spare.cumsum(1) <= counts[:, None] - total)
+    filled = spare & (spare.cumsum(1) <= counts[:, None] - quotas.sum(1, keepdim=True))
     kept = kept | torch.zeros_like(kept).scatter(1, ranking, filled)
     groups = groups.masked_fill(~pairs.finite, -1) if context.details else None
     return kept_tokens(kept, counts, context, pairs.rho, groups, scores)
@@ -187,7 +191,14 @@ def strongest_components(
     return components.max(-1)
 
 
-def kept_tokens(kept, counts, context, rho, groups, scores) -> Selection:
+def kept_tokens(
+    kept: torch.Tensor,
+    counts: torch.LongTensor,
+    context: Context,
+    rho: torch.Tensor,
+    groups: torch.Tensor | None,
+    scores: torch.Tensor,
+) -> Selection:
     """The selection of the tokens `(views, tokens)` that `kept` marks, N of each view."""
     tokens = kept.shape[1]
     indices = (~kept).byte().argsort(dim=1, stable=True)[:, : largest(context)]
@@ -260,12 +271,13 @@ def proportional_quotas(sizes: torch.Tensor, total: int | torch.Tensor) -> torch
 
     Args:
         sizes (`torch.LongTensor` of shape `(..., groups)`): survivors of each group.
-        total (`int` or `torch.LongTensor` of shape `(..., 1)`): tokens to share out, at most all survivors.
+        total (`int` or `torch.LongTensor` of shape `(..., 1)`): tokens to share out; of fewer survivors, all.
 
     Returns:
         `torch.LongTensor` of shape `(..., groups)`, none above its group's size, their sum `total`.
     """
     survivors = sizes.sum(-1, keepdim=True)
+    total = survivors.clamp(max=total)
     shares = sizes * total
     quotas = shares // survivors.clamp(min=1)
     by_remainder = (shares - quotas * survivors).argsort(dim=-1, descending=True, stable=True)

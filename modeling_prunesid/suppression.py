@@ -32,10 +32,10 @@ def find_suppressors(
     if settings.method not in WITH_NMS:
         return None
     tokens, count = view.shape[1], int(selection.counts[0])
-    assert selection.scores is not None and selection.groups is not None
+    chosen: Any = selection
     pairs = compare(view, None, context)
-    ranking = selection.scores.argsort(dim=1, descending=True, stable=True)
-    members = selection.groups.masked_fill(selection.groups < 0, tokens)
+    ranking = chosen.scores.argsort(dim=1, descending=True, stable=True)
+    members = chosen.groups.masked_fill(chosen.groups < 0, tokens)
     order = ranking.gather(1, members.gather(1, ranking).argsort(dim=1, stable=True))
     members = members.gather(1, order)
     similarity, valid = pairs.similarity(order, members), members < tokens

@@ -1,5 +1,6 @@
 """Images that upstream encodes as several tiles: what an image is, is known to the processor alone."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,9 +54,13 @@ class TiledModelMixin(PrunedModelMixin):
 
 class TiledProcessorMixin(PrunedProcessorMixin):
     """
-    For images that are cut into tiles, each a view. Also returns `num_tiles`, a tensor of shape `(num_images,)`, by
-    which the model knows what an image is. See [`PrunedProcessorMixin`].
+    For inputs that are encoded as several tiles, each a view. Also returns `num_tiles` and `num_video_tiles`, tensors
+    of shape `(num_images,)` and `(num_videos,)`, by which the model knows what an input is. See
+    [`PrunedProcessorMixin`].
     """
+
+    # Videos are handed to the model as images, a tile for each frame.
+    _videos_are_images = False
 
     def num_tiles(self, modality: str, inputs: dict, index: int, runs: list[int]) -> int:
         """How many tiles one input has. By default each run of placeholders is one."""
@@ -65,12 +70,38 @@ class TiledProcessorMixin(PrunedProcessorMixin):
         count = self.num_tiles(modality, inputs, index, runs)
         return runs if count == len(runs) else [sum(runs) // count] * count
 
-    def _process_images(self, images, num_visual_tokens: int | float | None = None, **kwargs):
-        inputs, texts = super()._process_images(images, num_visual_tokens=num_visual_tokens, **kwargs)
-        stock = super(PrunedProcessorMixin, self).replace_image_token
-        runs = [self._runs(stock(inputs, index, **kwargs), "image") for index in range(len(texts))]
-        inputs["num_tiles"] = [self.num_tiles("image", inputs, index, own) for index, own in enumerate(runs)]
-        return inputs, texts
+    def _placeholder(self, modality):
+        return super()._placeholder("image" if self._videos_are_images else modality)
+
+    def _write(self, modality, inputs, texts, num_visual_tokens):
+        runs = [self._runs(text, modality) for text in texts]
+        name = "num_tiles" if modality == "image" else "num_video_tiles"
+        inputs[name] = [self.num_tiles(modality, inputs, index, own) for index, own in enumerate(runs)]
+        return super()._write(modality, inputs, texts, num_visual_tokens)
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs):
+        arguments = {"images": images, "text": text, "videos": videos}
+        given = {name: value for name, value in arguments.items() if value is not None}
+        output = super().__call__(**given, **kwargs)
+        if self._videos_are_images and "num_video_tiles" in output:
+            self._join(output, [text] if isinstance(text, str) else text)
+        return output
+
+    def _join(self, output: Any, texts: list[str]) -> None:
+        """Orders what is returned for images and for videos as they come in the texts."""
+        of_images, of_videos = (list(output.pop(name, ())) for name in ("num_tiles", "num_video_tiles"))
+        pattern = f"{re.escape(self.image_token)}|{re.escape(self.video_token)}"
+        is_video = [match == self.video_token for sample in texts for match in re.findall(pattern, sample)]
+        places: list[int] = []
+        for video in is_video:
+            earlier = sum(other == video for other in is_video[: len(places)])
+            places.append(len(of_images) + earlier if video else earlier)
+        joined = {"num_tiles": [*of_images, *of_videos]}
+        if output.get("num_visual_tokens") is not None:
+            joined["num_visual_tokens"] = list(output["num_visual_tokens"])
+        for name, values in joined.items():
+            ordered = [int(values[place]) for place in places]
+            output[name] = torch.tensor(ordered) if isinstance(output["input_ids"], torch.Tensor) else ordered
 
     @property
     def model_input_names(self) -> list[str]:

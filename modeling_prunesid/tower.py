@@ -50,6 +50,11 @@ class TowerStates:
     queries: torch.Tensor | None = None
     keys: torch.Tensor | None = None
 
+    @property
+    def joined_attention(self) -> torch.Tensor:
+        """The attention weights `(batch, tokens)` of the CLS query with all heads taken as one, in float32."""
+        return _cls_attention(self.queries, self.keys, num_heads=1)
+
 
 def resolve_layer(layer: int, num_layers: int, name: str) -> int:
     """
@@ -168,15 +173,6 @@ def project_rows(projector: nn.Module, choose: Callable[[torch.Tensor], tuple[to
     finally:
         for handle in handles:
             handle.remove()
-
-
-def run_tower(
-    tower: nn.Module, pixel_values: torch.Tensor, layers: Iterable[int], cls_attention_layer: int | None = None
-) -> TowerStates:
-    """A tower by itself, watched as by [`watch_tower`], on `(batch, channels, height, width)`."""
-    with watch_tower(tower, layers, cls_attention_layer) as states:
-        tower(pixel_values, return_dict=True)
-    return states
 
 
 def count_prefix(tower: nn.Module) -> int:

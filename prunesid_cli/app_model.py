@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoProcessor, StoppingCriteria, StoppingCriteriaList
 
 from modeling_prunesid import PruneSIDForImageTextToText, explain
-from modeling_prunesid.methods import NAMES
+from modeling_prunesid.methods import DEFAULT_METHOD
 from modeling_prunesid.visualize import Explanation
 from prunesid_cli.generate import ask
 
@@ -28,7 +28,7 @@ class Choice(NamedTuple):
     """What a visitor chose. `budget` None keeps all; `dynamic` gives busy pictures more of it and plain ones less."""
 
     budget: int | None
-    method: str = NAMES[0]
+    method: str = DEFAULT_METHOD
     dynamic: bool = False
 
 
@@ -81,7 +81,7 @@ class AppModel:
         seen = [self.look(picture, Choice(1, self.own_method)) for picture in pictures]
         self.grid, self.is_cropped = seen[0].grid, seen[0].is_cropped
         self.num_patches = self.grid[0] * self.grid[1]
-        self.reference = self.own_reference or sum(1 - one.rho for one in seen) / len(seen)
+        self.reference = self.own_reference or sum(1 - float(one.rho or 0) for one in seen) / len(seen)
         for _ in self.answer(pictures[0], "what is in the picture?", Choice(1, self.own_method)):
             pass  # the first run of all is slower than those that are shown
 

@@ -125,7 +125,9 @@ class Page:
             seen = self.model.look(picture, choice)
         except Exception as error:
             return say(sentence_of(error), True), gr.skip(), gr.skip(), gr.skip()
-        told = f"{len(seen.kept)} of {len(seen.compared)} squares are kept. {name_of(method)}: {meaning_of(method)}."
+        told = (
+            f"{len(seen.kept)} of {self.model.num_patches} squares are kept. {name_of(method)}: {meaning_of(method)}."
+        )
         return say(told), draw(picture, seen), explain_numbers(seen), code
 
     def ask(self, picture, question: str, budget: float, method: str, is_dynamic: bool) -> Iterator[tuple]:
@@ -171,8 +173,8 @@ class Page:
         try:
             if picture is None:
                 raise ValueError("Choose a picture first: drop one in, or take an example.")
-            seen = [self.model.look(picture, self.choice(budget, method, False)) for method in (first, second)]
-            return draw_pair(picture, *seen, (name_of(first), name_of(second)))
+            one, other = (self.model.look(picture, self.choice(budget, method, False)) for method in (first, second))
+            return draw_pair(picture, one, other, (name_of(first), name_of(second)))
         except Exception as error:
             return say(sentence_of(error), True)
 
@@ -322,7 +324,7 @@ def build(model: AppModel) -> gr.Blocks:
             examples[place].click(take, None, [picture, question], **private)
         first_text = next(iter(EXAMPLES.values()))[1]
         blocks.load(lambda: (example_pictures()[0], first_text), None, [picture, question], **private)
-        picture.change(forget, None, answers, **stops)
+        picture.change(lambda: (*forget(), ""), None, [*answers, pair], **stops)
         picture.change(**looks, show_progress="hidden").then(**strips)
         compare.click(page.compare, [picture, slider, first, second], [pair], **one_at_a_time)
         copy.click(None, code, None, js=COPY, **private)

@@ -59,10 +59,10 @@ from modeling_prunesid import (
     similarity,
 )
 from modeling_prunesid.select_tokens import select_tokens
-from modeling_prunesid.tower import run_tower
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 from prunesid_cli import parts
 from prunesid_cli.tower_memo import remembered
+from prunesid_cli.towers import run_tower
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,8 +89,9 @@ def release_style(hidden_states: torch.Tensor, budget: int) -> list[list[int]]:
 
     As the release does, all images at once: a randomised SVD; a copy of the similarity matrix for every group, and a
     mask as large, filled by rows and then by columns; NMS that takes the best token left of every group in each round.
-    A group gets one token and others by cumulative rounding of its survivors' share, up to a bound that rises until
-    all groups together hold `budget`, suppressed tokens behind survivors. CLS and its scores are left out.
+    A group gets one token and others by cumulative rounding of its survivors' share, halves to the even number, up to
+    a bound that rises until all groups together hold `budget`, suppressed tokens behind survivors. CLS and its scores
+    are left out.
     """
     batch, tokens, _ = hidden_states.shape
     groups = max(budget // 4, 1)
@@ -117,7 +118,7 @@ def release_style(hidden_states: torch.Tensor, budget: int) -> list[list[int]]:
         upper[short] += 1
         upper = upper.minimum(sizes)
     shared, total = (budget - lower.sum(1))[:, None], survivors.sum(1)[:, None]
-    until = (2 * shared * survivors.cumsum(1) + total) // (2 * total)
+    until = (shared * survivors.cumsum(1) / total).round().long()
     quotas = (lower + until.diff(prepend=torch.zeros_like(shared))).minimum(upper)
     for image, group in enumerate(survivors.argsort(descending=True, stable=True)):
         for number in group:

@@ -112,7 +112,7 @@ def selecting(name: str, views: torch.Tensor, budget: int) -> Callable[[], torch
     """A call of a method on features, and on an attention that is made up of them."""
     method, settings = METHODS[name]
     counts = counts_on(views.device, [budget] * len(views))
-    context = Context(counts=[budget] * len(views), cls_attention=views.sigmoid().mean(-1) ** 8)
+    context = Context(counts=[budget] * len(views), attention=views.sigmoid().mean(-1) ** 8)
     return lambda: method_of(method)(views, counts, settings, context).indices
 
 
@@ -155,6 +155,9 @@ def check_invariance(record: Callable, tiny: bool) -> None:
 def shapes(family: str, tiny: bool) -> dict[str, Any]:
     """The configuration of a family at 7B, or tiny."""
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    rope: dict[str, Any]
     if family == "Qwen2_5_VL":
         vision = {
             "depth": 32,
@@ -163,7 +166,12 @@ def shapes(family: str, tiny: bool) -> dict[str, Any]:
             "num_heads": 16,
             "out_hidden_size": 3584,
         }
-        text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+        text = {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+        }
         text |= {"num_key_value_heads": 4, "vocab_size": 152064}
         rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
         if tiny:
@@ -172,7 +180,12 @@ def shapes(family: str, tiny: bool) -> dict[str, Any]:
             text |= small | {"num_key_value_heads": 2}
             rope |= {"mrope_section": [2, 3, 3]}
         return {"vision_config": vision, "text_config": text | {"rope_parameters": rope}}
-    vision = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "projection_dim": 768}
+    vision = {
+        "model_type": "clip_vision_model",
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
     text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "pad_token_id": 0}
     if tiny:
         vision, text = vision | small, text | small

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 # name: (what it does, the extra whose packages it needs)
 COMMANDS = {
     "demo": ("answers, kept patches, speed and memory at several budgets", "demo"),
-    "generate": ("answer a question about an image with a compressed model", None),
+    "generate": ("answer questions about images, one or a file of them", None),
     "convert": ("write a variant of a checkpoint, verify it and publish it", None),
     "calibrate": ("measure the reference of dynamic budgets on your images", "demo"),
     "evaluate": ("accuracy of every method at every budget on synthetic scenes", "demo"),

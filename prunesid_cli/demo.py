@@ -20,7 +20,6 @@ Examples:
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -346,8 +345,7 @@ def run(arguments: argparse.Namespace) -> dict:
         from prunesid_cli import clip
 
         arguments.prompt = arguments.prompt or PROMPT
-        print(json.dumps(clip.run(arguments)))
-        return
+        return clip.run(arguments)
     arguments.budgets = arguments.budgets or [192, 128, 64]
     scenes = []
     if arguments.image:

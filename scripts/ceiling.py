@@ -21,7 +21,7 @@ from train_demo import coverage
 
 from prunesid_cli.answer_statistics import summarise
 from prunesid_cli.baselines import METHODS, Method
-from prunesid_cli.baselines.encoder import Kept, View, encoder_method, from_views
+from prunesid_cli.baselines.encoder import Kept, encoder_method, patch_features
 from prunesid_cli.evaluate import BUDGETS, Answers, collect, list_cases, load_model, num_patches, scene_of
 from prunesid_cli.evaluation_pages import percent, ranged
 from prunesid_cli.measuring import machine
@@ -57,10 +57,14 @@ def measure(model, processor, split: str, num_scenes: int, count: int) -> dict:
     def order(picture: int) -> list[int]:
         return ranked(scene_of(split, picture))
 
-    def choose(view: View, budget: int) -> Kept:
-        return view.keep(torch.tensor(sorted(order(next(number[budget]))[:budget])))
+    def encode(base_model, pixel_values: torch.Tensor, layers: list[int], budget: int) -> list[Kept]:
+        kept = []
+        for features in patch_features(base_model, pixel_values, layers):
+            patches = torch.tensor(sorted(order(next(number[budget]))[:budget]))
+            kept.append(Kept(features[patches], patches))
+        return kept
 
-    METHODS["knows the scene"] = Method("Knows the scene", "encoder", encoder_method(from_views(choose)))
+    METHODS["knows the scene"] = Method("Knows the scene", "encoder", encoder_method(encode))
     cases = list_cases(["knows the scene"], BUDGETS, num_patches(model))
     with TemporaryDirectory() as folder:
         known = Answers(Path(folder) / "answers.jsonl", "", None)

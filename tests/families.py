@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import transformers
 
+from modeling_prunesid.families import release_with
+from modeling_prunesid.upstream import VIDEO_LLAVA_PIXELS
+
 
 PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END, TAG = 0, 1, 2, 100, 101, 102, 103, 11
 SHIPPED = "5.18.0"
@@ -50,6 +53,8 @@ class Row:
         rows (`tuple[int, ...]`): how many inputs each row of the batch of the tests has.
         write (`Callable`): the ids that input `index` of `num_tokens` is written as, given the id of its placeholder.
         along (`Callable`): further arguments of `forward` that run along the prompt `(batch, length)`.
+        special (`tuple[int, ...]`): further ids that are no words where they come in an answer.
+        answer (`int`): what `along` has for the tokens of an answer.
         token (`int`): the placeholder.
         mrope (`bool`): positions are three-dimensional, and kept tokens keep theirs.
         needs_types (`bool`): with `mrope`: upstream's numbering reads `mm_token_type_ids`.
@@ -83,6 +88,8 @@ class Row:
     rows: tuple[int, ...] = (2, 1)
     write: Callable[[int, int, int], list[int]] = one_run
     along: Callable[[torch.LongTensor], dict[str, Any]] = lambda ids: {}
+    special: tuple[int, ...] = ()
+    answer: int = 0
     token: int = 0
     mrope: bool = False
     needs_types: bool = True
@@ -112,7 +119,7 @@ class Row:
     def is_installed(self) -> bool:
         """Whether the installed Transformers has the family, and the packages that it needs are there."""
         version = tuple(map(int, transformers.__version__.split(".")[:2]))
-        has_family = version >= tuple(map(int, self.since.split(".")[:2]))
+        has_family = version >= tuple(map(int, self.since.split(".")[:2])) and release_with(self.family) is None
         has_packages = all(importlib.util.find_spec(package) is not None for package in self.needs)
         return has_family and has_packages and transformers.__version__ not in self.broken_in
 
@@ -268,7 +275,7 @@ for modality, name, shape in (("image", "", (3, 32, 32)), ("video", " video", (2
             "video_token_index": VIDEO,
             "image_seq_length": 64,
         },
-        images(*shape, name="pixel_values_videos" if name else "pixel_values"),
+        images(*shape, name="pixel_values_videos" if name else VIDEO_LLAVA_PIXELS),
         modality=modality,
         tokens=(130,) * 3 if name else (64,) * 3,
         kept=(10,) * 3 if name else (5,) * 3,
@@ -343,10 +350,10 @@ def plain_experts(model):
 
 
 def double_router(model):
-    """Inkling routes in float32, whatever the weights are: the router's come back to it."""
+    """Inkling routes and mixes its loops in float32, whatever the other weights are: these come back to it."""
     plain_experts(model)
-    for module in model.modules():
-        if "Router" in type(module).__name__:
+    for name, module in model.named_modules():
+        if "Router" in type(module).__name__ or name.endswith(("forget_gate_proj", "message_gate_proj")):
             module.float()
 
 
@@ -492,7 +499,9 @@ add(
     images(3, 32, 32),
     tokens=(64,) * 3,
     kept=(5,) * 3,
-    along=types_of(IMAGE, 0, "token_type_ids"),
+    along=types_of(IMAGE, 0, "token_type_ids"),  # without these, upstream masks the rows of a batch by one another
+    answer=1,
+    cached_chat=False,  # a second turn looks back only, while a whole conversation is a prefix that sees all of itself
 )
 GEMMA3_TEXT = {
     **TEXT,
@@ -565,6 +574,7 @@ add(
     kept=(5,) * 3,
     write=runs(16, [102], [103]),
     along=types_of(IMAGE, 1),
+    since="5.23.0",
 )
 add(
     "gemma4 video",
@@ -576,6 +586,7 @@ add(
     view="frame",
     write=runs(16, [TAG, 102], [103]),
     along=types_of(VIDEO, 2),
+    since="5.23.0",
 )
 add(
     "gemma4_unified",
@@ -596,6 +607,7 @@ add(
     kept=(5,) * 3,
     write=runs(16, [102], [103]),
     along=types_of(IMAGE, 1),
+    since="5.23.0",
 )
 add(
     "mistral3",
@@ -720,6 +732,18 @@ for name, modality in (("minicpmv4_6", "image"), ("minicpmv4_6 video", "video"))
         write=runs(4, [104], [105]),
         ours=BOTH_TILES,
     )
+add(
+    "minicpm_ocr",
+    {**{name: value for name, value in MINICPM.items() if name != "image_size"}, "downsample_mode": "16x"},
+    slices(False),
+    tokens=(8, 4, 4),
+    kept=(4, 2, 2),
+    budget=2,
+    view="slice",
+    write=runs(4, [104], [105]),
+    ours=BOTH_TILES,
+    since="5.23.0",
+)
 KIMI = image_token(
     {
         **TEXT,
@@ -919,7 +943,6 @@ add(
     put_features=put_before_projector,
     prepare=spread_weights,
     ours=BOTH_TILES,
-    beams=False,
     broken_in=("5.24.0",),
 )
 add(
@@ -1001,6 +1024,7 @@ add(
     view="tile",
     write=runs(16, [111], [112]),
     ours=BOTH_TILES,
+    special=(111, 112, 113, 114, 115),
 )
 
 
@@ -1176,41 +1200,60 @@ add(
     view="crop",
     prepare=plain_experts,
 )
+INKLING2 = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "posemb_grid_size": 8,
+        "projection_hidden_dim": 32,
+        "text_hidden_size": 32,
+        "initializer_range": 0.3,
+    },
+    "text_config": {
+        **TEXT,
+        "head_dim": 8,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "sliding_window_size": 16,
+        "d_rel": 4,
+        "rel_extent": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "unpadded_vocab_size": 120,
+    },
+    "image_token_id": IMAGE,
+}
 add(
     "inkling2",
-    {
-        "vision_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "posemb_grid_size": 8,
-            "projection_hidden_dim": 32,
-            "text_hidden_size": 32,
-            "initializer_range": 0.3,
-        },
-        "text_config": {
-            **TEXT,
-            "head_dim": 8,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "sliding_window_size": 16,
-            "d_rel": 4,
-            "rel_extent": 16,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "unpadded_vocab_size": 120,
-        },
-        "image_token_id": IMAGE,
-    },
+    INKLING2,
     patches([[1, 4, 4]] * 3, 8, 8, 3),
     tokens=(16,) * 3,
     kept=(5,) * 3,
     since="5.23.0",
+    prepare=double_router,
+)
+add(
+    "inkling2_loop",
+    {
+        **INKLING2,
+        "text_config": {
+            **INKLING2["text_config"],
+            "n_layers_per_attn_res_block": 1,
+            "loop_layer_index_start": 1,
+            "loop_layer_index_end": 2,
+            "loop_gate_rank": 8,
+        },
+    },
+    patches([[1, 4, 4]] * 3, 8, 8, 3),
+    tokens=(16,) * 3,
+    kept=(5,) * 3,
+    since="5.24.0",
     prepare=double_router,
 )
 add(
@@ -1462,5 +1505,52 @@ add(
     needs=("timm",),
 )
 
+
+def inkling_patches(rows: list[list[int]]) -> dict[str, Any]:
+    counts = [(16, 8, 16)[index] for index in flat(rows)]
+    pixels = torch.cat([noise(index, count, 2, 40, 40, 3) for index, count in zip(flat(rows), counts)])
+    return {"pixel_values": pixels, "num_patches": torch.tensor(counts)}
+
+
+add(
+    "inkling_mm_model",
+    {
+        "text_config": {
+            **TEXT,
+            "head_dim": 8,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": 16,
+            "d_rel": 4,
+            "rel_extent": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "unpadded_vocab_size": 120,
+            "logits_mup_width_multiplier": 1.0,
+            "local_layer_ids": [0],
+        },
+        "vision_config": {
+            "text_hidden_size": 32,
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "initializer_range": 0.3,
+        },
+        "audio_config": {"text_hidden_size": 32, "n_mel_bins": 4, "mel_vocab_size": 8},
+        "image_token_id": IMAGE,
+        "audio_token_id": 104,
+        "image_bos_token_id": 105,
+        "audio_bos_token_id": 106,
+    },
+    inkling_patches,
+    tokens=(16, 8, 16),
+    kept=(5, 5, 5),
+    ours=("num_patches",),
+    prepare=double_router,
+    static_cache=False,
+)
 
 import families_grids  # noqa: E402, F401

@@ -4,7 +4,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from families import GRIDS, IMAGE, QWEN_IDS, TEXT, VIDEO, VISION_END, VISION_START, add, patches, types_of
+from families import (
+    BOTH_TILES,
+    GRIDS,
+    IMAGE,
+    MINICPM,
+    QWEN_IDS,
+    TEXT,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    add,
+    patches,
+    slices,
+    types_of,
+)
 from families import MROPE as ROPE
 
 
@@ -178,6 +192,7 @@ add_grids(
     },
     48,
     mrope=True,
+    since="5.23.0",
 )
 add_grids(
     "paddleocr_vl",
@@ -200,7 +215,7 @@ GLM_MOE = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-for name, text in (("glm4v", {}), ("glm4v_moe", GLM_MOE), ("glm46v", {}), ("glm_ocr", {})):
+for name, text in (("glm4v", {}), ("glm4v_moe", GLM_MOE), ("glm46v", {}), ("glmga", {}), ("glm_ocr", {})):
     add_grids(
         name,
         {"vision_config": GLM_VISION, "text_config": {**HEADS, "rope_parameters": ROPE, **text}, **GLM_IDS},
@@ -300,8 +315,10 @@ add_grids(
     48,
     video=None,
     tokens=(4 * 5 + 2, 2 * 5 + 2, 4 * 5 + 2),
+    cached_chat=False,  # new images alone are refused
     rows=(3,),  # upstream numbers the images of a batch through, so that a row depends on those before it
     mrope=True,
+    since="5.23.0",
 )
 add_grids(
     "hy_v4_vl",
@@ -474,3 +491,65 @@ add_grids(
     48,
     since="5.23.0",
 )
+add_grids(
+    "glm5_next",
+    {
+        "vision_config": {**GLM_VISION, "projection_intermediate_size": 64},
+        "text_config": {
+            **TEXT,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["linear_attention", "indexed_attention"],
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "index_topk": 64,
+            "index_head_dim": 8,
+            "index_n_heads": 2,
+            "index_kpool": 4,
+            "hc_mult": 2,
+        },
+        **GLM_IDS,
+    },
+    96,
+    video=glm_video,
+    video_token=IMAGE,
+)
+MINICPM_4_7 = {
+    **MINICPM,
+    "image_start_id": VISION_START,
+    "image_end_id": VISION_END,
+    "slice_start_id": 106,
+    "slice_end_id": 107,
+    "newline_id": 108,
+}
+
+
+def with_slices(num_tokens: int, index: int, token: int) -> list[int]:
+    """A thumbnail, and a slice of it if there are tokens of two."""
+    rest = num_tokens // 4 - 1
+    return [VISION_START, *[token] * 4, VISION_END, *[106, *[token] * 4, 107] * rest]
+
+
+for modality in ("image", "video"):
+    add(
+        "minicpmv4_7" if modality == "image" else "minicpmv4_7 video",
+        MINICPM_4_7,
+        slices(modality == "video"),
+        modality=modality,
+        tokens=(8, 4, 4),
+        kept=(4, 2, 2),
+        budget=2,
+        view="slice" if modality == "image" else "slice of a frame",
+        write=with_slices,
+        along=types_of(IMAGE, 1) if modality == "image" else types_of(VIDEO, 2),
+        prepare=settle,
+        mrope=True,
+        ours=BOTH_TILES,
+    )

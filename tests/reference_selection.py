@@ -91,23 +91,25 @@ def proportional(sizes, total):
     return quotas
 
 
-def bounded(sizes, total, nominal):
-    """The release's quotas: one a group, the rest by cumulative rounding; what the bound cuts off to large groups."""
-    bound = 5 * math.ceil(nominal / 64)
-    while sum(min(size, bound) for size in sizes) < total:
-        bound += 1
-    lower = [min(size, 1) for size in sizes]
+def bounded(sizes, held, total, nominal):
+    """
+    The release's quotas of groups of `sizes` survivors among `held` tokens: one a group, the rest by cumulative
+    rounding, halves to the even number; what the bounds cut off goes to the groups with most survivors.
+    """
+    bounds = [min(5 * math.ceil(nominal / 64), size) for size in sizes]
+    while sum(bounds) < min(nominal, sum(held)):
+        bounds = [min(bound + 1, most) for bound, most in zip(bounds, held, strict=True)]
+    lower = [min(most, 1) for most in held]
     if sum(lower) > total:
         lower = [0] * len(sizes)
     quotas, reached, given = [], 0, 0
-    for size, first in zip(sizes, lower, strict=True):
+    for size, first, bound in zip(sizes, lower, bounds, strict=True):
         reached += size
-        goal = math.floor(Fraction((total - sum(lower)) * reached, sum(sizes)) + Fraction(1, 2))
-        quotas.append(min(first + goal - given, size, bound))
+        goal = round(Fraction((total - sum(lower)) * reached, max(sum(sizes), 1)))  # halves to the even number
+        quotas.append(min(first + goal - given, bound))
         given = goal
     for k in sorted(range(len(sizes)), key=lambda k: (-sizes[k], k)):
-        while sum(quotas) < total and quotas[k] < min(sizes[k], bound):
-            quotas[k] += 1
+        quotas[k] += min(bounds[k] - quotas[k], total - sum(quotas))
     return quotas
 
 
@@ -184,8 +186,12 @@ def reference_select(
         survivors = reference_nms(ranked_groups, similarity, nms_lambda * reference_rho(x), margins)
 
     sizes = [len(group) for group in survivors]
-    total = min(budget, sum(sizes))
-    quotas = proportional(sizes, total) if quota == "proportional" else bounded(sizes, total, nominal)
-    kept = [i for group, n in zip(survivors, quotas, strict=True) for i in group[:n]]
-    suppressed = rank(i for i in range(tokens) if i not in kept)
-    return sorted(kept + suppressed[: budget - len(kept)]), min(margins)
+    if quota == "proportional":
+        quotas = proportional(sizes, min(budget, sum(sizes)))
+    else:
+        quotas = bounded(sizes, [len(ranked) for ranked in ranked_groups], budget, nominal)
+    kept = []
+    for ranked, first, n in zip(ranked_groups, survivors, quotas, strict=True):
+        kept += [*first, *(i for i in ranked if i not in first)][:n]
+    others = rank(i for i in range(tokens) if i not in kept)
+    return sorted(kept + others[: budget - len(kept)]), min(margins)

@@ -194,6 +194,7 @@ def test_the_code_gives_what_is_on_the_page(visitor, tmp_path, monkeypatch):
 
     visitor.driver.execute_script("scrollTo(0, 0)")
     visitor.example("A sign")
+    visitor.wait(lambda: visitor.count("#pair figure") == 0)  # which was of another picture
     _, kept = visitor.ask()
     visitor.driver.execute_cdp_cmd(
         "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}

@@ -24,7 +24,8 @@ from modeling_prunesid.tower import layers_of
 GRID_ROWS = [
     pytest.param(name, id=name.replace(" ", "-"))
     for name, row in ROWS.items()
-    if row.is_installed and issubclass(getattr(row.head, "model_class", object), GridModelMixin)
+    if row.is_installed and f"{row.modality}_grid_thw" in row.inputs([[0]])
+    if issubclass(getattr(row.head, "model_class", object), GridModelMixin)
 ]
 every_grid = pytest.mark.parametrize("name", GRID_ROWS)
 
@@ -147,12 +148,12 @@ def test_a_token_receives_the_mean_of_the_patches_that_it_is_merged_from(name):
     ours, reference, row = contract.build(name)
     inputs = {**row.inputs(contract.rows_of(row)), "return_dict": True}
     layer, sizes = last_layer_of(reference)[0], list(row.tokens[: row.num_inputs])
-    spoiled, of_tokens = None, []
+    spoiled, of_tokens = [], []  # which patches, and how many there are
 
     def spoil(module, args, output):
         hidden = (output[0] if isinstance(output, tuple) else output).clone()
         patches = hidden.view(-1, hidden.shape[-1])
-        patches[slice(0) if spoiled is None else spoiled] = torch.nan
+        patches[spoiled] = torch.nan
         of_tokens.append(len(patches))
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -160,7 +161,8 @@ def test_a_token_receives_the_mean_of_the_patches_that_it_is_merged_from(name):
     try:
         encoder_of(reference, row)(**inputs)
         num_patches, into = of_tokens[0], []
-        for spoiled in range(0, num_patches, 3):
+        for patch in range(0, num_patches, 3):
+            spoiled[:] = [patch]
             features = row.features(encoder_of(reference, row)(**inputs))
             into.append(int(features.isnan().any(-1).nonzero()))
     finally:
@@ -200,12 +202,32 @@ def test_the_token_of_most_attention_is_kept_first(name):
 def test_a_layer_that_attends_within_windows_is_refused():
     ours, _, row = contract.build("qwen2_5_vl")
     inputs = row.inputs(contract.rows_of(row))
-    with settings_of(ours, layer=1, method="spread", method_settings={"score": "attention"}):
-        with pytest.raises(ValueError, match=r"layer=1 does not attend .* to the whole image.*Set layer=2\."):
+    messages = {1: r"layer=1 does not attend .* to the whole image.*Set layer=2\.", 0: "nearest layer that does is 2"}
+    for layer, message in messages.items():
+        settings = settings_of(ours, layer=layer, method="spread", method_settings={"score": "attention"})
+        with settings, pytest.raises(ValueError, match=message):
             ours.model.get_image_features(**inputs)
-    with settings_of(ours, layer=0, method="spread", method_settings={"score": "attention"}):
-        with pytest.raises(ValueError, match="nearest layer that does is 2"):
-            ours.model.get_image_features(**inputs)
+
+
+def test_a_family_whose_merger_is_not_declared_is_refused():
+    ours, _, row = contract.build("gemma3")
+    settings = settings_of(ours, method="spread", method_settings={"score": "attention"})
+    with (
+        settings,
+        pytest.raises(ValueError, match="not declared for PruneSIDGemma3Model, which merges 256 patches into 64"),
+    ):
+        contract.encode(ours, row)
+
+
+@torch.no_grad()
+def test_a_family_whose_tokens_are_patches():
+    ours, reference, row = contract.build("paligemma")
+    with eager_weights(layers_of(reference.model.vision_tower)[-2]) as weights:
+        contract.encode(reference, row)
+    best = torch.cat([part[0].view(-1, 64) for part in weights]).argmax(1)
+    with settings_of(ours, budget=1, method="spread", method_settings={"score": "attention"}):
+        kept = contract.encode(ours, row)["keep_indices"]
+    assert torch.equal(torch.cat(list(kept)), best)
 
 
 @pytest.mark.parametrize("tower", ["siglip", "clip"])

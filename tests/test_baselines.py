@@ -1,19 +1,33 @@
 """The methods that PruneSID is compared with: each by a property of its own, and all of them in a model."""
 
+import importlib.util
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_qwen
 import torch
-from tiny import NUM_PATCHES, batch, build, pixels, prompt, stock_twin
+from tiny import IMAGE, IMAGE_SIZE, NUM_PATCHES, TEXT, VISION, batch, build, pixels, prompt, stock_twin
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration
+from modeling_prunesid import (
+    PruneSIDConfig,
+    PruneSIDLlavaForConditionalGeneration,
+    PruneSIDLlavaNextConfig,
+    PruneSIDLlavaNextForConditionalGeneration,
+    register_method,
+)
+from modeling_prunesid.context import Context, counts_on
+from modeling_prunesid.methods import METHODS as method_registry
 from modeling_prunesid.selection import information_budgets, redundancy
-from modeling_prunesid.tower import run_tower
+from modeling_prunesid.single_views import highest
 from prunesid_cli.baselines import (
     METHODS,
     applied,
@@ -34,22 +48,24 @@ from prunesid_cli.baselines import (
     visionzip,
     vispruner,
 )
-from prunesid_cli.baselines.encoder import View, encoder_method, top
+from prunesid_cli.baselines.encoder import encoder_method
 from prunesid_cli.baselines.llm import Row, llm_method, scaled_layer
+from prunesid_cli.baselines.seam import registered
+from prunesid_cli.towers import run_tower
 
 
 RELEASE = Path(__file__).parents[1] / "configuration" / "llava_1.5_64_release.json"
 BUDGET, HEADS, DIM, WIDTH = 8, 4, 6, 16
-CHOOSERS = {
-    "random": random_choice.choose,
-    "uniform": uniform.choose,
-    "hired": hired.choose,
-    "divprune": divprune.choose,
-    "dpp": dpp.choose,
-    "vispruner": vispruner.choose,
-    "prumerge": prumerge.choose,
-    "prumerge+": prumerge.choose_plus,
-    "visionzip": visionzip.choose,
+SELECTORS = {
+    "random": (random_choice, {}),
+    "uniform": (uniform, {}),
+    "hired": (hired, {}),
+    "divprune": (divprune, {}),
+    "dpp": (dpp, {}),
+    "vispruner": (vispruner, {}),
+    "prumerge": (prumerge, {}),
+    "prumerge+": (prumerge, {"strided": True}),
+    "visionzip": (visionzip, {}),
 }
 PRUNING = ("random", "uniform", "hired", "divprune", "dpp", "vispruner")
 ENCODER_SIDE = [name for name, method in METHODS.items() if method.place == "encoder" and not method.reads_question]
@@ -63,27 +79,31 @@ DINOV2 = {"model_type": "dinov2"}
 
 
 def make_view(tokens, seed=0, **changes):
-    """A random view of `tokens` patches behind a CLS token."""
+    """A random view `(1, tokens, DIM)` and the context of its tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(1, tokens, *shape, generator=generator)
 
-    weight = random(DIM, WIDTH)
     values = {
-        "pixels": random(3, 4, 4),
-        "features": random(tokens, DIM),
-        "cls_feature": random(DIM),
-        "project": lambda features: features @ weight,
-        "compared": random(tokens, DIM),
-        "reference_information": 0.9,
-        "num_heads": HEADS,
-        "num_columns": 1,
-        "cls_attention": random(tokens).softmax(0),
-        "queries": random(1 + tokens, WIDTH),
-        "keys": random(1 + tokens, WIDTH),
+        "features": random(DIM),
+        "projected": random(WIDTH),
+        "attention": random().softmax(1),
+        "joined_attention": random().softmax(1) * 0.9,
+        "keys": random(HEADS, WIDTH // HEADS),
     }
-    return View(**{**values, **changes})
+    return random(DIM), Context(**{**values, **changes})
+
+
+def choose(module, view, budget, **method_settings):
+    """The indices that a method keeps of one view, and the features in place of theirs."""
+    features, context = view
+    settings = PruneSIDConfig(method_settings=None)
+    object.__setattr__(settings, "method_settings", method_settings)
+    context = replace(context, counts=[budget])
+    selection = module.select(features, counts_on(features.device, [budget]), settings, context)
+    assert selection.counts.tolist() == [budget]
+    return selection.indices[0], None if selection.merged is None else selection.merged[0]
 
 
 def random_cases(count, seed=0):
@@ -96,38 +116,58 @@ def random_cases(count, seed=0):
     return cases
 
 
-@pytest.mark.parametrize("name", CHOOSERS)
-def test_exactly_n_tokens_of_distinct_patches(name):
+@pytest.mark.parametrize("name", SELECTORS)
+def test_exactly_n_ascending_tokens(name):
+    module, method_settings = SELECTORS[name]
     for seed, (tokens, budget) in enumerate(random_cases(120)):
-        view = make_view(tokens, seed)
-        features, indices, _ = CHOOSERS[name](view, budget)
-        places = indices[indices >= 0]
-        assert features.shape == (budget, DIM)
-        assert features.isfinite().all()
-        assert len(indices) == budget
-        assert len(set(places.tolist())) == len(places)
-        assert (places < tokens).all()
-        assert budget - len(places) == (0 if name in PRUNING else 1)
-        if name in PRUNING:
-            assert (places.diff() > 0).all()
-            assert torch.equal(features, view.features[indices])
+        indices, merged = choose(module, make_view(tokens, seed), budget, **method_settings)
+        assert indices.shape == (budget,)
+        assert (indices.diff() > 0).all() and (indices >= 0).all() and (indices < tokens).all()
+        assert (merged is None) == (name in PRUNING)
+        if merged is not None:
+            assert merged.shape == (budget, DIM)
+            assert merged.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_views_of_several_lengths_are_chosen_as_by_themselves(name):
+    module, method_settings = SELECTORS[name]
+    alone = [make_view(tokens, seed) for seed, tokens in enumerate((20, 31, 12))]
+    lengths, counts = [20, 31, 12], [5, 9, 11]
+
+    def padded(values):
+        return torch.nn.utils.rnn.pad_sequence([value[0] for value in values], batch_first=True, padding_value=7.0)
+
+    names = ("features", "projected", "attention", "joined_attention", "keys")
+    tensors = {name: padded([getattr(context, name) for _, context in alone]) for name in names}
+    settings = PruneSIDConfig()
+    object.__setattr__(settings, "method_settings", method_settings)
+    context = Context(counts=counts, lengths=lengths, **tensors)
+    together = module.select(padded([view for view, _ in alone]), torch.tensor(counts), settings, context)
+    assert together.indices.shape == (3, 11) and together.mask.sum(1).tolist() == counts
+    assert (together.indices[~together.mask] == 31).all()
+    for row, (view, count) in enumerate(zip(alone, counts)):
+        indices, merged = choose(module, view, count, **method_settings)
+        assert torch.equal(together.indices[row, :count], indices)
+        assert merged is None or torch.equal(together.merged[row, :count], merged)
 
 
 def test_random_choice_depends_on_the_picture_alone():
     view = make_view(60)
     before = torch.random.get_rng_state()
-    first, second = random_choice.choose(view, 20), random_choice.choose(make_view(60, 1, pixels=view.pixels), 20)
+    first, _ = choose(random_choice, view, 20)
+    rounded = view[0] * (1 + 1e-5 * torch.randn(view[0].shape, generator=torch.Generator().manual_seed(1)))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert torch.equal(first.indices, second.indices)
-    others = [random_choice.choose(make_view(60, seed), 20).indices for seed in range(1, 300)]
-    assert all(not torch.equal(first.indices, other) for other in others)
+    assert torch.equal(choose(random_choice, (rounded, view[1]), 20)[0], first)
+    others = [choose(random_choice, make_view(60, seed), 20)[0] for seed in range(1, 300)]
+    assert all(not torch.equal(first, other) for other in others)
     share = torch.stack(others).flatten().bincount(minlength=60) / len(others)
     assert (share - 1 / 3).abs().max() < 0.12
 
 
 @pytest.mark.parametrize(("tokens", "budget"), random_cases(40))
 def test_uniform_strides_are_even(tokens, budget):
-    kept = uniform.choose(make_view(tokens), budget).indices
+    kept, _ = choose(uniform, make_view(tokens), budget)
     strides = kept.diff()
     assert ((strides == tokens // budget) | (strides == -(-tokens // budget))).all()
     assert abs(int(kept[0]) - (tokens - 1 - int(kept[-1]))) <= 1 + tokens / budget / 2
@@ -136,11 +176,12 @@ def test_uniform_strides_are_even(tokens, budget):
 def test_hired_keeps_the_most_attended():
     for seed, (tokens, budget) in enumerate(random_cases(60)):
         view = make_view(tokens, seed)
-        kept = hired.choose(view, budget).indices
+        kept, _ = choose(hired, view, budget)
         others = torch.ones(tokens, dtype=torch.bool)
         others[kept] = False
-        assert view.cls_attention[kept].min() >= view.cls_attention[others].max()
-    assert top(torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]), 3).tolist() == [0, 1, 3]
+        attention = view[1].attention[0]
+        assert attention[kept].min() >= attention[others].max()
+    assert highest(torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]), 3).tolist() == [0, 1, 3]
 
 
 def chord(tokens):
@@ -179,10 +220,12 @@ def test_divprune_does_not_repeat_equal_tokens_before_all_others_are_kept():
 
 
 def test_divprune_compares_projected_tokens():
-    view = make_view(30)
-    expected = divprune.most_diverse(view.project(view.features), 9)
-    assert torch.equal(divprune.choose(view, 9).indices, expected)
-    assert not torch.equal(divprune.most_diverse(view.features, 9), expected)
+    features, context = view = make_view(30)
+    expected = divprune.most_diverse(context.projected[0], 9)
+    assert torch.equal(choose(divprune, view, 9)[0], expected)
+    unprojected = divprune.most_diverse(features[0], 9)
+    assert torch.equal(choose(divprune, (features, replace(context, projected=None)), 9)[0], unprojected)
+    assert not torch.equal(unprojected, expected)
 
 
 def log_volume(kernel, chosen):
@@ -210,39 +253,42 @@ def test_dpp_begins_with_the_lower_tokens_where_all_are_spanned():
 
 
 def test_dpp_compares_projected_tokens():
-    view = make_view(30)
-    projected = dpp.likeliest(dpp.similarities(view.project(view.features)), 5)
-    assert torch.equal(dpp.choose(view, 5).indices, projected)
-    assert not torch.equal(dpp.likeliest(dpp.similarities(view.features), 5), projected)
+    features, context = view = make_view(30)
+    projected = dpp.likeliest(dpp.similarities(context.projected[0]), 5)
+    assert torch.equal(choose(dpp, view, 5)[0], projected)
+    unprojected = dpp.likeliest(dpp.similarities(features[0]), 5)
+    assert torch.equal(choose(dpp, (features, replace(context, projected=None)), 5)[0], unprojected)
+    assert not torch.equal(unprojected, projected)
 
 
 def test_cdpruner_weighs_the_kernel_by_relevance():
     for seed in range(20):
-        view = make_view(20 + seed, seed)
+        context = make_view(20 + seed, seed)[1]
         words = torch.randn(1 + seed % 5, WIDTH, generator=torch.Generator().manual_seed(seed))
-        projected = view.project(view.features)
+        features, projected = context.features[0], context.projected[0]
         means = [sum(float(torch.cosine_similarity(t, w, dim=0)) for w in words) / len(words) for t in projected]
         relevance = [(mean - min(means)) / (max(means) - min(means)) for mean in means]
         found = cdpruner.relevance(projected, words)
         assert found.tolist() == pytest.approx(relevance, abs=1e-4)
-        unit = nn.functional.normalize(view.features.double(), dim=-1) * found[:, None]
-        assert cdpruner.choose(view, words, 5).indices.tolist() == dpp.likeliest(unit @ unit.T, 5).tolist()
+        unit = nn.functional.normalize(features.double(), dim=-1) * found[:, None]
+        assert cdpruner.choose(features, projected, words, 5).tolist() == dpp.likeliest(unit @ unit.T, 5).tolist()
     assert cdpruner.relevance(projected, words[:0]).tolist() == [1.0] * len(projected)
 
 
 def test_vispruner_keeps_the_important_half_and_removes_duplicates_of_the_rest():
     for seed, (tokens, budget) in enumerate(random_cases(60)):
         view = make_view(tokens, seed)
-        ranked = sorted(range(tokens), key=lambda token: -float(view.cls_attention[token]))
+        attention, features = view[1].attention[0], view[1].features[0]
+        ranked = sorted(range(tokens), key=lambda token: -float(attention[token]))
         important, rest = ranked[: budget // 2], ranked[budget // 2 :]
         while len(rest) > budget - budget // 2:
             removed = min(8, len(rest) - (budget - budget // 2))
             even, odd = rest[::2], rest[1::2]
 
-            cosines = torch.cosine_similarity(view.features[even][:, None], view.features[odd][None], dim=-1)
+            cosines = torch.cosine_similarity(features[even][:, None], features[odd][None], dim=-1)
             closest = dict(zip(even, cosines.max(1).values.tolist()))
             rest = sorted(even, key=lambda token, closest=closest: -closest[token])[removed:] + odd
-        assert vispruner.choose(view, budget).indices.tolist() == sorted(important + rest)
+        assert choose(vispruner, view, budget)[0].tolist() == sorted(important + rest)
 
 
 def test_hiprune_keeps_anchors_their_neighbours_and_registers():
@@ -322,78 +368,113 @@ def test_features_are_averaged_over_cells():
     assert found.keep_indices[0][:3].tolist() == [9, 11, 13]
 
 
+def zipped(view, num_dominant, num_contextual):
+    _, context = view
+    one = {name: getattr(context, name)[0] for name in ("features", "attention", "keys")}
+    return visionzip.zip_tokens(Context(**one), num_dominant, num_contextual)
+
+
 def test_visionzip_of_dominant_tokens_alone_is_top_attention():
     for seed, (tokens, budget) in enumerate(random_cases(60)):
         view = make_view(tokens, seed)
-        features, indices, _ = visionzip.zip_tokens(view, budget, 0)
-        kept = view.cls_attention.topk(budget - 1).indices.sort().values
-        assert indices.tolist() == [-1, *kept.tolist()]
-        assert torch.equal(features, torch.cat([view.cls_feature[None], view.features[kept]]))
+        indices, features = zipped(view, budget, 0)
+        assert indices.tolist() == view[1].attention[0].topk(budget).indices.sort().values.tolist()
+        assert torch.equal(features, view[1].features[0, indices])
 
 
 @pytest.mark.parametrize(("budget", "dominant"), [(192, 162), (128, 108), (64, 54), (32, 27)])
 def test_visionzip_splits_budgets_as_the_paper_does(budget, dominant):
-    view = make_view(576)
-    features, indices, _ = visionzip.choose(view, budget)
-    unmerged = (features[1:] == view.features[indices[1:]]).all(1)
-    assert int(unmerged[: dominant - 1].sum()) == dominant - 1
-    assert not unmerged[dominant - 1 :].any()
+    """CLS, which the model keeps besides, is one of the dominant tokens."""
+    features, context = make_view(576)
+    indices, merged = choose(visionzip, (features, replace(context, extra_kept=1)), budget - 1)
+    unmerged = (merged == context.features[0, indices]).all(1)
+    assert int(unmerged.sum()) == dominant - 1
+    assert set(context.attention[0].topk(dominant - 1).indices.tolist()) == set(indices[unmerged].tolist())
 
 
-@pytest.mark.parametrize(("tokens", "dominant", "contextual"), [(40, 6, 5), (23, 1, 7), (12, 4, 9), (30, 20, 1)])
+@pytest.mark.parametrize(("tokens", "dominant", "contextual"), [(40, 6, 5), (23, 1, 7), (12, 4, 7), (30, 20, 1)])
 def test_visionzip_merges_each_other_token_into_its_most_similar_target(tokens, dominant, contextual):
     view = make_view(tokens)
-    features, indices, _ = visionzip.zip_tokens(view, dominant, contextual)
-    keys = view.keys[1:].view(tokens, HEADS, -1).mean(1)
-    rest = sorted(set(range(tokens)) - set(indices[1:dominant].tolist()))
+    own = view[1].features[0]
+    indices, features = zipped(view, dominant, contextual)
+    keys = view[1].keys[0].mean(1)
+    kept = view[1].attention[0].topk(dominant).indices.tolist()
+    rest = sorted(set(range(tokens)) - set(kept))
     targets = rest[:: max(1, len(rest) // contextual)][:contextual]
-    assert indices[dominant:].tolist() == targets
+    assert indices.tolist() == sorted(kept + targets)
     assigned = {target: [] for target in targets}
     for other in rest:
         if other not in targets:
             similarity = [float(torch.cosine_similarity(keys[other], keys[target], dim=0)) for target in targets]
-            assigned[targets[similarity.index(max(similarity))]].append(view.features[other])
-    for feature, target in zip(features[dominant:], targets):
-        mean = torch.stack(assigned[target]).mean(0) if assigned[target] else 0
-        torch.testing.assert_close(feature, view.features[target] + mean, rtol=1e-4, atol=1e-5)
+            assigned[targets[similarity.index(max(similarity))]].append(own[other])
+    for feature, token in zip(features, indices.tolist()):
+        mean = torch.stack(assigned[token]).mean(0) if assigned.get(token) else 0
+        torch.testing.assert_close(feature, own[token] + mean, rtol=1e-4, atol=1e-5)
 
 
 def test_visionzip_dyn_gives_tokens_by_information():
-    counts = []
-    for seed in range(20):
-        view = make_view(100, seed, compared=torch.randn(100, DIM) + seed / 10)
-        counts.append(len(visionzip.choose_dynamic(view, 40).indices))
-        assert counts[-1] == int(information_budgets(redundancy(view.compared[None]), 40, 100, 0.9))
-    assert len(set(counts)) > 5
+    model, images = build(reference_information=0.7), pixels(14)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        next(weight for name, weight in tower.named_parameters() if "position_embedding" in name).mul_(0.01)
+    for row, image in enumerate(images):
+        image[:, 2 * row :] = 1
+    states = run_tower(tower, images, [3]).hidden_states[3][:, 1:]
+    expected = information_budgets(redundancy(states), 20, NUM_PATCHES, 0.7, 2).tolist()
+    found = features_of(model, "visionzip-dyn", images, 20)
+    assert [len(view) for view in found.pooler_output] == expected
+    assert all(indices[0] == -1 for indices in found.keep_indices)
+    assert len(set(expected)) > 5
 
 
 def test_prumerge_adds_nearest_others_and_the_rest():
     for seed, (tokens, budget) in enumerate(random_cases(20)):
         view = make_view(tokens, seed)
-        features, indices, _ = prumerge.choose(view, budget)
-        logits = view.keys @ view.queries[0] / WIDTH**0.5
-        attention = (logits.exp() / logits.exp().sum())[1:]
+        own, keys, attention = view[1].features[0], view[1].keys[0].flatten(1), view[1].joined_attention[0]
+        indices, features = choose(prumerge, view, budget)
         kept = attention.topk(budget - 1).indices.sort().values.tolist()
-        assert indices.tolist() == [*kept, -1]
-        for feature, token in zip(features, kept):
-            similarity = torch.cosine_similarity(view.keys[1:], view.keys[1 + token], dim=1)
-            others = [other for other in similarity.argsort(descending=True).tolist() if other != token]
-            added = sum(attention[other] * view.features[other] for other in others[:32])
-            torch.testing.assert_close(feature, view.features[token] + added, rtol=1e-4, atol=1e-5)
         rest = [token for token in range(tokens) if token not in kept]
-        torch.testing.assert_close(features[-1], attention[rest] @ view.features[rest], rtol=1e-4, atol=1e-5)
+        assert indices.tolist() == sorted([*kept, rest[-1]])
+        for feature, token in zip(features, indices.tolist()):
+            if token == rest[-1]:
+                torch.testing.assert_close(feature, attention[rest] @ own[rest], rtol=1e-4, atol=1e-5)
+                continue
+            similarity = torch.cosine_similarity(keys, keys[token], dim=1)
+            others = [other for other in similarity.argsort(descending=True).tolist() if other != token]
+            added = sum(attention[other] * own[other] for other in others[:32])
+            torch.testing.assert_close(feature, own[token] + added, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("vision", [{}, DINOV2], ids=["clip", "dinov2"])
+def test_prumerge_reads_the_last_layer_with_all_heads_as_one(vision, monkeypatch):
+    model, images, seen = build(vision=vision), pixels(2), []
+    merge = prumerge.merge
+    monkeypatch.setattr(prumerge, "merge", lambda context, kept: seen.append(context) or merge(context, kept))
+    features_of(model, "prumerge", images)
+    for image, context in zip(images, seen):
+        block = tome.find_blocks(model.model.vision_tower)[-1]
+        with torch.no_grad():
+            states = run_tower(model.model.vision_tower, image[None], [2, 3]).hidden_states
+            attention = getattr(block, "self_attn", None) or block.attention
+            normed = (getattr(block, "layer_norm1", None) or block.norm1)(states[3])
+            queries, keys = attention.q_proj(normed)[0], attention.k_proj(normed)[0]
+        expected = (queries[0] @ keys.T / 32**0.5).softmax(-1)[1:]
+        torch.testing.assert_close(context.joined_attention.double(), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(context.keys.flatten(1), keys[1:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(context.features, states[3][0, 1:], rtol=1e-4, atol=1e-5)
 
 
 def test_prumerge_plus_keeps_half_by_attention_and_half_evenly():
-    for seed, (tokens, budget) in enumerate(random_cases(40)):
+    for seed, (tokens, budget) in enumerate(random_cases(60)):
         view = make_view(tokens, seed)
-        kept = prumerge.choose_plus(view, budget).indices[:-1].tolist()
-        best = top(prumerge.cls_attention_of_joined_heads(view), budget // 2).tolist()
-        assert set(best) <= set(kept)
-        assert kept == sorted(kept)
+        indices, _ = choose(prumerge, view, budget, strided=True)
+        best = highest(view[1].joined_attention[0], budget // 2).tolist()
         others = [token for token in range(tokens) if token not in best]
-        strides = torch.tensor([others.index(token) for token in kept if token not in best]).diff()
-        assert len(strides) == 0 or strides.max() - strides.min() <= 1
+        missing = budget - 1 - len(best)
+        strided = [others[row * len(others) // missing] for row in range(missing)]
+        kept = sorted([*best, *strided])
+        last = max(token for token in range(tokens) if token not in kept)
+        assert indices.tolist() == sorted([*kept, last])
 
 
 def test_tome_merges_as_many_as_planned():
@@ -564,6 +645,115 @@ def test_presets_are_settings_of_prunesid(model):
         assert all(map(torch.equal, found.keep_indices, expected.keep_indices))
 
 
+def test_methods_of_the_seam_run_in_qwen_vl():
+    """Each picture keeps what the method keeps of the features that enter the language model."""
+    model = tiny_qwen.build("Qwen2_5_VL")
+    inputs = tiny_qwen.batch(
+        "Qwen2_5_VL",
+        tiny_qwen.prompt("Qwen2_5_VL", 7, ("image", (1, 8, 12)), 8),
+        tiny_qwen.prompt("Qwen2_5_VL", ("image", (1, 4, 8)), ("image", (1, 8, 8)), 9, 10),
+    )
+    views = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    stock = tiny_qwen.stock_twin(model, "Qwen2_5_VL")
+    with torch.no_grad():
+        whole = stock.get_image_features(**views, return_dict=True).pooler_output
+        for name in ("random", "uniform", "divprune", "dpp"):
+            with applied(model, name, 6) as run:
+                output = model.get_image_features(**views, return_dict=True)
+                answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            assert run.tokens[:3] == [6.0] * 3 and answer.shape[1] == inputs["input_ids"].shape[1] + 3
+            for features, kept, indices in zip(whole, output.pooler_output, output.keep_indices):
+                assert torch.equal(indices, choose(SELECTORS[name][0], (features[None], Context()), 6)[0])
+                assert torch.equal(kept, features[indices])
+        for name in ("hired", "vispruner", "visionzip", "prumerge"):
+            needs = r"needs .*attention.* of a vision tower with a CLS token, which this model has not"
+            with pytest.raises(ValueError, match=f"method='{name}' {needs}"), applied(model, name, 6):
+                pass
+    with pytest.raises(ValueError, match="must be a PruneSIDLlavaForConditionalGeneration for 'tome'"):
+        applied(model, "tome", 6).__enter__()
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODER_SIDE if METHODS[name].any_family])
+def test_methods_of_the_seam_choose_in_each_crop_of_llava_next(name):
+    torch.manual_seed(0)
+    config = PruneSIDLlavaNextConfig(
+        vision_config=VISION,
+        text_config=TEXT,
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+        prunesid_config={"budget": BUDGET, "reference_information": 0.9},
+    )
+    model = PruneSIDLlavaNextForConditionalGeneration(config).double().eval()
+    crops, sizes = pixels(8).view(2, 4, 3, IMAGE_SIZE, IMAGE_SIZE)[:, :3], torch.tensor([[56, 28], [28, 50]])
+    views = {"pixel_values": crops, "image_sizes": sizes}
+    with torch.no_grad(), applied(model, name, BUDGET) as run:
+        output = model.get_image_features(**views, return_dict=True)
+    counts = [len(view) for view in output.pooler_output]
+    assert run.tokens == counts
+    if not name.endswith("-dyn"):
+        assert counts == [3 * BUDGET] * 2
+    for own, indices, padded in zip(output.pooler_output, output.keep_indices, (False, True)):
+        assert own.isfinite().all() and len(indices.unique()) >= len(indices) - 2  # -1 is CLS, of each crop
+        assert padded or not ((indices - NUM_PATCHES + 1) % 7 == 0).all()
+
+
+def test_a_model_carries_a_registered_method(tmp_path):
+    """Saved, it has the method's file and no other's, and loads in a clean process without our package."""
+    model, images = build(method="paper"), pixels(2)
+    with registered(visionzip) as name:
+        model.config.prunesid_config = PruneSIDConfig(budget=BUDGET, method=name)
+        expected = model.get_image_features(pixel_values=images, return_dict=True).pooler_output
+        model.save_pretrained(tmp_path / "repo")
+    files = {path.name for path in (tmp_path / "repo").glob("*.py")}
+    assert {file for file in files if file.startswith("method_")} == {"method_visionzip.py"}
+    torch.save(images, tmp_path / "images.pt")
+    code = """
+import sys, torch
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained("repo", trust_remote_code=True, dtype=torch.float64)
+assert "modeling_prunesid" not in sys.modules
+with torch.no_grad():
+    output = model.get_image_features(pixel_values=torch.load("images.pt"), return_dict=True)
+torch.save(output.pooler_output, "out.pt")
+model.save_pretrained("again")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=300)
+    for kept, found in zip(expected, torch.load(tmp_path / "out.pt")):
+        assert torch.equal(kept, found)
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == files
+    with pytest.raises(ValueError, match="method must be one of .* got 'visionzip'.*register_method"):
+        PruneSIDLlavaForConditionalGeneration.from_pretrained(tmp_path / "repo")
+
+
+def test_a_method_that_cannot_travel_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="name must be a Python name .* got 'dpp-2'"):
+        register_method("dpp-2", dpp)
+    with pytest.raises(ValueError, match="name must be a Python name and none of .*'paper'.* got 'paper'"):
+        register_method("paper", dpp)
+    with pytest.raises(
+        ValueError, match="module 'prunesid_cli.*fastv' of method 'fastv' lacks select, needs, DEFAULTS"
+    ):
+        register_method("fastv", fastv)
+    (tmp_path / "short_method.py").write_text(
+        Path(uniform.__file__).read_text().replace("return middles", "return middles[1:]")
+        + "from .dpp import likeliest\n"
+    )
+    sys.modules.pop("prunesid_cli.baselines.short_method", None)
+    spec = importlib.util.spec_from_file_location("prunesid_cli.baselines.short_method", tmp_path / "short_method.py")
+    module = sys.modules["prunesid_cli.baselines.short_method"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = build()
+    with registered(module) as name:
+        model.config.prunesid_config = PruneSIDConfig(budget=BUDGET, method=name)
+        with pytest.raises(ValueError, match="imports dpp.py, which does not travel"):
+            model.save_pretrained(tmp_path / "repo")
+        with pytest.raises(ValueError, match=r"method='short_method' must choose 8 of 49 tokens, got .*\(7,\)"):
+            model.get_image_features(pixel_values=pixels(1))
+    assert name not in method_registry
+
+
 def test_errors_name_what_is_wrong():
     model = build()
     with (
@@ -578,7 +768,7 @@ def test_errors_name_what_is_wrong():
             features_of(model, name, pixels(1))
     model.config.vision_feature_select_strategy = "full"
     with pytest.raises(ValueError, match="must be 'default', .* got 'full'"):
-        features_of(model, "divprune", pixels(1))
+        features_of(model, "tome", pixels(1))
     model.config.vision_feature_select_strategy = "default"
     model.config.vision_feature_layer = [-2, -1]
     with pytest.raises(ValueError, match="must be a single layer for ToMe"):
@@ -586,13 +776,12 @@ def test_errors_name_what_is_wrong():
 
 
 def cdpruner_alone(model, image, words):
-    """The tokens that CDPruner keeps of one image for the ids of one question."""
+    """The patches of one image, projected, that CDPruner keeps for the ids of one question, and their indices."""
     with torch.no_grad():
-        tower = model.model.vision_tower(image[None], output_hidden_states=True)
-        view = make_view(
-            NUM_PATCHES, features=tower.hidden_states[-2][0, 1:], project=model.model.multi_modal_projector
-        )
-        return cdpruner.choose(view, model.get_input_embeddings()(torch.tensor(words)), BUDGET)
+        features = model.model.vision_tower(image[None], output_hidden_states=True).hidden_states[-2][0, 1:]
+        projected = model.model.multi_modal_projector(features)
+        indices = cdpruner.choose(features, projected, model.get_input_embeddings()(torch.tensor(words)), BUDGET)
+        return projected[indices], indices.tolist()
 
 
 def test_cdpruner_reads_the_question_of_each_prompt(model):
@@ -602,8 +791,8 @@ def test_cdpruner_reads_the_question_of_each_prompt(model):
     pictures = ([0], [1], [2, 3], [])
     rows = [prompt([NUM_PATCHES] * len(own), text) for own, text in zip(pictures, texts)]
     expected = [cdpruner_alone(model, images[i], text) for own, text in zip(pictures, texts) for i in own]
-    features = [model.model.multi_modal_projector(kept.features) for kept in expected]
-    assert expected[0].indices.tolist() != expected[1].indices.tolist()
+    features = [kept for kept, _ in expected]
+    assert expected[0][1] != expected[1][1]
     short = batch([prompt([BUDGET] * len(own), text) for own, text in zip(pictures, texts)])
     encoded = BaseModelOutputWithPooling(pooler_output=features)
     with torch.no_grad():
@@ -940,5 +1129,4 @@ def test_a_stock_checkpoint_in_our_class_is_accepted(tmp_path):
     model = build(None)
     stock_twin(model).save_pretrained(tmp_path)
     loaded = PruneSIDLlavaForConditionalGeneration.from_pretrained(tmp_path)
-    assert loaded.config.model_type == "llava"
     assert len(features_of(loaded, "visionzip", pixels(1)).pooler_output[0]) == BUDGET

@@ -15,7 +15,8 @@ from sklearn.datasets import load_sample_images
 from modeling_prunesid import components
 from modeling_prunesid.context import Context, counts_on
 from modeling_prunesid.exact import gram
-from modeling_prunesid.methods import METHODS, carried_source, check_method, method_of, method_of_saved
+from modeling_prunesid.methods import METHODS, check_method, method_of, method_of_saved
+from modeling_prunesid.registering import carried_source
 from modeling_prunesid.selection import NMS_ROUNDS, information_budgets, redundancy, survivors
 
 
@@ -75,7 +76,7 @@ def choose(case, views, counts, device=None, **context):
     attention = attention_of(views)
     if device is not None:
         views, attention = device.put(views), device.put(attention)
-    given = Context(counts=list(counts), cls_attention=attention, details=True, **context)
+    given = Context(counts=list(counts), attention=attention, details=True, **context)
     return METHODS[name](views, counts_on(views.device, list(counts)), settings, given)
 
 
@@ -331,7 +332,7 @@ class Selecting(torch.nn.Module):
 
     def forward(self, views, counts, attention):
         name, settings = CASES[self.case]
-        return METHODS[name](views, counts, settings, Context(max_count=self.most, cls_attention=attention)).indices
+        return METHODS[name](views, counts, settings, Context(max_count=self.most, attention=attention)).indices
 
 
 @pytest.mark.parametrize(

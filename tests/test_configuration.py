@@ -43,7 +43,7 @@ INVALID = {
     "method_settings": [[], "score", 1],
 }
 INVALID_OF_METHODS = {
-    "score": ["attention", None, 1],
+    "score": ["energy", None, 1],
     "center": ["token", None, 0],
     "quota": ["even", None, 0],
     "keep_cls": [0, None, "no"],

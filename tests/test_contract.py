@@ -49,9 +49,9 @@ def build(name):
             if not torch.isfinite(parameter).all() or (
                 parameter.numel() > 1 and parameter.dim() > 1 and parameter.std() == 0
             ):
-                parameter.normal_(0, 0.3)
+                parameter.copy_(0.3 * torch.randn(parameter.shape))  # exact in float32, in which some are loaded
         weight = (ours.get_output_embeddings() or ours.language_model.lm_head).weight
-        unlikely = (PAD, EOS, IMAGE, VIDEO, row.token)  # never the best of random logits
+        unlikely = (PAD, EOS, IMAGE, VIDEO, row.token, *row.special)  # never the best of random logits
         weight[[token for token in unlikely if token < len(weight)]] = 0
     reference.load_state_dict(ours.state_dict(), strict=True)
     for model in (ours, reference):
@@ -304,7 +304,7 @@ def test_stock_checkpoints_load(name, tmp_path):
         assert not info["missing_keys"] and not info["mismatched_keys"]
         assert not info["unexpected_keys"] or cls is not type(ours)
         expected = (reference if cls is type(ours) else base_of(reference)).state_dict()
-        assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+        assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in loaded.state_dict().items())
 
 
 def check_loads_what_the_stock_class_loads(ours, reference, folder):
@@ -354,7 +354,10 @@ def test_short_prompts_equal_full_ones(name):
     ]
     short = batch(rows)
     arguments = {**short, **row.along(short["input_ids"]), **row.inputs(rows_of(row))}
-    assert torch.equal(ours(**arguments).logits, output.logits)
+    for ids, logits, full, keep, mask in zip(
+        rows, ours(**arguments).logits, output.logits, output.keep_mask, inputs["attention_mask"]
+    ):
+        assert torch.equal(logits[-len(ids) :], full[keep & mask.bool()])
     lengths = [inputs["input_ids"].shape[1], short["input_ids"].shape[1]]
     answers = [ours.generate(**each, max_new_tokens=NEW_TOKENS, do_sample=False) for each in (inputs, arguments)]
     assert torch.equal(*(answer[:, length:] for answer, length in zip(answers, lengths)))
@@ -378,7 +381,8 @@ def test_beams_of_rows_with_several_inputs_have_the_scores_of_their_answers(name
         output_scores=True,
     )
     along = {
-        key: torch.nn.functional.pad(value, (0, NEW_TOKENS)) for key, value in row.along(inputs["input_ids"]).items()
+        key: torch.nn.functional.pad(value, (0, NEW_TOKENS), value=row.answer)
+        for key, value in row.along(inputs["input_ids"]).items()
     }
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW_TOKENS), value=1)
     again = {**inputs, "input_ids": output.sequences, "attention_mask": mask, **along}
@@ -440,7 +444,10 @@ def test_saved_models_load_through_auto_classes(name, tmp_path):
     if row.prepare is not None:
         row.prepare(loaded)
     inputs = prompt(row)
-    assert torch.equal(loaded.eval()(**inputs).logits, ours(**inputs).logits)
+    expected = ours.state_dict()
+    assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in loaded.state_dict().items())
+    # Some parts are loaded in float32.
+    assert close(loaded.eval()(**inputs).logits, ours(**inputs).logits, 1e-5)
     assert type(base_of(AutoModel.from_pretrained(tmp_path, dtype=torch.float64))) is type(base_of(ours))
 
 

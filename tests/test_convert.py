@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -370,6 +371,16 @@ class TestCalibrate:
             str(output),
         )
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["views"] == 9
+
+    def test_few_images_and_budgets_without_a_floor_are_said(self, base, photographs, tmp_path, capsys):
+        given = ["calibrate", base, photographs, "--budget", 12, "--output", tmp_path / "calibrated.json"]
+        run(*given)
+        said = capsys.readouterr().err
+        assert "24 views are few: take some hundreds" in said
+        assert re.search(r"Budgets go down to [12] tokens. Give the plainest images a floor: --min-budget 3\n", said)
+        run(*given, "--min-budget", 6)
+        assert "a floor" not in capsys.readouterr().err
+        assert read_preset(tmp_path / "calibrated.json").fields["min_budget"] == 6
 
     def test_bounds_are_made_up_for(self):
         views = [(rho, 49) for rho in np.linspace(0.05, 0.95, 40).tolist()]

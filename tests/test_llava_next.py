@@ -603,7 +603,7 @@ class TestProcessor:
     def test_an_invalid_setting_is_refused(self):
         with pytest.raises(ValueError, match="budget_scope must be one of"):
             build_processor(num_visual_tokens=6, budget_scope="crop")
-        with pytest.raises(ValueError, match="budget must be a positive integer"):
+        with pytest.raises(ValueError, match="num_visual_tokens must be a positive integer"):
             build_processor(num_visual_tokens=-1)
 
 

@@ -9,7 +9,8 @@ from tiny import BUDGET, IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, VISION, build, pix
 from transformers import AutoConfig, AutoModel
 
 from modeling_prunesid.select_tokens import select_tokens
-from modeling_prunesid.tower import resolve_layer, run_tower
+from modeling_prunesid.tower import resolve_layer
+from prunesid_cli.towers import run_tower
 
 
 SHAPE = {

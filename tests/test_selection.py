@@ -133,11 +133,35 @@ def test_quotas():
     for _ in range(2000):
         sizes = torch.randint(0, 40, (draw(1, 30),), generator=generator)
         sizes[0] += 1
-        total, nominal = draw(1, int(sizes.sum())), draw(1, 200)
+        total = draw(1, int(sizes.sum()))
         assert proportional_quotas(sizes, total).tolist() == proportional(sizes.tolist(), total)
-        quotas = bounded_quotas(sizes, total, nominal, tokens=50)
-        assert quotas.tolist() == bounded(sizes.tolist(), total, nominal)
-        assert quotas.sum() == total and (quotas >= 0).all() and (quotas <= sizes).all()
+        held = sizes + torch.randint(0, 20, sizes.shape, generator=generator) * sizes.clamp(max=1)
+        total = draw(1, int(held.sum()))
+        nominal = total + draw(0, 1)
+        quotas = bounded_quotas(sizes, held, total, nominal, tokens=60)
+        assert quotas.tolist() == bounded(sizes.tolist(), held.tolist(), total, nominal)
+        assert quotas.sum() == total and (quotas >= 0).all() and (quotas <= held).all()
+
+
+def test_quotas_of_the_release_round_halves_to_even():
+    """Two equal groups, three tokens: one each, and of the third the first group's share is 0.5, which is 0."""
+    assert bounded_quotas(torch.tensor([2, 2]), torch.tensor([2, 2]), 3, 3, 2).tolist() == [1, 2]
+
+
+def test_quotas_of_the_release_take_a_suppressed_token_before_anothers_survivor():
+    """Bounds of 1 and 5 hold 6 of 8: they rise by one to 2 and 6, and the group of one survivor gives two tokens."""
+    assert bounded_quotas(torch.tensor([1, 20]), torch.tensor([9, 20]), 8, 8, 20).tolist() == [2, 6]
+
+
+def test_quotas_of_a_batch_are_those_of_its_rows():
+    generator = torch.Generator().manual_seed(3)
+    held = torch.randint(1, 20, (50, 12), generator=generator)
+    survivors = (held * torch.rand(50, 12, generator=generator)).ceil().long()
+    nominal = torch.randint(2, 12, (50, 1), generator=generator) * held.sum(1, keepdim=True) // 12 + 1
+    together = bounded_quotas(survivors, held, nominal - 1, nominal, 20)
+    for row in range(50):
+        alone = bounded_quotas(survivors[row], held[row], int(nominal[row]) - 1, int(nominal[row]), 20)
+        assert torch.equal(together[row], alone)
 
 
 HARD_INPUTS = {

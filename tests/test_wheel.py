@@ -38,10 +38,9 @@ def prunesid(wheel, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
     python = home / "bin" / "python"
     install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([sys.executable, *install], check=True)
-    [site_packages] = home.glob("lib/python*/site-packages")
-    (site_packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    subprocess.run([sys.executable, *install], env=kept, check=True)
+    [site_packages] = home.glob("lib/python*/site-packages")
     overlay = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
     (site_packages / "dependencies.pth").write_text("\n".join([*overlay, sysconfig.get_paths()["purelib"]]) + "\n")
 

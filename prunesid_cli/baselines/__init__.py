@@ -1,7 +1,8 @@
 """The methods that PruneSID is compared with, our own implementations, run in one and the same model.
 
 `METHODS` names them. `applied` makes a loaded model run with one of them, in `generate` and `forward`, for batches of
-any size, and leaves the model as it was. Prompts are written in full, one placeholder for every patch.
+any size, and leaves the model as it was. Prompts are written in full, one placeholder for every patch. Methods that
+choose by one finished view (`seam.py`) run in every family that has what they need, the others in LLaVA-1.5.
 
     with applied(model, "visionzip", 64) as run:
         model.generate(**inputs)
@@ -16,9 +17,8 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
-
-from modeling_prunesid import PruneSIDConfig
 
 from . import (
     cdpruner,
@@ -39,8 +39,9 @@ from . import (
     vispruner,
     vitcop,
 )
-from .encoder import encoder_method, from_views, question_method, replaced
+from .encoder import encoder_method, question_method, replaced
 from .llm import llm_method
+from .seam import preset
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class Method:
         install: called with the model and the budget, a context in which the model runs with the method. It yields the
             list of what was measured, if this is not simply the tokens of the encoded images.
         reads_question (`bool`): whether the tokens of an image depend on its prompt.
+        any_family (`bool`): whether it is a method of the package's seam, which any family runs.
     """
 
     title: str
     place: str
     install: Callable[[Any, int | float], AbstractContextManager]
     reads_question: bool = False
+    any_family: bool = False
 
 
 @dataclass
@@ -79,22 +82,29 @@ def applied(model: Any, name: str, budget: int | float) -> Iterator[Run]:
     Inside, `model` runs with the method `name`; afterwards it is as it was.
 
     Args:
-        model (`PruneSIDLlavaForConditionalGeneration`): with a tower that has a CLS token, such as CLIP or DINOv2.
+        model: a model of a PruneSID family; for methods that do not choose by one finished view a
+            `PruneSIDLlavaForConditionalGeneration` with a tower that has a CLS token, such as CLIP or DINOv2.
         name (`str`): one of `METHODS`.
-        budget (`int` or `float`): N, a count or a share of the patches of an image. From T on, nothing is dropped.
+        budget (`int` or `float`): N, a count or a share of the patches of a view. From T on, nothing is dropped.
 
     Yields:
         `Run`: the tokens that were measured inside.
 
     Raises:
-        `ValueError`: for an unknown name, another kind of model, or settings that a method cannot work with.
+        `ValueError`: for an unknown name, another kind of model, or one that lacks what a method reads.
     """
     if name not in METHODS:
         raise ValueError(f"name must be one of {', '.join(METHODS)}, got {name!r}.")
-    if type(model).__name__ != "PruneSIDLlavaForConditionalGeneration":  # a stock checkpoint keeps its model_type
+    own_class, settings = type(model).__name__, getattr(model.config, "prunesid_config", None)
+    if type(settings).__name__ != "PruneSIDConfig":
         raise ValueError(
-            f"model must be a PruneSIDLlavaForConditionalGeneration, got {type(model).__name__}. Load the checkpoint "
-            "with that class; its weights are those of the stock LLaVA."
+            f"model must be of a PruneSID family, such as PruneSIDLlavaForConditionalGeneration, got {own_class}. "
+            "Load the checkpoint with its family's class; the weights are those of the stock model."
+        )
+    if not METHODS[name].any_family and own_class != "PruneSIDLlavaForConditionalGeneration":
+        raise ValueError(
+            f"model must be a PruneSIDLlavaForConditionalGeneration for {name!r}, which looks into the tower or the "
+            f"language model, got {own_class}. Take a method that chooses by one finished view, such as 'divprune'."
         )
     with METHODS[name].install(model, budget) as measured:
         if measured is not None:
@@ -119,37 +129,23 @@ def _measured(base_model: Any, run: Run) -> Iterator[None]:
         yield
 
 
-def _preset(**settings: Any) -> Callable:
-    """PruneSID with `settings`, all others the paper's, in the layer that the model itself compares tokens by."""
-
-    @contextmanager
-    def install(model, budget):
-        own = model.config.prunesid_config
-        fixed = {"budget": budget, "layer": own.layer, "reference_information": own.reference_information}
-        model.config.prunesid_config = PruneSIDConfig(**{**fixed, **settings})
-        try:
-            yield
-        finally:
-            model.config.prunesid_config = own
-
-    return install
+def _seam(title: str, module: ModuleType | None = None, place: str = "encoder", **settings: Any) -> Method:
+    return Method(title, place, preset(module, **settings), any_family=True)
 
 
 METHODS: dict[str, Method] = {
-    "full": Method("Full", "nowhere", _preset(budget=None)),
-    "random": Method("Random", "encoder", encoder_method(from_views(random_choice.choose))),
-    "uniform": Method("Uniform", "encoder", encoder_method(from_views(uniform.choose))),
+    "full": _seam("Full", place="nowhere", budget=None),
+    "random": _seam("Random", random_choice),
+    "uniform": _seam("Uniform", uniform),
     "tome": Method("ToMe", "encoder", encoder_method(tome.encode)),
-    "prumerge": Method("LLaVA-PruMerge", "encoder", encoder_method(from_views(prumerge.choose, "last"))),
-    "prumerge+": Method("LLaVA-PruMerge+", "encoder", encoder_method(from_views(prumerge.choose_plus, "last"))),
-    "hired": Method("HiRED", "encoder", encoder_method(from_views(hired.choose, "compared"))),
-    "divprune": Method("DivPrune", "encoder", encoder_method(from_views(divprune.choose))),
-    "visionzip": Method("VisionZip", "encoder", encoder_method(from_views(visionzip.choose, "compared"))),
-    "visionzip-dyn": Method(
-        "VisionZip-Dyn", "encoder", encoder_method(from_views(visionzip.choose_dynamic, "compared"))
-    ),
-    "dpp": Method("DPP", "encoder", encoder_method(from_views(dpp.choose))),
-    "vispruner": Method("VisPruner", "encoder", encoder_method(from_views(vispruner.choose, "compared"))),
+    "prumerge": _seam("LLaVA-PruMerge", prumerge, layer=-1),
+    "prumerge+": _seam("LLaVA-PruMerge+", prumerge, layer=-1, method_settings={"strided": True}),
+    "hired": _seam("HiRED", hired),
+    "divprune": _seam("DivPrune", divprune),
+    "visionzip": _seam("VisionZip", visionzip),
+    "visionzip-dyn": _seam("VisionZip-Dyn", visionzip, dynamic=True, min_budget=2),
+    "dpp": _seam("DPP", dpp),
+    "vispruner": _seam("VisPruner", vispruner),
     "hiprune": Method("HiPrune", "encoder", encoder_method(hiprune.encode)),
     "cdpruner": Method("CDPruner", "encoder", question_method(cdpruner.choose), reads_question=True),
     "downsample-image": Method("Smaller picture", "encoder", encoder_method(downsample.encode_small)),
@@ -164,11 +160,11 @@ METHODS: dict[str, Method] = {
         "MustDrop", "both", llm_method(mustdrop.plan, mustdrop.choose, encoder_method(mustdrop.encode))
     ),
     "vitcop": Method("ViTCoP", "both", vitcop.vitcop),
-    "prunesid-paper": Method("PruneSID (paper)", "encoder", _preset()),
-    "prunesid-release": Method("PruneSID (release)", "encoder", _preset(method="release")),
-    "prunesid-spread": Method("PruneSID (spread)", "encoder", _preset(method="spread")),
-    "prunesid-auto": Method("PruneSID (auto)", "encoder", _preset(nms_lambda="auto")),
-    "prunesid-dyn": Method("PruneSID-Dyn", "encoder", _preset(dynamic=True)),
+    "prunesid-paper": _seam("PruneSID (paper)"),
+    "prunesid-release": _seam("PruneSID (release)", method="release"),
+    "prunesid-spread": _seam("PruneSID (spread)", method="spread"),
+    "prunesid-auto": _seam("PruneSID (auto)", nms_lambda="auto"),
+    "prunesid-dyn": _seam("PruneSID-Dyn", dynamic=True),
     "prunesid-llm": Method("PruneSID (auto), and inside", "both", vitcop.prunesid),
 }
 

@@ -12,23 +12,26 @@ encoder's side that reads the question: each question needs a selection, and a c
 import torch
 
 from .dpp import likeliest, similarities
-from .encoder import Kept, View
 
 
 LEAST = 1e-6  # keeps the least relevant token from being no token at all
 
 
-def choose(view: View, words: torch.Tensor, budget: int) -> Kept:
+def choose(features: torch.Tensor, projected: torch.Tensor, words: torch.Tensor, budget: int) -> torch.LongTensor:
     """
     Args:
-        view (`View`): for its features and the projector.
+        features (`torch.Tensor` of shape `(T, dim)`), projected (`torch.Tensor` of shape `(T, hidden_size)`):
+            the patches of an image, before and behind the projector.
         words (`torch.Tensor` of shape `(words, hidden_size)`): embeddings of the question.
         budget (`int`): N.
+
+    Returns:
+        Ascending indices `(N,)`.
     """
-    relevant = relevance(view.project(view.features), words)
-    kernel = relevant[:, None] * similarities(view.features) * relevant
+    relevant = relevance(projected, words)
+    kernel = relevant[:, None] * similarities(features) * relevant
     # The determinant of a set has the factors of its members: scaled up, small ones are not taken for rounding errors.
-    return view.keep(likeliest(kernel / relevant.square().mean(), budget))
+    return likeliest(kernel / relevant.square().mean(), budget)
 
 
 def relevance(tokens: torch.Tensor, words: torch.Tensor) -> torch.Tensor:

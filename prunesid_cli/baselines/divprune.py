@@ -4,18 +4,27 @@ The first token is the one furthest from its nearest other, each next one the fu
 cosine distance of projected tokens. This greedy answer to the max-min diversity problem is kept in raster order.
 """
 
+from typing import Any
+
 import torch
 
-from .encoder import Kept, View
+from modeling_prunesid.context import Context
+from modeling_prunesid.single_views import view_by_view
 
 
-def choose(view: View, budget: int) -> Kept:
-    """
-    Args:
-        view (`View`): for its features and the projector.
-        budget (`int`): N.
-    """
-    return view.keep(most_diverse(view.project(view.features), budget))
+DEFAULTS: dict = {}
+RULES: dict = {}
+
+
+def needs(method_settings: dict) -> frozenset[str]:
+    """What of a [`Context`] is read."""
+    return frozenset({"projected"})
+
+
+@view_by_view
+def select(view: torch.Tensor, count: int, settings: Any, context: Context) -> torch.LongTensor:
+    """The `count` tokens to keep of a view `(T, dim)`: their ascending indices."""
+    return most_diverse(view if context.projected is None else context.projected, count)
 
 
 def most_diverse(tokens: torch.Tensor, count: int) -> torch.LongTensor:

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from modeling_prunesid.tower import run_tower
-
-from .encoder import Kept, num_patches
+from .encoder import Kept, patch_features
 
 
 def encode_small(base_model: Any, pixel_values: torch.Tensor, layers: list[int], budget: int) -> list[Kept]:
@@ -81,10 +79,8 @@ def _full_grid(base_model: Any, pixel_values: torch.Tensor) -> tuple[int, int]:
 
 
 def _features(base_model: Any, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    """Features `(batch, patches, dim)` as the projector takes them, without CLS and register tokens."""
-    tower = base_model.vision_tower
+    """Features `(batch, patches, dim)` of pictures of any size."""
     resized = {"interpolate_pos_encoding": True}  # DINOv2 does so unasked
-    takes = inspect.signature(tower.forward).parameters
-    states = run_tower(tower, pixel_values, layers, **(resized if "interpolate_pos_encoding" in takes else {}))
-    features = torch.cat([states.hidden_states[layer] for layer in layers], dim=-1)
-    return features[:, -num_patches(tower, pixel_values) :]
+    takes = inspect.signature(base_model.vision_tower.forward).parameters
+    resized = resized if "interpolate_pos_encoding" in takes else {}
+    return patch_features(base_model, pixel_values, layers, **resized)

@@ -5,21 +5,29 @@ that of Chen et al. (https://arxiv.org/abs/1709.05135), whose every step takes t
 those chosen. It is CDPruner's selection without its question. Kept in raster order.
 """
 
+from typing import Any
+
 import torch
 
-from .encoder import Kept, View
+from modeling_prunesid.context import Context
+from modeling_prunesid.single_views import view_by_view
 
 
 DISTINCT = 1e-9  # squared distances from the span of what is chosen that differ by less are equal
 
+DEFAULTS: dict = {}
+RULES: dict = {}
 
-def choose(view: View, budget: int) -> Kept:
-    """
-    Args:
-        view (`View`): for its features and the projector.
-        budget (`int`): N.
-    """
-    return view.keep(likeliest(similarities(view.project(view.features)), budget))
+
+def needs(method_settings: dict) -> frozenset[str]:
+    """What of a [`Context`] is read."""
+    return frozenset({"projected"})
+
+
+@view_by_view
+def select(view: torch.Tensor, count: int, settings: Any, context: Context) -> torch.LongTensor:
+    """The `count` tokens to keep of a view `(T, dim)`: their ascending indices."""
+    return likeliest(similarities(view if context.projected is None else context.projected), count)
 
 
 def similarities(tokens: torch.Tensor) -> torch.Tensor:

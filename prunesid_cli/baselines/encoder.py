@@ -1,58 +1,20 @@
-"""Where methods that compress before the language model plug in: what they see of an image and what they return."""
+"""How methods encode images that look into the tower, at the pixels or at the question, and not at one finished view.
+
+They run in LLaVA-1.5 alone. What chooses by one finished view is a method of the package's own seam, see `seam.py`.
+"""
 
 import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid.checks import resolve_budget
-from modeling_prunesid.tower import resolve_layer, run_tower
-
-
-@dataclass
-class View:
-    """
-    One encoded image of T patches, in raster order.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(channels, height, width)`).
-        features (`torch.Tensor` of shape `(T, dim)`): what upstream projects, of `config.vision_feature_layer`.
-        cls_feature (`torch.Tensor` of shape `(dim,)`): that of the CLS token.
-        project (`Callable`): the projector, from `(..., dim)` to the width of the language model.
-        compared (`torch.Tensor` of shape `(T, width)`): hidden states of `config.prunesid_config.layer`.
-        reference_information (`float`, *optional*): `config.prunesid_config.reference_information`.
-        num_heads (`int`): of the tower.
-        num_columns (`int`): patches in a row of the image.
-        cls_attention (`torch.Tensor` of shape `(T,)`, *optional*):
-            Weights of the CLS token's attention in the layer that the method asked for, summed over the heads.
-        queries, keys (`torch.Tensor` of shape `(P + T, width)`, *optional*):
-            Projections of that layer, all heads joined, behind those of the P prefix tokens, of which CLS is first.
-    """
-
-    pixels: torch.Tensor
-    features: torch.Tensor
-    cls_feature: torch.Tensor
-    project: Callable[[torch.Tensor], torch.Tensor]
-    compared: torch.Tensor
-    reference_information: float | None
-    num_heads: int
-    num_columns: int
-    cls_attention: torch.Tensor | None = None
-    queries: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-
-    @property
-    def patch_keys(self) -> torch.Tensor:
-        """`keys` of the patches, `(T, width)`."""
-        return self.keys[-len(self.features) :]
-
-    def keep(self, indices: torch.LongTensor) -> "Kept":
-        return Kept(self.features[indices], indices)
+from modeling_prunesid.tower import resolve_layer
+from prunesid_cli.towers import run_tower
 
 
 class Kept(NamedTuple):
@@ -70,64 +32,23 @@ class Kept(NamedTuple):
     is_key: torch.BoolTensor | None = None
 
 
-def top(scores: torch.Tensor, count: int) -> torch.LongTensor:
-    """The ascending indices of the `count` largest scores; of equal ones, the lower indices."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def views_of(base_model: Any, pixel_values: torch.Tensor, layers: list[int], attention: str | None) -> list[View]:
-    """The view of each picture, see [`from_views`]."""
-    tower, settings = base_model.vision_tower, base_model.config.prunesid_config
-    num_layers = tower.config.num_hidden_layers
-    compared = resolve_layer(settings.layer, num_layers, "prunesid_config.layer")
-    attention_layer = {None: None, "compared": compared, "last": num_layers}[attention]
-    states = run_tower(tower, pixel_values, [*layers, compared], cls_attention_layer=attention_layer)
+def patch_features(
+    base_model: Any, pixel_values: torch.Tensor, layers: list[int], **tower_arguments: Any
+) -> torch.Tensor:
+    """What upstream projects of all patches of pictures: `(batch, T, dim)`, without CLS and register tokens."""
+    states = run_tower(base_model.vision_tower, pixel_values, layers, **tower_arguments)
     features = torch.cat([states.hidden_states[layer] for layer in layers], dim=-1)
-    num_prefix = features.shape[1] - num_patches(tower, pixel_values)
-    views = []
-    for row, pixels in enumerate(pixel_values):
-        view = View(
-            pixels=pixels,
-            features=features[row, num_prefix:],
-            cls_feature=features[row, 0],
-            project=base_model.multi_modal_projector,
-            compared=states.hidden_states[compared][row, num_prefix:],
-            reference_information=settings.reference_information,
-            num_heads=tower.config.num_attention_heads,
-            num_columns=pixel_values.shape[-1] // tower.config.patch_size,
-        )
-        if attention is not None:
-            view.cls_attention = states.cls_attention[row, num_prefix:]
-            view.queries, view.keys = states.queries[row], states.keys[row]
-        views.append(view)
-    return views
+    return features[:, -num_patches(base_model.vision_tower, pixel_values) :]
 
 
-def from_views(choose: Callable[[View, int], Kept], attention: str | None = None) -> Callable:
-    """
-    The encoder of a method that looks at one finished image at a time.
-
-    Args:
-        choose: from a view and N < T to the tokens kept.
-        attention (`str`, *optional*):
-            The layer whose CLS attention, queries and keys the view has: `"compared"`, that of
-            `config.prunesid_config.layer` (layer -2, methods' 22 of CLIP's 24 counted from 0), or `"last"` (23).
-    """
-
-    def encode(base_model: Any, pixel_values: torch.Tensor, layers: list[int], budget: int) -> list[Kept]:
-        return [choose(view, budget) for view in views_of(base_model, pixel_values, layers, attention)]
-
-    return encode
-
-
-def question_method(choose: Callable[[View, torch.Tensor, int], Kept]) -> Callable:
+def question_method(choose: Callable[..., torch.LongTensor]) -> Callable:
     """
     The context in which a model encodes its images for the question of their prompt.
 
     Args:
         choose:
-            From a view, the embeddings `(words, hidden_size)` of the text behind the last image of its prompt, and
-            N < T to the tokens kept.
+            From an image's patches before and behind the projector, the embeddings `(words, hidden_size)` of the text
+            behind the last image of its prompt, and N < T to the indices of the tokens kept.
     """
 
     @contextmanager
@@ -156,9 +77,13 @@ def question_method(choose: Callable[[View, torch.Tensor, int], Kept]) -> Callab
             is_new = [
                 row == 0 or not torch.equal(pixel_values[row], pixel_values[row - 1]) for row in range(len(words))
             ]
-            views = views_of(base_model, pixel_values[torch.tensor(is_new)], layers, None)
-            numbers = (torch.tensor(is_new).cumsum(0) - 1).tolist()
-            return [choose(views[number], question, count) for number, question in zip(numbers, words)]
+            images = patch_features(base_model, pixel_values[torch.tensor(is_new)], layers)
+            projected = [base_model.multi_modal_projector(image) for image in images]
+            kept = []
+            for number, question in zip((torch.tensor(is_new).cumsum(0) - 1).tolist(), words):
+                indices = choose(images[number], projected[number], question, count)
+                kept.append(Kept(images[number][indices], indices))
+            return kept
 
         handle = model.register_forward_pre_hook(
             lambda module, args, kwargs: remember(**{"input_ids": args[0] if args else None, **kwargs}),

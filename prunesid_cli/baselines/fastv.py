@@ -9,7 +9,8 @@ with the depth of the language model; the tokens behind it are those that make t
 
 import torch
 
-from .encoder import top
+from modeling_prunesid.single_views import highest
+
 from .llm import Row, count_behind
 
 
@@ -28,4 +29,4 @@ def choose(row: Row, setting: int) -> tuple[torch.Tensor, torch.LongTensor]:
         setting (`int`): how many visual tokens of an image stay.
     """
     attention = row.attention(row.readers[-1:])[0]
-    return row.keep(row.visual[top(attention[row.visual], setting * row.num_images)])
+    return row.keep(row.visual[highest(attention[row.visual], setting * row.num_images)])

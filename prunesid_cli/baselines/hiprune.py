@@ -5,7 +5,8 @@ the best of a middle layer, in which attention lies on objects; buffers, the fou
 registers, the best others of layer -2. Anchors and buffers are about alpha = 0.1 of all. Kept in raster order.
 
 The middle layer is the published 9th of CLIP's 24, at the same depth of other towers: the 5th of 12. As in the
-release, neighbours are counted along the raster, so that those of a patch at an edge may lie on the next row.
+release, neighbours are counted along the raster, so that those of a patch at an edge may lie on the next row. It looks
+into two layers of the tower, and so does not choose by one finished view as the package's methods do.
 """
 
 from contextlib import ExitStack
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 
-from modeling_prunesid.tower import resolve_layer, run_tower
+from modeling_prunesid.single_views import highest
+from modeling_prunesid.tower import resolve_layer
+from prunesid_cli.towers import run_tower
 
-from .encoder import Kept, num_patches, top
+from .encoder import Kept, num_patches
 from .tome import find_blocks
 
 
@@ -65,11 +68,11 @@ def select(objects: torch.Tensor, all_over: torch.Tensor, columns: int, budget: 
     Returns:
         Ascending indices `(N,)`.
     """
-    anchors = top(objects, round(budget * ALPHA / 5))
+    anchors = highest(objects, round(budget * ALPHA / 5))
     around = torch.tensor([0, -1, 1, -columns, columns], device=anchors.device)
     near = (anchors[:, None] + around).clamp(0, len(objects) - 1).unique()
     scores = all_over.index_fill(0, near, -torch.inf)
-    return torch.cat([near, top(scores, budget - len(near))]).sort().values
+    return torch.cat([near, highest(scores, budget - len(near))]).sort().values
 
 
 def received_attention(queries: torch.Tensor, keys: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -1,16 +1,27 @@
 """HiRED, high-resolution early dropping, https://arxiv.org/abs/2408.10945.
 
-The N patches that the CLS token attends to most, summed over the heads of layer -2, in raster order. Its sharing of a
-budget over crops has nothing to share in a model of one view an image.
+The N patches that the CLS token attends to most, summed over the heads of layer -2, in raster order. A budget is that
+of each view: its sharing of a budget over crops is left out.
 """
 
-from .encoder import Kept, View, top
+from typing import Any
+
+import torch
+
+from modeling_prunesid.context import Context
+from modeling_prunesid.single_views import highest, view_by_view
 
 
-def choose(view: View, budget: int) -> Kept:
-    """
-    Args:
-        view (`View`): for its CLS attention.
-        budget (`int`): N.
-    """
-    return view.keep(top(view.cls_attention, budget))
+DEFAULTS: dict = {}
+RULES: dict = {}
+
+
+def needs(method_settings: dict) -> frozenset[str]:
+    """What of a [`Context`] is read."""
+    return frozenset({"cls_attention"})
+
+
+@view_by_view
+def select(view: torch.Tensor, count: int, settings: Any, context: Context) -> torch.LongTensor:
+    """The `count` tokens to keep of a view `(T, dim)`: their ascending indices."""
+    return highest(context.attention, count)

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from modeling_prunesid.tower import run_tower
+from modeling_prunesid.single_views import highest
+from prunesid_cli.towers import run_tower
 
-from .encoder import Kept, num_patches, top
+from .encoder import Kept, num_patches
 from .llm import STATED_LAYERS, Row
 from .tome import find_blocks
 
@@ -81,7 +82,7 @@ def encode(base_model: Any, pixel_values: torch.Tensor, layers: list[int], budge
     for states, places in zip(images, merged):
         features = torch.cat([states.hidden_states[layer] for layer in layers], dim=-1)[0, -len(places) :]
         is_key = torch.zeros_like(places, dtype=torch.bool)
-        is_key[top(states.cls_attention[0, -len(places) :], math.ceil(KEY_SHARE * len(places)))] = True
+        is_key[highest(states.cls_attention[0, -len(places) :], math.ceil(KEY_SHARE * len(places)))] = True
         kept.append(Kept(features, places, is_key))
     return kept
 
@@ -123,7 +124,7 @@ def choose(row: Row, setting: Stage) -> tuple[torch.Tensor, torch.LongTensor]:
     count = round(entered * share**setting.number)
     above = margins(row.attention(row.readers)[:, row.visual], setting.thresholds)
     above = above.masked_fill(row.is_key, torch.inf)
-    return row.keep(row.visual[top(above, max(count, int(row.is_key.sum()), 1))])
+    return row.keep(row.visual[highest(above, max(count, int(row.is_key.sum()), 1))])
 
 
 def margins(attention: torch.Tensor, thresholds: tuple[float, float]) -> torch.Tensor:

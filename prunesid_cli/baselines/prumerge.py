@@ -4,59 +4,55 @@ The patches that the CLS token attends to most are kept, each with the attention
 added, and one token more is the attention-weighted sum of all that are not kept. PruMerge+ keeps evenly strided
 patches besides.
 
-Attention is that of the tower's last layer, its heads taken as one. The budget is fixed here: the adaptive count of
-the paper is not used, and N counts the last token, so that N - 1 patches are kept. Of these PruMerge+ takes half by
-attention, rounded up, and half evenly from the others. Patches are in raster order, the merged token comes last.
+Attention is that of the tower's last layer (`layer=-1`), its heads taken as one. The budget is fixed here: the
+adaptive count of the paper is not used, and N counts the last token, so that N - 1 patches are kept. Of these
+PruMerge+ (`strided`) takes half by attention, rounded up, and half evenly from the others. All are in raster order,
+the token of those that are not kept in the place of the last of these; in the release it comes last.
 """
+
+from typing import Any
 
 import torch
 
-from .encoder import Kept, View, top
+from modeling_prunesid.context import Context
+from modeling_prunesid.single_views import highest, view_by_view
 
 
 NEAREST = 32
 
-
-def choose(view: View, budget: int) -> Kept:
-    """
-    Args:
-        view (`View`): for its queries and keys.
-        budget (`int`): N.
-    """
-    attention = cls_attention_of_joined_heads(view)
-    return merge(view, attention, top(attention, budget - 1))
+DEFAULTS = {"strided": False}
+RULES = {"strided": (lambda value: isinstance(value, bool), "True or False")}
 
 
-def choose_plus(view: View, budget: int) -> Kept:
-    """
-    Args:
-        view (`View`): for its queries and keys.
-        budget (`int`): N.
-    """
-    attention = cls_attention_of_joined_heads(view)
-    by_attention = top(attention, budget // 2)
-    others = _all_but(by_attention, len(attention))
-    count = budget - 1 - len(by_attention)
-    strided = others[torch.arange(count, device=others.device) * len(others) // max(count, 1)]
-    return merge(view, attention, torch.cat([by_attention, strided]).sort().values)
+def needs(method_settings: dict) -> frozenset[str]:
+    """What of a [`Context`] is read."""
+    return frozenset({"joined_attention", "keys", "features"})
 
 
-def cls_attention_of_joined_heads(view: View) -> torch.Tensor:
-    """softmax(q k^T / sqrt(width)) of the CLS query over all tokens: the share of each patch, `(T,)`."""
-    logits = view.keys.float() @ view.queries[0].float() / view.keys.shape[1] ** 0.5
-    return logits.softmax(0)[-len(view.features) :]
+@view_by_view
+def select(view: torch.Tensor, count: int, settings: Any, context: Context) -> tuple[torch.LongTensor, torch.Tensor]:
+    """Ascending indices `(count,)` of the tokens to keep of a view `(T, dim)`, and their features."""
+    options = DEFAULTS | (settings.method_settings or {})
+    attention: Any = context.joined_attention
+    kept = highest(attention, count // 2 if options["strided"] else count - 1)
+    if len(kept) < count - 1:
+        others, missing = _all_but(kept, len(attention)), count - 1 - len(kept)
+        strided = others[torch.arange(missing, device=others.device) * len(others) // missing]
+        kept = torch.cat([kept, strided]).sort().values
+    return merge(context, kept)
 
 
-def merge(view: View, attention: torch.Tensor, kept: torch.LongTensor) -> Kept:
+def merge(context: Context, kept: torch.LongTensor) -> tuple[torch.LongTensor, torch.Tensor]:
     """The `kept` patches, each with its nearest others by the cosine of keys, and the token of the rest."""
-    features = view.features.float()
-    keys = torch.nn.functional.normalize(view.patch_keys.float(), dim=-1)
+    features, attention = context.features.float(), context.joined_attention
+    keys = torch.nn.functional.normalize(context.keys.flatten(1).float(), dim=-1)
     similarity = (keys[kept] @ keys.T).scatter(1, kept[:, None], -torch.inf)
     nearest = similarity.topk(min(NEAREST, len(features) - 1)).indices
     weighted = attention[:, None] * features
-    merged = features[kept] + weighted[nearest].sum(1)
-    rest = weighted[_all_but(kept, len(features))].sum(0, keepdim=True)
-    return Kept(torch.cat([merged, rest]).to(view.features.dtype), torch.cat([kept, kept.new_tensor([-1])]))
+    others = _all_but(kept, len(features))
+    merged = torch.cat([features[kept] + weighted[nearest].sum(1), weighted[others].sum(0, keepdim=True)])
+    indices, order = torch.cat([kept, others[-1:]]).sort()
+    return indices, merged[order].to(context.features.dtype)
 
 
 def _all_but(indices: torch.LongTensor, count: int) -> torch.LongTensor:

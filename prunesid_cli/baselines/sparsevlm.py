@@ -17,7 +17,8 @@ float32. Of equal ones the first counts as the larger (the release adds unseeded
 
 import torch
 
-from .encoder import top
+from modeling_prunesid.single_views import highest
+
 from .llm import Row
 
 
@@ -46,11 +47,11 @@ def choose(row: Row, setting: int) -> tuple[torch.Tensor, torch.LongTensor]:
         setting (`int`): how many visual tokens of an image stay; one at least is dropped.
     """
     scores = row.attention(find_raters(row))[:, row.visual].mean(0)
-    kept = top(scores, min(setting * row.num_images, len(scores) - 1))
+    kept = highest(scores, min(setting * row.num_images, len(scores) - 1))
     is_dropped = torch.ones_like(scores, dtype=torch.bool)
     is_dropped[kept] = False
     dropped = is_dropped.nonzero()[:, 0]
-    recycled = row.visual[dropped[top(scores[dropped], int(RECYCLED_SHARE * len(dropped)) + 1)]]
+    recycled = row.visual[dropped[highest(scores[dropped], int(RECYCLED_SHARE * len(dropped)) + 1)]]
     means, centres = cluster_means(row.hidden_states[recycled], len(recycled) // TOKENS_A_CLUSTER + 1)
     states, places = row.keep(row.visual[kept])
     order = torch.cat([places, recycled[centres]]).sort()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_prunesid.tower import run_tower
+from prunesid_cli.towers import run_tower
 
 from .encoder import Kept, num_patches, replaced
 

@@ -5,25 +5,33 @@ when duplicates are removed from the rest, in rounds: ordered by attention, ever
 between, by the cosine of tower features, and the 8 that have the most similar partner go. Kept in raster order.
 """
 
+from typing import Any
+
 import torch
 
-from .encoder import Kept, View
+from modeling_prunesid.context import Context
+from modeling_prunesid.single_views import view_by_view
 
 
 IMPORTANT_SHARE = 0.5
 REMOVED_A_ROUND = 8
 
+DEFAULTS: dict = {}
+RULES: dict = {}
 
-def choose(view: View, budget: int) -> Kept:
-    """
-    Args:
-        view (`View`): for its CLS attention and features.
-        budget (`int`): N.
-    """
-    num_important = int(IMPORTANT_SHARE * budget)
-    by_attention = view.cls_attention.argsort(descending=True, stable=True)
-    rest = without_duplicates(view.features, by_attention[num_important:], budget - num_important)
-    return view.keep(torch.cat([by_attention[:num_important], rest]).sort().values)
+
+def needs(method_settings: dict) -> frozenset[str]:
+    """What of a [`Context`] is read."""
+    return frozenset({"cls_attention", "features"})
+
+
+@view_by_view
+def select(view: torch.Tensor, count: int, settings: Any, context: Context) -> torch.LongTensor:
+    """The `count` tokens to keep of a view `(T, dim)`: their ascending indices."""
+    num_important = int(IMPORTANT_SHARE * count)
+    by_attention = context.attention.argsort(descending=True, stable=True)
+    rest = without_duplicates(context.features, by_attention[num_important:], count - num_important)
+    return torch.cat([by_attention[:num_important], rest]).sort().values
 
 
 def without_duplicates(features: torch.Tensor, indices: torch.LongTensor, count: int) -> torch.LongTensor:

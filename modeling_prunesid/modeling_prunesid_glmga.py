@@ -1,0 +1,38 @@
+"""GLM-GA with PruneSID: tokens are chosen behind the patch merger and keep their positions."""
+
+from transformers import (
+    GenerationMixin,
+    Glm46VForConditionalGeneration,
+    Glm46VModel,
+    Glm46VProcessor,
+    GlmgaConfig,
+)
+
+from .family import PrunedGenerationMixin, register_family
+from .grids import GridConfigMixin, SharedIdModelMixin, SharedIdProcessorMixin
+from .mrope import MRoPEModelMixin
+
+
+class PruneSIDGlmgaConfig(GridConfigMixin, GlmgaConfig):
+    """[`GlmgaConfig`] with a nested [`PruneSIDConfig`]; see [`GridConfigMixin`]."""
+
+    model_type = "prunesid_glmga"
+
+
+class PruneSIDGlmgaModel(MRoPEModelMixin, SharedIdModelMixin, Glm46VModel):
+    """[`Glm46VModel`] with compressing `get_*_features`; see [`SharedIdModelMixin`]."""
+
+    config_class = PruneSIDGlmgaConfig
+
+
+class PruneSIDGlmgaForConditionalGeneration(PrunedGenerationMixin, Glm46VForConditionalGeneration, GenerationMixin):
+    """[`Glm46VForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDGlmgaModel
+
+
+class PruneSIDGlmgaProcessor(SharedIdProcessorMixin, Glm46VProcessor):
+    """[`Glm46VProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+
+PruneSIDGlmgaAutoModel = register_family(PruneSIDGlmgaForConditionalGeneration, PruneSIDGlmgaProcessor)

@@ -1,0 +1,42 @@
+"""Inkling 2 Loop with PruneSID: tokens are compared as they enter the language model."""
+
+from transformers import (
+    GenerationMixin,
+    Inkling2LoopConfig,
+    Inkling2LoopForConditionalGeneration,
+    Inkling2LoopModel,
+    Inkling2Processor,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .processing import PrunedProcessorMixin
+
+
+class PruneSIDInkling2LoopConfig(BehindConnectorConfig, Inkling2LoopConfig):
+    """[`Inkling2LoopConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each image."""
+
+    model_type = "prunesid_inkling2_loop"
+
+
+class PruneSIDInkling2LoopModel(PrunedModelMixin, Inkling2LoopModel):
+    """[`Inkling2LoopModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+
+    config_class = PruneSIDInkling2LoopConfig
+
+
+class PruneSIDInkling2LoopForConditionalGeneration(
+    PrunedGenerationMixin, Inkling2LoopForConditionalGeneration, GenerationMixin
+):
+    """[`Inkling2LoopForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDInkling2LoopModel
+
+
+class PruneSIDInkling2LoopProcessor(PrunedProcessorMixin, Inkling2Processor):
+    """[`Inkling2Processor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+
+PruneSIDInkling2LoopAutoModel = register_family(
+    PruneSIDInkling2LoopForConditionalGeneration, PruneSIDInkling2LoopProcessor
+)

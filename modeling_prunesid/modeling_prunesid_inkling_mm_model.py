@@ -1,0 +1,58 @@
+"""Inkling with PruneSID: tokens are compared as they enter the language model."""
+
+import torch
+from transformers import (
+    GenerationMixin,
+    InklingConfig,
+    InklingForConditionalGeneration,
+    InklingModel,
+    InklingProcessor,
+)
+
+from .configuration_prunesid import BehindConnectorConfig
+from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .processing import PrunedProcessorMixin
+
+
+class PruneSIDInklingConfig(BehindConnectorConfig, InklingConfig):
+    """[`InklingConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each image."""
+
+    model_type = "prunesid_inkling_mm_model"
+
+
+class PruneSIDInklingModel(PrunedModelMixin, InklingModel):
+    """[`InklingModel`] with a compressing `get_image_features`; see [`PrunedModelMixin`]."""
+
+    config_class = PruneSIDInklingConfig
+    pools_tensor = ("image",)
+    # Upstream's encoder is not told which patches are of one image; our processor returns their numbers.
+    own_arguments = ("num_patches",)
+
+    def views(self, modality, inputs, sizes):
+        counts = inputs.get("num_patches")
+        if counts is None or int(torch.as_tensor(counts).sum()) != len(sizes):
+            raise ValueError(
+                f"num_patches must say how many of the {len(sizes)} encoded patches each image has, got {counts!r}. "
+                "Pass it as our processor returns it."
+            )
+        return [[count] for count in torch.as_tensor(counts).tolist()]
+
+    def num_images(self, inputs):
+        return len(inputs["num_patches"])
+
+
+class PruneSIDInklingForConditionalGeneration(PrunedGenerationMixin, InklingForConditionalGeneration, GenerationMixin):
+    """[`InklingForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""
+
+    model_class = PruneSIDInklingModel
+
+
+class PruneSIDInklingProcessor(PrunedProcessorMixin, InklingProcessor):
+    """[`InklingProcessor`] that writes short prompts, and returns `num_patches`; see [`PrunedProcessorMixin`]."""
+
+    @property
+    def unused_input_names(self):
+        return [name for name in super().unused_input_names if name != "num_patches"]
+
+
+PruneSIDInklingAutoModel = register_family(PruneSIDInklingForConditionalGeneration, PruneSIDInklingProcessor)

@@ -1,0 +1,147 @@
+"""The list of families: what is declared, what Transformers lacks, what does not fit, and whose class is asked for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import ROWS
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+import modeling_prunesid
+from modeling_prunesid import PruneSIDForImageTextToText, PruneSIDInternVLForConditionalGeneration, families
+from modeling_prunesid.auto import head_of
+from modeling_prunesid.families import FAMILIES, UNSUPPORTED, release_with
+from modeling_prunesid.family import stock_class
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def in_a_new_process(code, *arguments):
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    environment["PYTHONPATH"] += ":" + ":".join(path for path in sys.path if path and path != str(ROOT))
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_every_family_is_in_the_contract():
+    assert set(FAMILIES) - {"mini_gemini"} == {row.family for row in ROWS.values()}
+
+
+def test_every_model_type_is_declared_or_has_a_reason():
+    known = {name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if not name.startswith("prunesid")}
+    ours = {"mini_gemini", "vitcop_llava", "layer_pruned_llava"}
+    assert not known - set(FAMILIES) - set(UNSUPPORTED) - ours
+    assert not set(FAMILIES) & set(UNSUPPORTED)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_file_declares_its_family(family):
+    if release_with(family) is not None:
+        return
+    head = head_of(family)
+    assert head.config_class.model_type == f"prunesid_{family}"
+    path = Path(modeling_prunesid.__file__).with_name(f"modeling_prunesid_{family}.py")
+    assert Path(sys.modules[head.__module__].__file__) == path
+    assert len(path.read_text().splitlines()) <= 85
+
+
+def test_importing_the_package_imports_no_family():
+    code = """
+import json, sys
+import modeling_prunesid
+loaded = [name for name in sys.modules if name.startswith("modeling_prunesid.modeling_prunesid_")]
+print(json.dumps([loaded, "PruneSIDInternVLModel" in dir(modeling_prunesid)]))
+"""
+    assert in_a_new_process(code) == [[], True]
+
+
+def test_auto_classes_find_a_saved_variant(tmp_path):
+    row = ROWS["internvl"]
+    torch.manual_seed(0)
+    row.head(row.head.config_class(**row.config, prunesid_config={"budget": 7})).save_pretrained(tmp_path)
+    code = """
+import json, sys
+import modeling_prunesid
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+config = AutoConfig.from_pretrained(sys.argv[1])
+classes = [AutoModelForImageTextToText.from_pretrained(sys.argv[1]), AutoModelForImageTextToText.from_config(config)]
+names = [type(config).__name__, *(type(model).__name__ for model in classes)]
+names.append(type(AutoModel.from_config(config)).__name__)
+print(json.dumps([*names, config.prunesid_config.budget]))
+"""
+    head = "PruneSIDInternVLForConditionalGeneration"
+    assert in_a_new_process(code, tmp_path) == ["PruneSIDInternVLConfig", head, head, "PruneSIDInternVLModel", 7]
+
+
+def test_a_repo_carries_its_own_family_alone(tmp_path):
+    row = ROWS["internvl"]
+    row.head(row.head.config_class(**row.config)).save_pretrained(tmp_path)
+    carried = {path.name for path in tmp_path.glob("*.py")}
+    assert [name for name in carried if name.startswith("modeling_")] == ["modeling_prunesid_internvl.py"]
+    assert "tiles.py" in carried
+    assert not {"families.py", "auto.py", "whole.py", "anyres.py", "mrope.py"} & carried
+    code = """
+import json, sys
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps([type(model).__name__, type(model).__module__.startswith("transformers_modules")]))
+"""
+    assert in_a_new_process(code, tmp_path) == ["PruneSIDInternVLForConditionalGeneration", True]
+
+
+def test_a_family_that_is_missing_names_its_release(monkeypatch):
+    monkeypatch.setattr(families, "CONFIG_MAPPING_NAMES", {})
+    assert release_with("molmo2") == "5.20.0" and release_with("internvl") == "5.18.0"
+    assert release_with("mini_gemini") is None
+    vars(modeling_prunesid).pop("PruneSIDMolmo2Model", None)
+    with pytest.raises(AttributeError, match="needs Transformers 5.20.0.*transformers>=5.20.0"):
+        _ = modeling_prunesid.PruneSIDMolmo2Model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A stock InternVL."""
+    row, folder = ROWS["internvl"], tmp_path_factory.mktemp("internvl")
+    stock = stock_class(row.head)
+    stock(stock.config_class(**row.config)).save_pretrained(folder)
+    return folder
+
+
+def test_the_class_is_that_of_the_checkpoint(checkpoint, tmp_path):
+    model = PruneSIDForImageTextToText.from_pretrained(checkpoint, prunesid_config={"budget": 3})
+    assert type(model) is PruneSIDInternVLForConditionalGeneration
+    assert model.config.prunesid_config.budget == 3
+    model.save_pretrained(tmp_path)
+    again, info = PruneSIDForImageTextToText.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.bfloat16)
+    assert type(again) is type(model) and again.dtype == torch.bfloat16
+    assert again.config.prunesid_config.budget == 3 and not info["missing_keys"]
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    random = PruneSIDForImageTextToText.from_config(config, prunesid_config={"budget": 4})
+    assert type(random) is type(model) and random.config.prunesid_config.budget == 4
+
+
+@pytest.mark.parametrize(
+    "model_type, message",
+    [
+        ("mllama", "does not fit model_type='mllama': .*cross-attention"),
+        ("florence2", "encoder-decoder"),
+        ("llama", "No PruneSID family is declared for model_type='llama'. docs/new_family.md"),
+        ("lama", "Check the name; the families are: .*internvl"),
+    ],
+)
+def test_what_does_not_fit_says_so(tmp_path, model_type, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=message):
+        PruneSIDForImageTextToText.from_pretrained(tmp_path)
+
+
+def test_it_is_no_model_itself():
+    with pytest.raises(OSError, match="from_pretrained"):
+        PruneSIDForImageTextToText()

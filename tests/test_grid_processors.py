@@ -1,0 +1,214 @@
+"""
+Processors of families with grids: for a fixed budget they write what the model keeps of each view, images and videos,
+and the text between placeholders stays. Image and video processors, which need torchvision, are stubs: what they
+return are grids.
+"""
+
+import inspect
+import re
+from types import SimpleNamespace
+
+import pytest
+import test_contract as contract
+import torch
+from families import ROWS
+from transformers.video_utils import VideoMetadata
+
+from modeling_prunesid import processing
+from modeling_prunesid.family import stock_class
+from modeling_prunesid.grids import GridModelMixin
+
+
+GRID_ROWS = [
+    pytest.param(name, id=name.replace(" ", "-"))
+    for name, row in ROWS.items()
+    if row.is_installed and f"{row.modality}_grid_thw" in row.inputs([[0]])
+    if issubclass(getattr(row.head, "model_class", object), GridModelMixin)
+]
+every_grid = pytest.mark.parametrize("name", GRID_ROWS)
+TOKENS = {
+    f"{name}_token": f"<{name}>"
+    for name in (
+        "image",
+        "video",
+        "vision_start",
+        "vision_end",
+        "image_start",
+        "image_end",
+        "video_start",
+        "video_end",
+        "video_sep",
+    )
+}
+BUDGETS = [
+    (5, "view", None),
+    (0.4, "view", None),
+    (1 / 3, "view", 6),
+    (1, "view", None),
+    (7, "image", None),
+    (0.4, "image", None),
+    (1.0, "view", None),
+    (None, "view", None),
+]
+
+
+def stub(cls, budget=None, scope="view", min_budget=None):
+    """A processor with parts that know the sizes of patches alone; of `cls`, ours or the stock one."""
+    processor = cls.__new__(cls)
+    sizes = {"merge_size": 2, "temporal_patch_size": 2, "spatial_patch_size": 1, "patch_size": 4}
+    sizes["frame_timestamp_format"] = "{timestamp:.1f}"
+    parts = {"image_processor": SimpleNamespace(**sizes), "video_processor": SimpleNamespace(**sizes)}
+    settings = {"num_visual_tokens": budget, "budget_scope": scope, "min_budget": min_budget}
+    tokens = {name: getattr(cls, name.upper(), text) for name, text in TOKENS.items()}
+    own = {**tokens, **parts, **settings, "cat_extra_token": True, "tokenizer": SimpleNamespace(**tokens)}
+    for name, value in own.items():
+        if not isinstance(getattr(cls, name, None), property):
+            setattr(processor, name, value)
+    return processor
+
+
+def stock_of(cls):
+    return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+
+
+def text_of(processor, row, inputs, index):
+    """What the stock processor writes for one input."""
+    return getattr(processor, f"replace_{row.modality}_token")(inputs, index, load_audio_from_video=False)
+
+
+def grids_of(row):
+    """What the stock image or video processor returns for the inputs of a row of the contract."""
+    grids = row.inputs(contract.rows_of(row))[f"{row.modality}_grid_thw"]
+    frames = (2 * grids[:, 0]).tolist()
+    metadata = [VideoMetadata(total_num_frames=count, fps=2.0, frames_indices=list(range(count))) for count in frames]
+    chunks = [1] * len(frames)
+    return {f"{row.modality}_grid_thw": grids, "video_metadata": metadata, "num_chunks_per_video": chunks}
+
+
+def runs_of(text, token):
+    return [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
+
+
+@every_grid
+@torch.no_grad()
+def test_a_processor_writes_what_the_model_keeps(name):
+    for budget, scope, min_budget in BUDGETS:
+        check_writes_what_the_model_keeps(name, budget, scope, min_budget)
+
+
+def check_writes_what_the_model_keeps(name, budget, scope, min_budget):
+    ours, _, row = contract.build(name)
+    cls = row.head._processor_class
+    processor, inputs = stub(cls, budget, scope, min_budget), grids_of(row)
+    texts = [text_of(stub(stock_of(cls)), row, inputs, index) for index in range(row.num_inputs)]
+    token = processor._placeholder(row.modality)
+    settings = ours.config.prunesid_config
+    saved = {field: getattr(settings, field) for field in ("budget", "budget_scope", "min_budget")}
+    try:
+        settings.min_budget, settings.budget_scope, settings.budget = None, scope, budget
+        settings.min_budget = min_budget
+        output = contract.encode(ours, row)
+    finally:
+        settings.budget, settings.budget_scope, settings.min_budget = saved.values()
+    returned, shortened = processor._write(row.modality, dict(inputs), texts, None)
+    for index, (full, short) in enumerate(zip(texts, shortened)):
+        runs = runs_of(full, token)
+        assert sum(runs) == row.tokens[index]
+        assert short.replace(token, "") == full.replace(token, "")
+        if output.get("keep_indices") is None:
+            assert short == full
+            continue
+        ends = torch.tensor(runs).cumsum(0)
+        kept = torch.searchsorted(ends, output["keep_indices"][index], right=True).bincount(minlength=len(runs))
+        assert runs_of(short, token) == kept.tolist()
+        counts = returned["num_visual_tokens" if row.modality == "image" else processing.OF_VIDEOS]
+        assert counts[index] == len(output["keep_indices"][index])
+
+
+def test_a_video_of_chunks_has_a_count_for_each():
+    """MiniMax-M3-VL encodes a long video as chunks, which the model takes as inputs of their own."""
+    cls = ROWS["minimax_m3_vl"].head._processor_class
+    if "num_chunks_per_video" not in inspect.getsource(stock_of(cls).replace_video_token):
+        return  # before it did
+    grids = torch.tensor([[2, 8, 8], [1, 8, 8], [3, 4, 8]])
+    inputs = {"video_grid_thw": grids, "num_chunks_per_video": [2, 1]}
+    texts = [stub(stock_of(cls)).replace_video_token(inputs, index) for index in range(2)]
+    processor = stub(cls, 5)
+    returned, shortened = processor._write("video", dict(inputs), texts, None)
+    assert returned[processing.OF_VIDEOS] == [10, 5, 15]
+    assert [runs_of(text, processor.VIDEO_TOKEN) for text in shortened] == [[5, 5, 5]] * 2
+    returned, shortened = stub(cls, 7, "image")._write("video", dict(inputs), texts, None)
+    assert returned[processing.OF_VIDEOS] == [5, 2, 7]
+    assert [runs_of(text, processor.VIDEO_TOKEN) for text in shortened] == [[3, 2, 2]] * 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@every_grid
+@torch.no_grad()
+def test_short_prompts_get_the_positions_and_answers_of_full_ones(name, positions):
+    ours, _, row = contract.build(name)
+    full = contract.prompt(row)
+    settings = ours.config.prunesid_config
+    settings.mrope_positions = positions
+    try:
+        output = ours(**full)
+        rows = [
+            ids[keep & mask.bool()].tolist()
+            for ids, keep, mask in zip(full["input_ids"], output.keep_mask, full["attention_mask"])
+        ]
+        short = contract.batch(rows)
+        short = {**short, **row.along(short["input_ids"]), **row.inputs(contract.rows_of(row))}
+        assert torch.equal(ours(**short).logits, output.logits)
+        answers = [ours.generate(**each, max_new_tokens=4, do_sample=False) for each in (full, short)]
+        lengths = [each["input_ids"].shape[1] for each in (full, short)]
+        assert torch.equal(*(answer[:, length:] for answer, length in zip(answers, lengths)))
+    finally:
+        settings.mrope_positions = "original"
+
+
+MROPE_ROWS = [case for case in GRID_ROWS if ROWS[case.values[0]].mrope]
+
+
+@pytest.mark.parametrize("name", MROPE_ROWS)
+@torch.no_grad()
+def test_engines_number_short_prompts_before_they_encode(name):
+    ours, reference, row = contract.build(name)
+    full = contract.prompt(row)
+    settings, seen = ours.config.prunesid_config, []
+    handle = ours.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    settings.mrope_positions = "contiguous"
+    try:
+        keep = ours(**full).keep_mask & full["attention_mask"].bool()
+        short = contract.batch([ids[kept].tolist() for ids, kept in zip(full["input_ids"], keep)])
+        short = {**short, **row.along(short["input_ids"]), **row.inputs(contract.rows_of(row))}
+        ours(**short)
+        positions, deltas = ours.model.get_rope_index(**_names_of_positions(ours, short))
+        assert torch.equal(positions, seen[-1]) and not deltas.any()
+        again = ours.model.get_rope_index(**_names_of_positions(ours, full))
+        expected = reference.model.get_rope_index(**_names_of_positions(ours, full))
+        assert all(torch.equal(*pair) for pair in zip(again, expected))
+        settings.mrope_positions = "original"
+        with pytest.raises((RuntimeError, ValueError)):
+            ours.model.get_rope_index(**_names_of_positions(ours, short))
+    finally:
+        settings.mrope_positions = "original"
+        handle.remove()
+
+
+def _names_of_positions(ours, inputs):
+    names = inspect.signature(stock_class(type(ours.model)).get_rope_index).parameters
+    inputs = {**inputs, "second_per_grids": inputs.get("video_second_per_grid")}
+    return {name: inputs[name] for name in names if name in inputs}
+
+
+def test_no_name_of_ours_hides_a_part_of_a_stock_model():
+    for row in ROWS.values():
+        if row.is_installed:
+            ours, _, _ = contract.build(row.name)
+            for model in (ours, contract.base_of(ours)):
+                stock = stock_class(type(model))
+                parts = {name for name, _ in model.named_children()}
+                assert not {name for name in parts if hasattr(type(model), name) and not hasattr(stock, name)}
