@@ -12,9 +12,6 @@ import argparse
 
 from transformers.utils import logging
 
-from prunesid_cli.app_model import AppModel
-from prunesid_cli.app_page import build, example_pictures, launch
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint of a declared family, or a variant (default: the embedded model)")
@@ -28,6 +25,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def serve(model: str | None, host: str, port: int | None) -> None:
     """Load a model, the embedded one by default, and serve its page until the process is stopped."""
+    from prunesid_cli.app_model import AppModel
+    from prunesid_cli.app_page import build, example_pictures, launch  # needs Gradio, which --help does not
+
     logging.disable_progress_bar()
     print("The model is being loaded ...", flush=True)
     launch(build(AppModel(model, example_pictures())), host, port)

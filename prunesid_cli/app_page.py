@@ -1,6 +1,7 @@
 """The page: Gradio's components, what they do, and the words a visitor reads."""
 
 import html
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio i
 
 import gradio as gr
 
+from modeling_prunesid import register_method
 from modeling_prunesid.methods import METHODS
 from prunesid_cli.app_model import MAX_NEW_TOKENS, Answer, AppModel, Choice
 from prunesid_cli.app_picture import draw, draw_pair, draw_small, draw_whole, explain_numbers
@@ -32,12 +34,23 @@ EXAMPLES = {  # a question for each picture of `app_files`
     "A sign": ("example_3.jpg", "what word is printed?"),
 }
 METHOD_NAMES = {
-    "paper": ("PruneSID, as the paper has it", "it puts squares that look alike into groups, drops near-copies in each "
-              "group, and keeps the most typical squares of every group"),
+    "paper": ("PruneSID, as the paper has it", "it puts squares that look alike into groups, drops near-copies in "
+              "each group, and keeps the most typical squares of every group"),
     "release": ("PruneSID, as its authors' code has it", "the same groups, but it prefers squares that the vision "
                 "model itself looks at"),
-    "spread": ("Spread", "it takes squares that the vision model looks at, each as unlike those already taken as possible"),
+    "spread": ("Spread", "it takes squares that the vision model looks at, each as unlike those already "
+               "taken as possible"),
 }  # fmt: skip
+# Methods of others, modules of `prunesid_cli.baselines`, that choose as the package's own do, in any family.
+BASELINES = {
+    "random_choice": ("Chance", "it takes squares at random, the bar that any method must clear"),
+    "uniform": ("An even grid", "it takes squares at even distances, whatever they show"),
+    "hired": ("HiRED", "it takes the squares that the vision model looks at most"),
+    "divprune": ("DivPrune", "it takes squares that are as unlike each other as possible"),
+    "visionzip": ("VisionZip", "it takes the squares that are looked at most, and merges the others into a few more"),
+    "dpp": ("DPP", "it takes a set of squares that are unlike each other and are looked at"),
+    "vispruner": ("VisPruner", "it takes squares that are looked at, and then ones that are unlike each other"),
+}
 INTRODUCTION = """
 # What does an AI need to see of a picture?
 
@@ -54,14 +67,21 @@ SMALL_MODEL = (
 WAITING = "Press **Ask** for the answers."
 
 
+def offer_baselines() -> None:
+    """Let `prunesid_config.method` name the methods of others."""
+    for name in BASELINES:
+        if name not in METHODS:
+            register_method(name, importlib.import_module(f"prunesid_cli.baselines.{name}"))
+
+
 def name_of(method: str) -> str:
-    return METHOD_NAMES.get(method, (method.replace("_", " "), ""))[0]
+    return (METHOD_NAMES | BASELINES).get(method, (method.replace("_", " "), ""))[0]
 
 
 def meaning_of(method: str) -> str:
     """What a method does, for a visitor; of one without words of its own, what its file says first."""
-    if method in METHOD_NAMES:
-        return METHOD_NAMES[method][1]
+    if method in METHOD_NAMES | BASELINES:
+        return (METHOD_NAMES | BASELINES)[method][1]
     return (sys.modules[METHODS[method].__module__].__doc__ or "").strip().split("\n")[0].rstrip(".")
 
 
@@ -89,10 +109,10 @@ class Page:
         self.model = model
 
     def open_file(self, path: str | None) -> tuple:
-        """The picture of an upload, and what to say of it."""
+        """The picture of an upload, what to say of it, and an empty place for the next one."""
         if path is None:
-            return gr.skip(), gr.skip()
-        return self._open(lambda: read_upload(path))
+            return gr.skip(), gr.skip(), gr.skip()
+        return *self._open(lambda: read_upload(path)), None
 
     def open_address(self, address: str) -> tuple:
         return self._open(lambda: read_address(address))
@@ -149,7 +169,8 @@ class Page:
             words = ", ".join(f"“{word[:30]}”" for word in unknown[:8])
             told = f" It does not know: {words}. Its answers may make no sense." if unknown else ""
             is_same = "the same" if answers[0].text == answers[1].text else "another one"
-            told = f"Done. From {answers[1].visual_tokens} of {answers[0].visual_tokens} squares, the answer is {is_same}.{told}"
+            squares = f"{answers[1].visual_tokens} of {answers[0].visual_tokens} squares"
+            told = f"Done. From {squares}, the answer is {is_same}.{told}"
             yield say(told, bool(unknown)), answers[0].text, answers[1].text, table_of(answers)
         except Exception as error:
             yield say(sentence_of(error), True), gr.skip(), gr.skip(), gr.skip()
@@ -208,13 +229,18 @@ def code_for(model: AppModel, question: str, choice: Choice) -> str:
         name = "complete()  # the small model of the page"
     else:
         source, name = "", repr(model.name)
+    first, register = "PruneSIDForImageTextToText, explain, visualize", ""
+    if choice.method in BASELINES:
+        first += ", register_method"
+        source = f"from prunesid_cli.baselines import {choice.method}\n{source}"
+        register = f"register_method({choice.method!r}, {choice.method})\n"
     content = f'[{{"type": "image", "image": picture}}, {{"type": "text", "text": {question!r}}}]'
     return f"""from transformers import AutoProcessor
 
-from modeling_prunesid import PruneSIDForImageTextToText, explain, visualize
+from modeling_prunesid import {first}
 {source}from prunesid_cli.images import open_image
 
-name = {name}
+{register}name = {name}
 model = PruneSIDForImageTextToText.from_pretrained(name, dtype="auto", prunesid_config={settings!r})
 processor = AutoProcessor.from_pretrained(name)
 processor.num_visual_tokens = None  # full prompts, which leave the budget to the model
@@ -232,6 +258,7 @@ visualize(picture, explain(model, processor, picture)).save("kept.png")
 
 def build(model: AppModel) -> gr.Blocks:
     """The page of a model."""
+    offer_baselines()
     page = Page(model)
     methods = [(name_of(method), method) for method in METHODS]
     own = model.own_budget
@@ -285,7 +312,7 @@ def build(model: AppModel) -> gr.Blocks:
         with gr.Accordion("Two methods beside each other", open=False, elem_id="compare"):
             with gr.Row():
                 first = gr.Dropdown(methods, value=methods[0][1], label="First method")
-                second = gr.Dropdown(methods, value=methods[-1][1], label="Second method")
+                second = gr.Dropdown(methods, value=list(METHOD_NAMES)[-1], label="Second method")
                 compare = gr.Button("Compare", elem_id="compare-button")
             pair = gr.HTML(elem_id="pair")
         with gr.Accordion("The code for what you see", open=False, elem_id="code-accordion"):
@@ -314,15 +341,15 @@ def build(model: AppModel) -> gr.Blocks:
             part.change(forget, None, answers, **stops)
             part.change(**looks, show_progress="hidden", trigger_mode="always_last")
         method.change(**strips)
-        file.upload(page.open_file, file, [picture, status], **private)
-        address.submit(page.open_address, address, [picture, status], **private)
+        file.upload(page.open_file, file, [picture, status, file], concurrency_limit=4, **private)
+        address.submit(page.open_address, address, [picture, status], concurrency_limit=8, **private)
         for label, (_, text) in EXAMPLES.items():
             place = list(EXAMPLES).index(label)
             take = lambda place=place, text=text: (example_pictures()[place], text)  # noqa: E731
             examples[place].click(take, None, [picture, question], **private)
         first_text = next(iter(EXAMPLES.values()))[1]
         blocks.load(lambda: (example_pictures()[0], first_text), None, [picture, question], **private)
-        picture.change(forget, None, answers, **stops)
+        picture.change(lambda: (*forget(), ""), None, [*answers, pair], **stops)
         picture.change(**looks, show_progress="hidden").then(**strips)
         compare.click(page.compare, [picture, slider, first, second], [pair], **one_at_a_time)
         copy.click(None, code, None, js=COPY, **private)
@@ -332,7 +359,10 @@ def build(model: AppModel) -> gr.Blocks:
 
 COPY = """(code) => {
     const button = document.querySelector("#copy");
-    const done = () => { button.textContent = "Copied"; setTimeout(() => { button.textContent = "Copy as code"; }, 2000); };
+    const done = () => {
+        button.textContent = "Copied";
+        setTimeout(() => { button.textContent = "Copy as code"; }, 2000);
+    };
     const byHand = () => {
         const area = document.createElement("textarea");
         area.value = code;

@@ -162,7 +162,8 @@ def _ranks(groups: torch.Tensor, scores: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _figure(svg: str, hint: str) -> str:
-    return f'<figure class="ps-picture">{svg}<figcaption class="ps-readout" aria-live="polite">{hint}</figcaption></figure>'
+    readout = f'<figcaption class="ps-readout" aria-live="polite">{hint}</figcaption>'
+    return f'<figure class="ps-picture">{svg}{readout}</figure>'
 
 
 def _svg(
@@ -188,8 +189,9 @@ def _svg(
     keyboard = "" if sentences is None else f' tabindex="0" data-columns="{columns}"'
     mark = "" if sentences is None else '<g class="ps-mark"><path/><path/></g>'
     role = "img" if sentences is None else "application"
+    label = html.escape(label)
     return (
-        f'<svg class="ps-svg" viewBox="0 0 {columns} {rows}" role="{role}" aria-label="{html.escape(label)}"{keyboard}>'
+        f'<svg class="ps-svg" viewBox="0 0 {columns} {rows}" role="{role}" aria-label="{label}"{keyboard}>'
         f'<image href="{_jpeg(picture, seen, sentences is None)}" width="{columns}" height="{rows}" '
         f'preserveAspectRatio="none"/>{"".join(cells)}{"".join(_outlines(seen, kept, style))}{mark}</svg>'
     )

@@ -3,6 +3,7 @@
 import http.client
 import ipaddress
 import socket
+import time
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
@@ -78,7 +79,12 @@ def fetch(address: str) -> bytes:
                 continue
             if response.status != 200:
                 raise ValueError(f"{parts.hostname} answers with error {response.status}. Check the address.")
-            return response.read(MAX_BYTES + 1)
+            content, end = b"", time.monotonic() + 3 * SECONDS
+            while len(content) <= MAX_BYTES and (part := response.read1(2**16)):
+                content += part
+                if time.monotonic() > end:
+                    raise ValueError(f"{parts.hostname} is too slow. Save the picture and drop it in.")
+            return content
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise ValueError(
                 f"{parts.hostname} cannot be reached from here. Check the address, or save the picture and drop it in."

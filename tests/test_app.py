@@ -1,6 +1,6 @@
 """
-The page of `prunesid app` in a real Chromium, with the embedded model, as a visitor uses it. Set `APP_SCREENSHOTS` to a
-folder outside the checkout to look at what was seen.
+The page of `prunesid app` in a real Chromium, with the embedded model, as a visitor uses it. Set `APP_SCREENSHOTS` to
+a folder outside the checkout to look at what was seen.
 """
 
 import concurrent.futures
@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -193,6 +194,7 @@ def test_the_code_gives_what_is_on_the_page(visitor, tmp_path, monkeypatch):
 
     visitor.driver.execute_script("scrollTo(0, 0)")
     visitor.example("A sign")
+    visitor.wait(lambda: visitor.count("#pair figure") == 0)  # which was of another picture
     _, kept = visitor.ask()
     visitor.driver.execute_cdp_cmd(
         "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
@@ -242,6 +244,27 @@ def test_the_page_loads_nothing_from_elsewhere_and_says_no_error(visitor, page):
             asked.add(message["params"]["request"]["url"])
     assert all(url.startswith((page[0], "data:", "blob:", "http://127.0.0.1")) for url in asked), asked
     assert not [entry for entry in visitor.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_another_question_stops_the_answer(page, monkeypatch):
+    from prunesid_cli.app_model import Answer, AppModel
+
+    stopped = threading.Event()
+
+    def talk(self, picture, question, stop, events):
+        for count in range(1, 600):
+            events.put(Answer("word " * count, 576, 0.1, 1))
+            if stop.wait(0.1):
+                return stopped.set()
+
+    with visit(page) as visitor, monkeypatch.context() as patch:
+        patch.setattr(AppModel, "_generate", talk)
+        visitor.find("#ask").click()
+        visitor.wait(lambda: visitor.text("#full textarea").startswith("word word"))
+        visitor.type("is there any cat in the picture?")
+        visitor.wait(lambda: visitor.text("#full textarea") == "")
+        visitor.wait(stopped.is_set)
+        assert visitor.text("#full textarea") == visitor.text("#kept textarea") == ""
 
 
 def test_two_visitors_at_once_get_their_own_answers(page, visitor):

@@ -11,7 +11,7 @@ from tiny_checkpoint import picture, save_checkpoint
 from transformers import AutoProcessor
 
 from modeling_prunesid import PruneSIDForImageTextToText
-from modeling_prunesid.methods import NAMES
+from modeling_prunesid.methods import METHODS
 from prunesid_cli.app_model import MAX_NEW_TOKENS, AppModel, Choice, cache_bytes
 from prunesid_cli.app_picture import COLOURS, describe, draw, draw_pair, draw_small, draw_whole, explain_numbers
 from prunesid_cli.generate import ask
@@ -52,7 +52,7 @@ def test_an_answer_is_that_of_the_model_and_its_numbers_are_counted(model, folde
 
 def test_settings_are_as_before_after_each_call(model):
     before = model.model.config.prunesid_config.to_dict()
-    for method in NAMES:
+    for method in METHODS:
         model.look(picture(), Choice(5, method, True))
         list(model.answer(picture(), QUESTION, Choice(5, method)))
     with pytest.raises(ValueError, match="Nothing is dropped"):
@@ -77,7 +77,7 @@ def test_an_error_of_the_model_reaches_its_visitor_alone(model, monkeypatch):
     assert list(model.answer(picture(), QUESTION, Choice(8)))[-1].visual_tokens == 8
 
 
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_drawing_has_a_sentence_for_every_square_and_is_well_formed(model, method):
     seen = model.look(picture(), Choice(9, method))
     kept = len(seen.kept)
