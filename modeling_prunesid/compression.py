@@ -249,8 +249,6 @@ class CompressedModelMixin:
         start = 0
         if earlier is not None and not repeats_cached:
             positions, moved = inputs.get("position_ids"), earlier.prompt.moved
-            if positions is not None and positions.dim() == 2 and moved is None:
-                moved = earlier.prompt.num_dropped - earlier.prompt.first_ahead
             callers_mask, added = mask, earlier.prompt.has_added_padding
             if mask is None and added:  # the caller's rows have no padding
                 length = earlier.prompt.full_length + cached_length - earlier.prompt.length + columns.shape[1]
