@@ -300,7 +300,7 @@ def test_every_method_is_shown(page):
     for method in app_page.METHODS:
         status, drawn, sentences, code = show(picture, "what word is printed?", 40, method, False)
         assert re.search(r">(40|39) of 576 squares are kept", status) and app_page.name_of(method)[:8] in status
-        assert drawn.count("<title>") == SQUARES and "&rho;" in sentences
+        assert drawn.count("<title>") == SQUARES and "&tau;" in sentences
         compile(code, method, "exec")
     status, *_ = show(picture, "", 40, "no_such_method", False)
     assert "There is no method" in status and "alert" in status
