@@ -78,7 +78,7 @@ class AppModel:
         self.own_budget, self.own_reference = settings.budget, settings.reference_information
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._seen: OrderedDict[Any, Explanation] = OrderedDict()
-        seen = [self.look(picture, Choice(1, self.own_method)) for picture in pictures]
+        seen = [self.look(picture, Choice(1)) for picture in pictures]
         self.grid, self.is_cropped = seen[0].grid, seen[0].is_cropped
         self.num_patches = self.grid[0] * self.grid[1]
         self.reference = self.own_reference or sum(1 - float(one.rho or 0) for one in seen) / len(seen)

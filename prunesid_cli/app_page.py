@@ -144,9 +144,10 @@ class Page:
             seen = self.model.look(picture, choice)
         except Exception as error:
             return say(sentence_of(error), True), gr.skip(), gr.skip(), gr.skip()
-        told = (
-            f"{len(seen.kept)} of {self.model.num_patches} squares are kept. {name_of(method)}: {meaning_of(method)}."
-        )
+        is_short = len(seen.kept) < choice.budget and not is_dynamic
+        summary = ", and one token that sums up the whole picture (CLS)" if is_short else ""
+        told = f"{len(seen.kept)} of {self.model.num_patches} squares are kept{summary}."
+        told = f"{told} {name_of(method)}: {meaning_of(method)}."
         return say(told), draw(picture, seen), explain_numbers(seen), code
 
     def ask(self, picture, question: str, budget: float, method: str, is_dynamic: bool) -> Iterator[tuple]:
@@ -231,7 +232,7 @@ def code_for(model: AppModel, question: str, choice: Choice) -> str:
         source, name = "", repr(model.name)
     first, register = "PruneSIDForImageTextToText, explain, visualize", ""
     if choice.method in BASELINES:
-        first += ", register_method"
+        first = first.replace("visualize", "register_method, visualize")
         source = f"from prunesid_cli.baselines import {choice.method}\n{source}"
         register = f"register_method({choice.method!r}, {choice.method})\n"
     content = f'[{{"type": "image", "image": picture}}, {{"type": "text", "text": {question!r}}}]'

@@ -291,6 +291,21 @@ def test_a_narrow_screen_and_the_dark(page, scheme):
         assert visitor.driver.execute_script(unnamed) == []
 
 
+def test_every_method_is_shown(page):
+    from prunesid_cli import app_page
+
+    [show] = {block.fn for block in page[1].fns.values() if block.name == "show"}
+    picture = app_page.example_pictures()[1]
+    assert set(app_page.BASELINES) < set(app_page.METHODS)
+    for method in app_page.METHODS:
+        status, drawn, sentences, code = show(picture, "what word is printed?", 40, method, False)
+        assert re.search(r">(40|39) of 576 squares are kept", status) and app_page.name_of(method)[:8] in status
+        assert drawn.count("<title>") == SQUARES and "&tau;" in sentences
+        compile(code, method, "exec")
+    status, *_ = show(picture, "", 40, "no_such_method", False)
+    assert "There is no method" in status and "alert" in status
+
+
 def call(page, function, session, *data):
     """The output of an event of the page by the name of its function, as a browser asks for it."""
     url, blocks = page
