@@ -288,9 +288,11 @@ def as_own(fields: dict[str, Any], config_class: type, checkpoint: Any) -> dict[
     given, own = fields.get("model_type"), config_class.model_type
     if given in (None, own):
         return fields
-    stock = next(base.model_type for base in config_class.__mro__[1:] if issubclass(base, PretrainedConfig))
+    stock, *_ = known = [
+        base.model_type for base in config_class.__mro__[1:] if issubclass(base, PretrainedConfig) and base.model_type
+    ]
     bare = _bare_type(given)
-    if bare == stock:
+    if bare in (*known, *config_class._also_loads):  # a stock configuration may extend another one
         return {**fields, "model_type": own}
     family = config_class.__name__.removesuffix("Config")
     raise ValueError(
@@ -363,6 +365,8 @@ class NestsPruneSIDConfig:
     # The family's settings where the caller gives none.
     _default_settings: dict[str, Any] = {}
     _settings_class = PruneSIDConfig
+    # Further model types of checkpoints that the stock class of this family loads.
+    _also_loads: tuple[str, ...] = ()
     # Why settings that need a CLS token are refused; None where there is one.
     _has_no_cls: str | None = None
 

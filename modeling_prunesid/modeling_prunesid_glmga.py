@@ -17,6 +17,7 @@ class PruneSIDGlmgaConfig(GridConfigMixin, GlmgaConfig):
     """[`GlmgaConfig`] with a nested [`PruneSIDConfig`]; see [`GridConfigMixin`]."""
 
     model_type = "prunesid_glmga"
+    _also_loads = ("glm46v",)
 
 
 class PruneSIDGlmgaModel(MRoPEModelMixin, SharedIdModelMixin, Glm46VModel):

@@ -17,6 +17,7 @@ class PruneSIDPPChart2TableConfig(BehindConnectorConfig, PPChart2TableConfig):
     """[`PPChart2TableConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each page or tile."""
 
     model_type = "prunesid_pp_chart2table"
+    _also_loads = ("got_ocr2",)
 
 
 class PruneSIDPPChart2TableModel(TiledModelMixin, GotOcr2Model):

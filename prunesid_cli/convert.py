@@ -2,7 +2,7 @@
 
 The output is a Hub folder that loads through every Auto class and `pipeline` with `trust_remote_code=True`: the
 configuration, the code, the processor, a model card and the weights. A thin variant has no weights; it names the
-checkpoint that they are taken from, at its commit, so that it is under 250 kB whatever the size of the model. What was
+checkpoint that they are taken from, at its commit, so that it is under 300 kB whatever the size of the model. What was
 written is loaded in a process of its own, and has to give the answer of the model in memory before it gets its name or
 is pushed; if anything fails, nothing is left behind. What a killed run left, the next one beside it removes.
 

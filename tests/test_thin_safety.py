@@ -321,10 +321,17 @@ class TestBrokenFiles:
             with pytest.raises(ValueError, match=f"{name} must be a non-empty string"):
                 part.from_pretrained(thin)
 
-    @pytest.mark.parametrize("value", [5, "text", [], True])
+    def test_settings_that_are_no_preset(self, thin):
+        edit(thin / "config.json", lambda fields: fields.update(prunesid_config="text"))
+        with pytest.raises(ValueError, match="A preset must be .* or one of"):
+            load(thin)
+
+    @pytest.mark.parametrize("value", [5, [], True])
     def test_settings_that_are_no_object(self, thin, value):
         edit(thin / "config.json", lambda fields: fields.update(prunesid_config=value))
-        with pytest.raises(ValueError, match="prunesid_config in config.json of .* must be a JSON object or null"):
+        with pytest.raises(
+            ValueError, match="prunesid_config in config.json of .* must be a JSON object or null"
+        ):
             load(thin)
         with pytest.raises(
             StrictDataclassFieldValidationError, match="Field 'prunesid_config' with value .* any type"
