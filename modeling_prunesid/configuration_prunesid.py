@@ -292,7 +292,7 @@ def as_own(fields: dict[str, Any], config_class: type, checkpoint: Any) -> dict[
         base.model_type for base in config_class.__mro__[1:] if issubclass(base, PretrainedConfig) and base.model_type
     ]
     bare = _bare_type(given)
-    if bare in (*known, *config_class._also_loads):  # a stock configuration may extend another one
+    if bare in (*known, *getattr(config_class, "_also_loads", ())):  # a stock configuration may extend another one
         return {**fields, "model_type": own}
     family = config_class.__name__.removesuffix("Config")
     raise ValueError(

@@ -323,15 +323,15 @@ class TestBrokenFiles:
 
     def test_settings_that_are_no_preset(self, thin):
         edit(thin / "config.json", lambda fields: fields.update(prunesid_config="text"))
-        with pytest.raises(ValueError, match="A preset must be .* or one of"):
+        with pytest.raises(ValueError, match="prunesid_config in config.json of .* must be a JSON object or null"):
             load(thin)
+        with pytest.raises(ValueError, match="A preset must be .* or one of"):
+            AutoConfig.from_pretrained(thin)
 
     @pytest.mark.parametrize("value", [5, [], True])
     def test_settings_that_are_no_object(self, thin, value):
         edit(thin / "config.json", lambda fields: fields.update(prunesid_config=value))
-        with pytest.raises(
-            ValueError, match="prunesid_config in config.json of .* must be a JSON object or null"
-        ):
+        with pytest.raises(ValueError, match="prunesid_config in config.json of .* must be a JSON object or null"):
             load(thin)
         with pytest.raises(
             StrictDataclassFieldValidationError, match="Field 'prunesid_config' with value .* any type"
