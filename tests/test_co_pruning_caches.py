@@ -138,7 +138,7 @@ def test_an_assistant_gives_the_greedy_answer(model, one):
 
 @pytest.mark.parametrize("label", ["llm_budget", "vitcop"])
 def test_a_stock_assistant_proposes_what_the_model_answers(label):
-    model = build_vitcop() if label == "vitcop" else build(16, llm_budget=8, text={"num_hidden_layers": 4})
+    model = build_vitcop() if label == "vitcop" else build_layer_pruned(16, 8, text={"num_hidden_layers": 4})
     inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7, 8, 9])]), "pixel_values": pixels(1)}
     assistant = stock_twin(build())
     assert torch.equal(answer(model, inputs, assistant_model=assistant), answer(model, inputs))

@@ -316,6 +316,8 @@ def test_calls_that_fit_neither_form(options, message, tmp_path, monkeypatch, ca
 def test_merge_writes_what_there_is(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    # Other tests of this process may have registered a device that only pretends.
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     main(generate_rows(checkpoint, tmp_path / "out.jsonl"))
     assert not (tmp_path / "out.jsonl").exists()
     main(generate_rows(checkpoint, tmp_path / "out.jsonl", "--merge"))

@@ -248,7 +248,7 @@ class TestArguments:
             plugin.PruneSIDForLmmsEval(**arguments)
 
     def test_a_stock_checkpoint_is_refused(self, plugin, base):
-        with pytest.raises(ValueError, match="is no PruneSID or ViTCoP repo but a 'llava'.*convert.py"):
+        with pytest.raises(ValueError, match="is no PruneSID or ViTCoP repo but a 'llava'.*prunesid convert"):
             plugin.PruneSIDForLmmsEval(str(base))
 
 

@@ -373,7 +373,10 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         "settings, message",
-        [({}, "method='release' ranks tokens by CLS attention"), ({"score": "component"}, "has keep_cls=True")],
+        [
+            ({}, "method='release' needs cls_attention of a vision tower with a CLS token"),
+            ({"score": "component"}, "has keep_cls=True"),
+        ],
     )
     def test_settings_that_need_a_cls_token(self, settings, message):
         model = build()

@@ -383,7 +383,10 @@ def test_presets_keep_the_paper_s_shares(preset, family):
 
 @pytest.mark.parametrize(
     "settings, message",
-    [({}, "method='release' ranks tokens by CLS attention"), ({"score": "component"}, "has keep_cls=True")],
+    [
+        ({}, "method='release' needs cls_attention of a vision tower with a CLS token"),
+        ({"score": "component"}, "has keep_cls=True"),
+    ],
 )
 def test_settings_that_need_a_cls_token_are_refused(family, settings, message):
     with pytest.raises(ValueError, match=f"{message}.* no CLS token"):

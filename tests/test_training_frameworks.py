@@ -184,8 +184,10 @@ def test_predictions_have_the_fields_of_the_stock_class(name, tmp_path):
         assert "NoneType" in str(error)
         return
     predictions = trainers[1].predict(Examples(family)).predictions
-    assert type(predictions) is type(expected)
-    assert not isinstance(expected, tuple) or len(predictions) == len(expected)
+    # Ours leaves out the encoders' outputs (`image_outputs`, `video_outputs`), which come last and are no tensors.
+    logits = [found[0] if isinstance(found, tuple) else found for found in (expected, predictions)]
+    assert logits[0].shape == logits[1].shape
+    assert not isinstance(predictions, tuple) or len(predictions) <= len(expected)
 
 
 @every_family
@@ -193,6 +195,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, tmp_path):
     family, ours, _ = pair(name)
     inputs = Collator(family, ours)([{"parts": parts} for parts in Examples(family).parts[:2]])
     gradients = []
+    if name in ("ViTCoP", "LLaVA with llm_budget"):
+        ours.train()
+        ours.gradient_checkpointing_enable()
+        with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
+            ours(**inputs)
+        return
     for checkpoints in (False, True):
         ours.train()
         ours.zero_grad()
