@@ -105,7 +105,7 @@ class _Counted:
     def __floordiv__(self, other):
         return self
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,8 +183,8 @@ class CompressedModelMixin:
     def look_at(self, inputs: dict[str, Any]) -> HostPrompt:
         """The arguments of `forward` that the plan for its prompt reads, in one copy to the host."""
         ids, embeds, mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-        names = dict.fromkeys([*_PIXELS, *(inputs.get("mm_encoder_outputs") or {})])
-        names = [name for name in names if getattr(self.config, f"{name}_token_id", None) is not None]
+        known = dict.fromkeys([*_PIXELS, *(inputs.get("mm_encoder_outputs") or {})])
+        names = [name for name in known if getattr(self.config, f"{name}_token_id", None) is not None]
         tensors = {} if ids is None else {"ids": ids}
         if ids is None:
             tensors = {name: self.find_placeholders(name, None, embeds) for name in names}
@@ -195,7 +195,8 @@ class CompressedModelMixin:
             if inputs.get(name) is not None and inputs[name].shape == columns.shape[:2]:
                 tensors[name] = inputs[name] != IGNORED_LABEL
         found = _to_host(tensors)
-        ids, labels = found.get("ids"), {name: found[name] for name in ("labels", "shift_labels") if name in found}
+        ids = found.get("ids")
+        labels: dict[str, Any] = {name: found[name] for name in ("labels", "shift_labels") if name in found}
         placeholders = {
             name: found[name] if ids is None else self.find_placeholders(name, ids, None) for name in names
         }

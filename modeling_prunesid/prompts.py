@@ -43,7 +43,7 @@ class ShortPrompt:
     moved: torch.LongTensor | None = None
     cached_before: int = 0
     is_own: torch.BoolTensor | None = None
-    num_dropped: torch.LongTensor | None = None
+    num_dropped: Any = None
     first_ahead: torch.LongTensor | None = None
 
     def __post_init__(self) -> None:

@@ -144,7 +144,7 @@ class Page:
             seen = self.model.look(picture, choice)
         except Exception as error:
             return say(sentence_of(error), True), gr.skip(), gr.skip(), gr.skip()
-        is_short = len(seen.kept) < choice.budget and not is_dynamic
+        is_short = len(seen.kept) < (choice.budget or 0) and not is_dynamic
         summary = ", and one token that sums up the whole picture (CLS)" if is_short else ""
         told = f"{len(seen.kept)} of {self.model.num_patches} squares are kept{summary}."
         told = f"{told} {name_of(method)}: {meaning_of(method)}."
