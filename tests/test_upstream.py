@@ -18,10 +18,13 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_prunesid import upstream
+from modeling_prunesid.families import FAMILIES, release_with
 from modeling_prunesid.upstream import CACHE_NAME, cache_of, rename_cache
 
 
-SOURCES = sorted(Path(upstream.__file__).parent.glob("*.py"))
+# Families that a later release brings are absent before it.
+ABSENT = {f"modeling_prunesid_{family}" for family in FAMILIES if release_with(family) is not None}
+SOURCES = sorted(path for path in Path(upstream.__file__).parent.glob("*.py") if path.stem not in ABSENT)
 QWEN = ("qwen2_vl.modeling_qwen2_vl.Qwen2VL", "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VL")
 QWEN = (*QWEN, "qwen3_vl.modeling_qwen3_vl.Qwen3VL")
 STOCK = (
