@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,12 @@ _RANK_NAMES = {
         "MV2_COMM_WORLD_LOCAL_RANK",
     ),
 }
+
+
+class _Progress(tqdm):
+    """A bar without the lock that tqdm shares between forked processes: one killed while it holds that stops all."""
+
+    _lock = threading.RLock()
 
 
 class Shard(NamedTuple):
@@ -330,7 +337,7 @@ def answer_rows(
         num_done = sum(done[row] for row in own)
         if num_done < len(own):
             answer = load()
-            bar = tqdm(
+            bar = _Progress(
                 total=len(own), initial=num_done, desc=f"rank {shard.rank}", unit="row", position=shard.local_rank
             )
             with bar:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from tiny_checkpoint import picture, save_checkpoint
 
+from prunesid_cli import batch
 from prunesid_cli.batch import Output, Shard, answer_rows, describe, read_messages
 from prunesid_cli.command import main
 
@@ -79,6 +80,24 @@ def test_twenty_kills_at_random_lose_and_repeat_nothing(tmp_path):
     assert 0 < len(seen) < 2000 or out.exists()
     assert run_stand_in(source, out)["answered"] == 2000
     assert read(out) == [{"row": row, "id": f"q{row}", "answer": f"word{row}"} for row in range(2000)]
+
+
+def test_a_process_killed_inside_its_progress_bar_stops_no_other(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [{"prompt": "word"}])
+    run_stand_in(source, tmp_path / "before.jsonl")  # makes whatever locks a bar has
+    locked, going = multiprocessing.get_context("fork").Pipe()
+
+    def killed() -> None:
+        with batch._Progress.get_lock():
+            going.send("locked")
+            time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    assert locked.recv() == "locked"
+    process.kill()
+    process.join()
+    assert run_stand_in(source, tmp_path / "out.jsonl")["answered"] == 1
 
 
 def test_half_a_line_is_dropped_wherever_it_was_cut(tmp_path):
