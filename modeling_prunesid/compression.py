@@ -35,6 +35,9 @@ from .upstream import CACHE_NAME, cache_of
 _PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 
+# Integers as wide as floats of so many bytes.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 # The base model whose `generate` runs.
 generating: ContextVar[Any] = ContextVar("generating", default=None)
 # Whether the placeholders of the prompt that goes into upstream's next `forward` were counted at its entrance.
@@ -108,16 +111,20 @@ class _Counted:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Integers and flags of any shapes, copied to the host at once."""
-    if not tensors or torch.compiler.is_compiling():
+def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of any shapes and types, copied to the host at once, bit by bit."""
+    away = {name: tensor for name, tensor in tensors.items() if tensor.device.type != "cpu"}
+    if not away or torch.compiler.is_compiling():
         return tensors
-    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
-        return tensors
-    device = next(tensor.device for tensor in tensors.values() if tensor.device.type != "cpu")
-    flat = torch.cat([tensor.to(device).long().flatten() for tensor in tensors.values()]).cpu()
-    parts = flat.split([tensor.numel() for tensor in tensors.values()])
-    return {name: part.view(tensor.shape).to(tensor.dtype) for (name, tensor), part in zip(tensors.items(), parts)}
+    device = next(iter(away.values())).device
+    bits = [
+        tensor.view(_BITS[tensor.element_size()]) if tensor.is_floating_point() else tensor for tensor in away.values()
+    ]
+    flat = torch.cat([tensor.to(device).long().flatten() for tensor in bits]).cpu()
+    found = {}
+    for (name, tensor), part, own in zip(away.items(), flat.split([tensor.numel() for tensor in bits]), bits):
+        found[name] = part.view(tensor.shape).to(own.dtype).view(tensor.dtype)
+    return {**tensors, **found}
 
 
 class CompressedModelMixin:
@@ -194,7 +201,7 @@ class CompressedModelMixin:
         for name in ("labels", "shift_labels"):
             if inputs.get(name) is not None and inputs[name].shape == columns.shape[:2]:
                 tensors[name] = inputs[name] != IGNORED_LABEL
-        found = _to_host(tensors)
+        found = to_host(tensors)
         ids = found.get("ids")
         labels: dict[str, Any] = {name: found[name] for name in ("labels", "shift_labels") if name in found}
         placeholders = {
