@@ -227,7 +227,8 @@ class VideoLlava(Family):
         clips = [_noise(v.seed, self.frames, 3, self.side, self.side) for v in views if v.modality == "video"]
         images = super().pixels([view for view in views if view.modality == "image"])
         name = list(inspect.signature(transformers.VideoLlavaModel.get_image_features).parameters)[1]
-        images = {name: value for value in images.values()}  # `pixel_values_images` in Transformers 5.18
+        if images:  # `pixel_values_images` in Transformers 5.18
+            images = {name: images["pixel_values"]}
         return {**images, **({"pixel_values_videos": torch.stack(clips)} if clips else {})}
 
 
