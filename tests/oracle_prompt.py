@@ -154,12 +154,13 @@ class Family:
         """The stock class on one short row, its features written into the embeddings, behind a cache `prefix`."""
         mask, kwargs = behind(prefix, row, kwargs)
         if not self.has_stock:
-            pixels = self.pixels([view for view, _ in row.views])
+            views = [view for view, _ in row.views]
             return ours(
                 input_ids=torch.tensor([row.short_ids]),
                 attention_mask=mask,
                 position_ids=None if positions is None else torch.tensor([positions]),
-                **pixels,
+                **self.pixels(views),
+                num_visual_tokens=[self.budget] * len(views) or None,  # which dispels doubts of a run at an end
                 **kwargs,
             )
         embeds = stock.get_input_embeddings()(torch.tensor([row.short_ids])).clone()
