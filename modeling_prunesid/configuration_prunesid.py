@@ -319,8 +319,9 @@ def _advise_class(model_type: str) -> str:
 
 def ignored_at_inference(config_class: type) -> list[str]:
     """The fields of outputs that `Trainer` leaves out of predictions, for it takes tensors alone."""
-    stock = getattr(config_class, "keys_to_ignore_at_inference", ["past_key_values", "cache"])
-    return list(dict.fromkeys([*stock, "keep_mask", "layer_visual_tokens", "image_outputs", "video_outputs"]))
+    stock = getattr(config_class, "keys_to_ignore_at_inference", [])  # empty for all classes in Transformers 5.18
+    ours = ["past_key_values", "cache", "keep_mask", "layer_visual_tokens", "image_outputs", "video_outputs"]
+    return list(dict.fromkeys([*stock, *ours]))
 
 
 def read_settings(value: Any, settings_class: type, current: Any, with_defaults: Callable) -> Any:

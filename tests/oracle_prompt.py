@@ -132,16 +132,12 @@ class Family:
     def types(self, input_ids) -> dict:
         return {}
 
-    def for_stock(self, inputs: dict) -> dict:
-        return inputs
-
     # What is kept of a view, and its features in the stock class
 
     def encode(self, model, view, **kwargs):
-        pixels = self.for_stock(self.pixels([view])) if model.__module__.startswith("transformers.") else None
-        pixels = self.pixels([view]) if pixels is None else pixels
         with torch.no_grad():
-            return getattr(model.model, f"get_{view.modality}_features")(**pixels, return_dict=True, **kwargs)
+            encode = getattr(model.model, f"get_{view.modality}_features")
+            return encode(**self.pixels([view]), return_dict=True, **kwargs)
 
     def kept(self, ours, view) -> list[int]:
         output = self.encode(ours, view)
@@ -154,15 +150,17 @@ class Family:
         features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
         return features.reshape(-1, features.shape[-1])
 
-    def run_alone(self, ours, stock, row: "Row", positions: list[int] | None, **kwargs):
-        """The stock class on one short row, its features written into the embeddings."""
+    def run_alone(self, ours, stock, row: "Row", positions: list[int] | None, prefix=None, **kwargs):
+        """The stock class on one short row, its features written into the embeddings, behind a cache `prefix`."""
+        mask, kwargs = behind(prefix, row, kwargs)
         if not self.has_stock:
-            pixels = self.pixels([view for view, _ in row.views])
+            views = [view for view, _ in row.views]
             return ours(
                 input_ids=torch.tensor([row.short_ids]),
-                attention_mask=torch.tensor([row.short_mask]),
+                attention_mask=mask,
                 position_ids=None if positions is None else torch.tensor([positions]),
-                **pixels,
+                **self.pixels(views),
+                num_visual_tokens=[self.budget] * len(views) or None,  # which dispels doubts of a run at an end
                 **kwargs,
             )
         embeds = stock.get_input_embeddings()(torch.tensor([row.short_ids])).clone()
@@ -173,7 +171,7 @@ class Family:
                     embeds[0, row.short_column[column]] = features[place]
         return stock(
             inputs_embeds=embeds,
-            attention_mask=torch.tensor([row.short_mask]),
+            attention_mask=mask,
             position_ids=None if positions is None else torch.tensor([positions]),
             **kwargs,
         )
@@ -229,11 +227,10 @@ class VideoLlava(Family):
     def pixels(self, views):
         clips = [_noise(v.seed, self.frames, 3, self.side, self.side) for v in views if v.modality == "video"]
         images = super().pixels([view for view in views if view.modality == "image"])
-        return {**images, **({"pixel_values_videos": torch.stack(clips)} if clips else {})}
-
-    def for_stock(self, inputs):
         name = list(inspect.signature(transformers.VideoLlavaModel.get_image_features).parameters)[1]
-        return {name if key == "pixel_values" else key: value for key, value in inputs.items()}
+        if images:  # `pixel_values_images` in Transformers 5.18
+            images = {name: images["pixel_values"]}
+        return {**images, **({"pixel_values_videos": torch.stack(clips)} if clips else {})}
 
 
 class MiniGemini(Family):
@@ -338,10 +335,12 @@ class Qwen(Family):
         ids = torch.tensor([ids])
         return stock.model.get_rope_index(ids, attention_mask=torch.tensor([mask]), **self.types(ids), **inputs)[0]
 
-    def run_alone(self, ours, stock, row, positions, **kwargs):
+    def run_alone(self, ours, stock, row, positions, prefix=None, **kwargs):
+        mask, kwargs = behind(prefix, row, kwargs)
+        first = mask.shape[1] - len(row.short_mask)
         views = [view for view, _ in row.views]
-        places = self.full_positions(stock, row)[:, :, row.short_source]
-        text = (torch.tensor([row.short_mask]).cumsum(1) - 1).clamp(min=0)
+        places = self.full_positions(stock, row)[:, :, row.short_source] + first
+        text = (torch.tensor([row.short_mask]).cumsum(1) - 1).clamp(min=0) + first
         encoded: dict[str, Any] = {}
         for view in views:
             output, kept = self.encode(stock, view), row.kept[view]
@@ -360,7 +359,7 @@ class Qwen(Family):
         ids = torch.tensor([row.short_ids])
         return stock(
             input_ids=ids,
-            attention_mask=torch.tensor([row.short_mask]),
+            attention_mask=mask,
             position_ids=torch.cat([text[None], places]),
             mm_encoder_outputs=encoded or None,
             **self.types(ids),
@@ -455,6 +454,13 @@ class Row:
         return next((after for after in range(column, len(self.ids)) if not self.is_dropped[after]), None)
 
 
+def behind(prefix, row: Row, kwargs: dict) -> tuple[torch.Tensor, dict]:
+    """The mask of a short row behind a cache that holds no token of it, and the arguments with that cache."""
+    before = 0 if prefix is None else prefix.get_seq_length()
+    mask = torch.tensor([[1] * before + row.short_mask])
+    return mask, kwargs if prefix is None else {**kwargs, CACHE: prefix}
+
+
 def make_rows(family: Family, ours, rows: list[list]) -> list[Row]:
     """The rows of a batch; see `make_row`."""
     made = [make_row(family, ours, parts) for parts in rows]
@@ -497,7 +503,8 @@ def short_positions(rule: str | None, mask: list[int]) -> list[int] | None:
 @torch.no_grad()
 def alone(family: Family, ours, stock, row: Row, rule: str | None = None, **kwargs):
     """The stock output of one row in its short columns."""
-    return family.run_alone(ours, stock, row, short_positions(rule, row.short_mask), use_cache=False, **kwargs)
+    kwargs = {"use_cache": False, **kwargs}
+    return family.run_alone(ours, stock, row, short_positions(rule, row.short_mask), **kwargs)
 
 
 def expand(short: torch.Tensor, row: Row, first: int = 0, last: int | None = None) -> list[torch.Tensor | None]:

@@ -20,6 +20,7 @@ from tiny import (
     batch,
     build,
     oracle_features,
+    oracle_features_of_rows,
     oracle_generate,
     pixels,
     prompt,
@@ -287,7 +288,7 @@ class TestOutputs:
         inputs = mixed_batch()
         wanted = {"return_dict_in_generate": True, "output_scores": True, **MODES["several beams"], **GREEDY}
         got = ours.generate(**inputs, **wanted)
-        features, _ = oracle_features(stock, inputs["pixel_values"])
+        features = oracle_features_of_rows(stock, short_rows(), inputs["pixel_values"])
         short = batch(short_rows())
         expected = stock.generate(**short, mm_encoder_outputs={"image": features}, **wanted)
         assert torch.equal(got.sequences, new_sequences(inputs["input_ids"], expected.sequences, short))

@@ -243,7 +243,10 @@ def first_row(family, ours):
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_stock])
 def test_prefix_tuning(name):
-    """Each row scores as it does alone in the stock class behind the same prefix."""
+    """
+    Each row scores as it does alone in the stock class behind the same prefix. (The stock Qwen-VL find no positions of
+    a prompt with images behind one, and stop: the oracle gives them those of the prompt, behind the prefix.)
+    """
     peft = pytest.importorskip("peft")
     family, ours, stock = pair(name)
     text = ours.config.get_text_config()
@@ -254,35 +257,24 @@ def test_prefix_tuning(name):
     )  # fmt: skip
     torch.manual_seed(0)
     adapted = peft.get_peft_model(ours, settings).eval()
-    torch.manual_seed(0)
-    beside = peft.get_peft_model(stock, settings).eval()
-    beside.load_state_dict(adapted.state_dict())
     rows = Collator(family, ours).rows(Examples(family).parts[:2])
     inputs = Collator(family, ours)([{"parts": parts} for parts in Examples(family).parts[:2]])
     inputs.pop("labels")
     with torch.no_grad():
-        try:
-            beside(**family.for_stock(inputs))
-        except Exception as error:
-            # Upstream's Qwen-VL cannot place a prompt behind a prefix by itself.
-            assert family.is_qwen, error
-            return
         output = adapted(**inputs)
-        logits = []
-        for row in rows:
-            ids, mask = torch.tensor([row.short_ids]), torch.tensor([row.short_mask])
-            if family.is_qwen:
-                return
-            embeds = stock.get_input_embeddings()(ids).clone()
-            for view, columns in row.views:
-                features = family.features(stock, view)
-                for column, place in columns:
-                    if place in row.kept[view]:
-                        embeds[0, row.short_column[column]] = features[place]
-            logits.append(expand(beside(inputs_embeds=embeds, attention_mask=mask).logits[0], row))
+        prefixes = [adapted.get_prompt(batch_size=1) for _ in rows]
+        if CACHE == "past_key_values":  # PEFT 0.21's `generate` knows no other name, for the stock class neither
+            first = adapted(**first_row(family, ours)).logits[0, -1].argmax()
+            answer = adapted.generate(**first_row(family, ours), max_new_tokens=3, do_sample=False)
+            assert answer[0, -3] == first
+    single = [alone(family, ours, stock, row, prefix=p, use_cache=True) for row, p in zip(rows, prefixes)]
     problems: list[str] = []
+    logits = [expand(one.logits[0], row) for one, row in zip(single, rows)]
     check_columns("logits", output.logits, logits, problems)
     assert not problems, problems
+    bare = [expand(alone(family, ours, stock, row).logits[0], row) for row in rows]
+    check_columns("logits", output.logits, bare, problems)
+    assert problems, "the prefix is no matter"
 
 
 # TRL

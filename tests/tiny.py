@@ -121,10 +121,21 @@ def oracle_features(stock, pixel_values, budgets=BUDGET):
     return BaseModelOutputWithPooling(pooler_output=features), indices
 
 
+def oracle_features_of_rows(stock, rows, pixel_values, budgets=BUDGET):
+    """
+    The same, in one piece for each row that has images: for beams, Transformers 5.18 repeats the pieces of a row one
+    by one, and so mixes up the images of a row that has several.
+    """
+    features, _ = oracle_features(stock, pixel_values, budgets)
+    counts = [row.count(IMAGE) for row in rows if IMAGE in row]
+    features.pooler_output = list(torch.cat(features.pooler_output).split(counts))
+    return features
+
+
 def oracle_generate(stock, rows, pixel_values, budgets=BUDGET, side="left", **kwargs):
     """The new tokens of the stock `generate`, on short prompts and features of the kept tokens."""
     inputs = batch(rows, side)
-    features, _ = oracle_features(stock, pixel_values, budgets)
+    features = oracle_features_of_rows(stock, rows, pixel_values, budgets)
     output = stock.generate(**inputs, mm_encoder_outputs={"image": features}, **kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     return sequences[:, inputs["input_ids"].shape[1] :]
