@@ -306,7 +306,7 @@ def choose_tokens(
         )
         selection = method_of(settings.method)(part(views), counts_on(device, chosen_counts), settings, context)
         if found is not None:
-            found.append((selection, part(views), context))
+            found.append((selection, part(views), context, chosen, counts, lengths))
         kept = torch.nn.functional.pad(selection.indices, (0, most - selection.indices.shape[1]))
         indices = kept if everything else indices.index_copy(0, rows, kept)
         if selection.merged is not None:

@@ -399,10 +399,16 @@ class NestsPruneSIDConfig:
     def __setattr__(self, name, value):
         if name != "prunesid_config":
             return super().__setattr__(name, value)
-        value = read_settings(value, self._settings_class, vars(self).get(name), self._with_defaults)
-        super().__setattr__(name, value)
+        before = vars(self).get(name)
+        value = read_settings(value, self._settings_class, before, self._with_defaults)
         check_preset(value, self.model_type)
-        self.check_settings()
+        super().__setattr__(name, value)
+        try:
+            self.check_settings()
+        except ValueError:
+            if before is not None:  # what is refused changes nothing
+                super().__setattr__(name, before)
+            raise
 
     def check_settings(self) -> None:
         """Raise a `ValueError` for settings that this family cannot follow. Runs before each use as well."""

@@ -63,7 +63,8 @@ class Context:
         return replace(self, counts=part(self.counts), lengths=part(self.lengths), **tensors)
 
 
-# Where `explain` listens: a list that takes each selection, with the lengths of its views. None: nobody does.
+# Where `explain` listens: a list that takes each selection, its views and context, which of all views these are, and
+# N and T of all views. None: nobody does.
 SELECTIONS: ContextVar[list | None] = ContextVar("selections", default=None)
 
 
