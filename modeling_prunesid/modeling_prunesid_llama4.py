@@ -3,6 +3,7 @@
 import torch
 from transformers import GenerationMixin, Llama4Config, Llama4ForConditionalGeneration, Llama4Processor
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -21,6 +22,10 @@ class PruneSIDLlama4ForConditionalGeneration(
     """[`Llama4ForConditionalGeneration`] on shortened prompts; see [`PrunedWholeMixin`]."""
 
     config_class = PruneSIDLlama4Config
+    patch_grids = square_grids
+
+    def patches_of(self, attention):
+        return attention[:, :-1]  # its CLS token is the last
 
     def features_of(self, output):
         return list(output.last_hidden_state)
