@@ -73,7 +73,8 @@ def _read(module, query, key, value, attention_mask=None, scaling=None, **kwargs
     if reader is not None and reader[0] is module:
         reader[1].append(received_attention(query, key, scaling, attention_mask))
     config = _watched.get(module, [module.config])[0]
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    functions = vars(sys.modules[type(module).__module__])
+    eager = functions.get("vision_eager_attention_forward") or functions["eager_attention_forward"]  # Llama 4's own
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
@@ -196,11 +197,9 @@ def pool_blocks(patches: torch.Tensor, grids: torch.LongTensor, num_tokens: int)
 
 def square_grids(model: Any, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor:
     """The `patch_grids` of families whose tower encodes square images, tiles or frames of one size."""
-    vision = model.config.vision_config
-    [(size, _), (patch, _)] = (
-        [side, side] if isinstance(side, int) else side for side in (vision.image_size, vision.patch_size)
-    )
-    return torch.tensor([[1, size // patch, size // patch]]).expand(num_patches // (size // patch) ** 2, -1)
+    size, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
+    side = size // patch if isinstance(size, int) else size[0] // patch[0]
+    return torch.tensor([[1, side, side]]).expand(num_patches // side**2, -1)
 
 
 def grids_of_image_sizes(model: Any, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor:

@@ -96,20 +96,24 @@ def eager_weights(layer):
     """
     module = attention._attention_of(layer)
     file, found = sys.modules[type(module).__module__], []
-    own, implementation = file.eager_attention_forward, module.config._attn_implementation
+    name = "vision_eager_attention_forward" if "llama4" in file.__name__ else "eager_attention_forward"
+    own, implementation = getattr(file, name), module.config._attn_implementation
 
     def record(watched, query, key, value, attention_mask=None, **kwargs):
         output = own(watched, query, key, value, attention_mask, **kwargs)
         if watched is module:
-            weights = weights_of(query.double(), key.double(), kwargs["scaling"], attention_mask)
+            scaling = kwargs["scaling"] or query.shape[-1] ** -0.5
+            weights = weights_of(query.double(), key.double(), scaling, attention_mask)
             found.append((weights.mean((1, 2)).flatten(), output[1].double().mean((1, 2)).flatten()))
         return output
 
-    file.eager_attention_forward, module.config._attn_implementation = record, "eager"
+    setattr(file, name, record)
+    module.config._attn_implementation = "eager"
     try:
         yield found
     finally:
-        file.eager_attention_forward, module.config._attn_implementation = own, implementation
+        setattr(file, name, own)
+        module.config._attn_implementation = implementation
 
 
 def last_layer_of(ours):
@@ -199,7 +203,7 @@ def one_patch_is_another(layers, place):
         def forward(*args, **kwargs):
             nonlocal seen
             output = run(*args, **kwargs)
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
             if layer is layers[0]:
                 hidden = (output[0] if isinstance(output, tuple) else output).clone(
                     memory_format=torch.contiguous_format
