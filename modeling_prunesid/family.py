@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .attention import encode_with_attention
+from .attention import encode_with_attention, pool_blocks, tower_of
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
 from .compression import CompressedModelMixin
@@ -25,6 +25,7 @@ from .encoding import TowerEncoding, as_views, keep_rows, rows_of, rows_of_featu
 from .generation import CompressedGenerationMixin
 from .hub import AutoModelMixin, HubModelMixin
 from .methods import needs_of
+from .tower import count_prefix
 from .upstream import like_upstream
 
 
@@ -64,6 +65,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     encoding_class = TowerEncoding
     # Further arguments of ours that `forward` and `get_*_features` take, which `views` reads.
     own_arguments: Sequence[str] = ()
+    # The path of the vision tower whose attention is read, where it is not called as in other families.
+    tower_name: str | None = None
     # What `dynamic` shares the total of a clip by.
     video_information = staticmethod(view_information)
 
@@ -197,22 +200,36 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         else:
             logger.warning(f"PruneSID keeps all visual tokens of the first {modality}s: the budget is not below them.")
 
+    def patches_of(self, attention: torch.Tensor) -> torch.Tensor:
+        """That of `attention` `(batch, tokens)` which patches receive: by default without what comes before them."""
+        return attention[:, count_prefix(tower_of(self)) :]
+
+    def patch_grids(self, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor | None:
+        """
+        Grids `(t, h, w)` of patches in raster order, of which each square is merged into a token; None where tokens
+        are not merged from squares.
+        """
+        return None
+
     def pool_attention(
         self, patches: torch.Tensor, modality: str, inputs: dict[str, Any], num_tokens: int
     ) -> torch.Tensor:
         """
         The attention `(num_tokens,)` that the tokens of all views receive, of that of the patches `(patches,)` of the
-        tower, in the tower's order. By default each token is a patch.
+        tower, in the tower's order. By default each token is a patch, or a square of `patch_grids`.
 
         Raises:
-            `ValueError`: if it is not known which patches a token is merged from.
+            `ValueError`: where no token is merged from patches of its own.
         """
-        if len(patches) != num_tokens:
+        if len(patches) == num_tokens:
+            return patches
+        grids = self.patch_grids(modality, inputs, len(patches))
+        if grids is None:
             raise ValueError(
-                f"score='attention' is not declared for {type(self).__name__}, which merges {len(patches)} patches "
-                f"into {num_tokens} tokens. Use score='component'."
+                f"score='attention' is not declared for {type(self).__name__}: its {num_tokens} tokens are not merged "
+                f"from patches of their own, of which the tower has {len(patches)}. Use score='component'."
             )
-        return patches
+        return pool_blocks(patches, grids, num_tokens)
 
     def keep_tokens(
         self,
