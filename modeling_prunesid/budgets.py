@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 
 from .checks import resolve_budget, warn_once
 from .configuration_prunesid import check_budget
-from .context import SELECTIONS, Context, counts_on
-from .methods import method_of
+from .context import ASKED, SELECTIONS, Context, counts_on
+from .methods import method_of, reads_question
 from .selection import information_budgets, redundancy
 
 
@@ -295,6 +295,8 @@ def choose_tokens(
             return values if everything else values.index_select(0, rows)
 
         chosen_counts = [counts[view] for view in chosen]
+        if reads_question(settings):
+            seen = {**(seen or {}), "relevance": _relevance(settings, views, lengths, num_tokens, budgets, seen or {})}
         found = None if torch.compiler.is_compiling() else SELECTIONS.get()
         context = Context(
             counts=chosen_counts,
@@ -312,6 +314,24 @@ def choose_tokens(
         if selection.merged is not None:
             merged = Merged(chosen, chosen_counts, selection.indices, selection.merged)
     return Chosen(indices, counts, merged)
+
+
+def _relevance(
+    settings: PretrainedConfig,
+    views: torch.Tensor,
+    lengths: list[int],
+    num_tokens: Sequence[Sequence[int]],
+    budgets: Budgets,
+    seen: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """How near each token `(views, tokens)` is to the question of its row."""
+    question = ASKED.get()
+    if question is None:
+        raise ValueError(
+            f"prunesid_config.method_settings={settings.method_settings!r} chooses tokens by the question, which "
+            "images alone do not have. Pass them to `generate` or `forward` with their prompt."
+        )
+    return question.weigh(seen.get("projected", views), lengths, num_tokens, budgets.totals)
 
 
 def _shares(

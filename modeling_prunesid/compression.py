@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .context import ASKED
+from .methods import QUESTION
 from .prompts import (
     IGNORED_LABEL,
     CachedPrompt,
@@ -54,12 +56,14 @@ class HostPrompt:
         placeholders (`dict[str, torch.BoolTensor]`): of each modality, `(batch, length)`.
         mask (`torch.BoolTensor` of shape `(batch, cached + length)`, *optional*): a flat attention mask.
         labels (`dict[str, torch.BoolTensor]`): which columns of `labels` and `shift_labels` have one.
+        question (`torch.BoolTensor` of shape `(batch, length)`, *optional*): which columns are words of a question.
     """
 
     input_ids: torch.LongTensor | None
     placeholders: dict[str, torch.BoolTensor]
     mask: torch.BoolTensor | None
     labels: dict[str, torch.BoolTensor]
+    question: torch.BoolTensor | None = None
 
     @property
     def is_labelled(self) -> torch.BoolTensor | None:
@@ -138,6 +142,9 @@ class CompressedModelMixin:
     # Further arguments of `forward` that run along the prompt, with what fills added padding.
     along_prompt: dict[str, float | int] = {}
 
+    # Whether the tokens that are kept depend on the question, which `question_mask` then marks.
+    reads_question = False
+
     def is_off(self, num_visual_tokens: Any) -> bool:
         """Whether nothing is to be dropped, whatever the input."""
         return False
@@ -170,6 +177,9 @@ class CompressedModelMixin:
                     f"You cannot specify both {pixels[0]} and mm_encoder_outputs[{modality!r}]; drop one of them."
                 )
             names = [name for name in inspect.signature(encode).parameters if inputs.get(name) is not None]
+            asked = None if torch.compiler.is_compiling() else ASKED.get()
+            if asked is not None:
+                asked.modality = modality
             encoded[modality] = encode(**{name: inputs[name] for name in names}, return_dict=True)
             consumed.update(names)
         inputs = {name: value for name, value in inputs.items() if name not in consumed}
@@ -201,13 +211,15 @@ class CompressedModelMixin:
         for name in ("labels", "shift_labels"):
             if inputs.get(name) is not None and inputs[name].shape == columns.shape[:2]:
                 tensors[name] = inputs[name] != IGNORED_LABEL
+        if isinstance(inputs.get("question_mask"), torch.Tensor):
+            tensors["question"] = inputs["question_mask"] != 0
         found = to_host(tensors)
         ids = found.get("ids")
         labels: dict[str, Any] = {name: found[name] for name in ("labels", "shift_labels") if name in found}
         placeholders = {
             name: found[name] if ids is None else self.find_placeholders(name, ids, None) for name in names
         }
-        return HostPrompt(ids, placeholders, found.get("mask"), labels)
+        return HostPrompt(ids, placeholders, found.get("mask"), labels, found.get("question"))
 
     def compress(
         self, inputs: dict[str, Any], is_generation: bool = False
@@ -235,7 +247,10 @@ class CompressedModelMixin:
         is_encoded = any(inputs.get(name) is not None for name in pixels)
         is_off = self.is_off(stated)
         host = self.look_at(inputs) if has_prompt and is_encoded and not is_off else None
-        inputs = self.encode_views(inputs)
+        if host is not None and self.reads_question:
+            inputs = QUESTION.encode_views(self, inputs, host)
+        else:
+            inputs = self.encode_views({name: value for name, value in inputs.items() if name != "question_mask"})
         input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         columns = input_ids if input_ids is not None else inputs_embeds
         cache, mask = cache_of(inputs), inputs.get("attention_mask")
@@ -256,6 +271,8 @@ class CompressedModelMixin:
             host = self.look_at(inputs) if is_looked_for else HostPrompt(None, {}, None, {})
         cached_length = int(cache.get_seq_length()) if cache is not None else 0
         earlier = CachedPrompt.recall(cache, len(columns))
+        if is_generation and earlier is not None and self.reads_question:
+            QUESTION.check_kept(self.config.prunesid_config)
         repeats_cached = is_generation and (not is_flat(mask) or mask.shape[1] == columns.shape[1])
         start = 0
         if earlier is not None and not repeats_cached:

@@ -24,7 +24,7 @@ from .compression import CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, rows_of_features, table_of
 from .generation import CompressedGenerationMixin
 from .hub import AutoModelMixin, HubModelMixin
-from .methods import needs_of
+from .methods import needs_of, reads_question
 from .tower import count_prefix
 from .upstream import like_upstream
 
@@ -74,6 +74,11 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         super().__init_subclass__(**kwargs)
         cls._auto_map = {"AutoModel": cls.__name__}
         _take_signatures(cls)
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether the tokens that are kept depend on the question of the prompt."""
+        return reads_question(self.config.prunesid_config)
 
     def is_off(self, num_visual_tokens: NumVisualTokens) -> bool:
         """Whether nothing is to be dropped, whatever the input."""
