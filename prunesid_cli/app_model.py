@@ -16,6 +16,7 @@ from transformers import AutoProcessor, StoppingCriteria, StoppingCriteriaList
 
 from modeling_prunesid import PruneSIDForImageTextToText, explain
 from modeling_prunesid.methods import DEFAULT_METHOD
+from modeling_prunesid.upstream import cache_of
 from modeling_prunesid.visualize import Explanation
 from prunesid_cli.generate import ask
 
@@ -203,7 +204,7 @@ class AppModel:
             )
         finally:
             hook.remove()
-        found.cache_bytes = cache_bytes(output["cache" if "cache" in output else "past_key_values"])
+        found.cache_bytes = cache_bytes(cache_of(output))
         events.put(found)
 
 
