@@ -17,6 +17,7 @@ from transformers import AutoProcessor, StoppingCriteria, StoppingCriteriaList
 
 from modeling_prunesid import PruneSIDForImageTextToText
 from modeling_prunesid.methods import DEFAULT_METHOD, METHODS, module_of
+from modeling_prunesid.upstream import cache_of
 from modeling_prunesid.visualize import Explanation, explain_views
 from prunesid_cli import baselines
 from prunesid_cli.baselines.encoder import replaced
@@ -176,7 +177,7 @@ class AppModel:
             output = self.model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
         kept = found[0].get("keep_indices")
         kept = torch.arange(self.num_patches) if kept is None else kept[0].cpu()
-        later = getattr(_cache_of(output), "_prunesid_columns", None)
+        later = getattr(cache_of(output), "_prunesid_columns", None)
         if later is not None:  # columns of the shortened prompt
             first = int((inputs["input_ids"][0] == self.model.config.image_token_id).nonzero()[0])
             places = later.columns[max(later.columns)][0].cpu() - first
@@ -299,12 +300,8 @@ class AppModel:
             )
         finally:
             hook.remove()
-        found.cache_bytes = cache_bytes(_cache_of(output))
+        found.cache_bytes = cache_bytes(cache_of(output))
         events.put(found)
-
-
-def _cache_of(output: Any) -> Any:
-    return output["cache" if "cache" in output else "past_key_values"]
 
 
 def cache_bytes(cache: Any) -> int:

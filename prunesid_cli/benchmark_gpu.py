@@ -23,6 +23,7 @@ import transformers
 import modeling_prunesid
 from modeling_prunesid.context import Context, counts_on
 from modeling_prunesid.methods import method_of
+from modeling_prunesid.upstream import cache_of
 
 
 CUDA = torch.cuda.is_available()
@@ -275,7 +276,7 @@ def measure_model(model: Any, encoded: dict, inputs: dict, batch: int, tiny: boo
     output = generate(new + 1)
     if CUDA:
         found["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
-    layers = output.past_key_values.layers
+    layers = cache_of(output).layers
     found["kv_mib"] = round(sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / 2**20, 2)
     both = milliseconds(lambda: generate(new + 1), rounds)["wall_ms"]
     if both > found["first_token_ms"]:

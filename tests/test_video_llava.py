@@ -100,13 +100,8 @@ def rows(of_image, of_clip, which=ROWS):
 
 
 def full_batch(side="left"):
-    pixels = {"pixel_values": images(), "pixel_values_videos": clips()}
+    pixels = {VIDEO_LLAVA_PIXELS: images(), "pixel_values_videos": clips()}
     return {**batch(rows(NUM_PATCHES, FRAMES * FED), side), **pixels}
-
-
-def for_stock(inputs):
-    """The same inputs by the names that the stock class of the installed version knows."""
-    return {VIDEO_LLAVA_PIXELS if name == "pixel_values" else name: value for name, value in inputs.items()}
 
 
 def new_tokens(model, inputs, **kwargs):
@@ -138,7 +133,7 @@ class TestSelection:
     def test_each_kept_feature_is_the_one_at_its_position(self, ours, stock):
         of_images, of_clips = whole_features(stock, images(), clips())
         for output, whole in (
-            (ours.get_image_features(pixel_values=images()), of_images),
+            (ours.get_image_features(**{VIDEO_LLAVA_PIXELS: images()}), of_images),
             (ours.model.get_video_features(pixel_values_videos=clips()), of_clips),
         ):
             assert output.num_placeholders == list(map(len, whole))
@@ -166,22 +161,24 @@ class TestSelection:
             assert kept[kept % FED > 0].tolist() == expected.tolist()
 
     def test_the_cls_token_of_an_image_is_left_out_as_upstream_does(self, stock):
-        kept = build().get_image_features(pixel_values=images()).keep_indices
+        kept = build().get_image_features(**{VIDEO_LLAVA_PIXELS: images()}).keep_indices
         assert [len(indices) for indices in kept] == [BUDGET, BUDGET]
         assert min(int(indices.min()) for indices in kept) >= 0
-        for indices in build(keep_cls=True).get_image_features(pixel_values=images()).keep_indices:
+        for indices in build(keep_cls=True).get_image_features(**{VIDEO_LLAVA_PIXELS: images()}).keep_indices:
             assert len(indices) == BUDGET
             assert (indices == -1).tolist() == [True] + [False] * (BUDGET - 1)
 
     def test_both_names_of_the_pixels(self, ours):
-        one = ours.get_image_features(pixel_values=images()).keep_indices
+        """Transformers 5.18 to 5.22 know one of them."""
+        one = ours.get_image_features(**{VIDEO_LLAVA_PIXELS: images()}).keep_indices
         other = ours.get_image_features(pixel_values_images=images()).keep_indices
         assert all(torch.equal(*pair) for pair in zip(one, other))
         inputs = full_batch()
-        pixels = inputs.pop("pixel_values")
+        pixels = inputs.pop(VIDEO_LLAVA_PIXELS)
         with torch.no_grad():
             assert torch.equal(
-                ours(**inputs, pixel_values=pixels).logits, ours(**inputs, pixel_values_images=pixels).logits
+                ours(**inputs, **{VIDEO_LLAVA_PIXELS: pixels}).logits,
+                ours(**inputs, pixel_values_images=pixels).logits,
             )
 
     def test_attention_scores(self):
@@ -262,16 +259,16 @@ class TestOff:
         stock, inputs = stock_twin(ours), full_batch()
         labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= IMAGE, -100)
         with torch.no_grad():
-            output, expected = ours(**inputs, labels=labels), stock(**for_stock(inputs), labels=labels)
+            output, expected = ours(**inputs, labels=labels), stock(**inputs, labels=labels)
         assert torch.equal(output.logits, expected.logits)
         assert torch.equal(output.loss, expected.loss)
         assert torch.equal(output.video_hidden_states, expected.video_hidden_states)
-        assert torch.equal(new_tokens(ours, inputs), new_tokens(stock, for_stock(inputs)))
+        assert torch.equal(new_tokens(ours, inputs), new_tokens(stock, inputs))
 
     def test_the_same_model_switches(self, ours, stock):
         inputs = full_batch()
-        assert torch.equal(new_tokens(ours, inputs, num_visual_tokens=1.0), new_tokens(stock, for_stock(inputs)))
-        assert not torch.equal(new_tokens(ours, inputs), new_tokens(stock, for_stock(inputs)))
+        assert torch.equal(new_tokens(ours, inputs, num_visual_tokens=1.0), new_tokens(stock, inputs))
+        assert not torch.equal(new_tokens(ours, inputs), new_tokens(stock, inputs))
 
 
 class TestGenerate:
@@ -296,10 +293,10 @@ class TestGenerate:
         for modality, output, whole in zip(
             ("image", "video"),
             (
-                ours.get_image_features(pixel_values=inputs["pixel_values"]),
+                ours.get_image_features(**{VIDEO_LLAVA_PIXELS: inputs[VIDEO_LLAVA_PIXELS]}),
                 ours.model.get_video_features(pixel_values_videos=inputs["pixel_values_videos"]),
             ),
-            whole_features(stock, inputs["pixel_values"], inputs["pixel_values_videos"]),
+            whole_features(stock, inputs[VIDEO_LLAVA_PIXELS], inputs["pixel_values_videos"]),
         ):
             kept = torch.stack([view[indices] for view, indices in zip(whole, output.keep_indices)])
             encoded[modality] = BaseModelOutputWithPooling(pooler_output=kept)
@@ -312,7 +309,9 @@ class TestGenerate:
         kept_of_clips = ours.model.get_video_features(pixel_values_videos=clips()).keep_indices
         for row, (counts, _) in enumerate(ROWS):
             alone = batch(rows(NUM_PATCHES, FRAMES * FED, ROWS[row : row + 1]))
-            for index, (name, pixels) in enumerate({"pixel_values": images(), "pixel_values_videos": clips()}.items()):
+            for index, (name, pixels) in enumerate(
+                {VIDEO_LLAVA_PIXELS: images(), "pixel_values_videos": clips()}.items()
+            ):
                 if counts[index]:
                     alone[name] = pixels[taken[index] : taken[index] + counts[index]]
                     taken[index] += counts[index]
@@ -395,7 +394,7 @@ class TestErrors:
     def test_a_tower_without_cls(self):
         ours = build(vision={"model_type": "siglip_vision_model"})
         with pytest.raises(ValueError, match="siglip_vision_model tower: it has no CLS token. Set it to 'full'"):
-            ours.model.get_image_features(pixel_values=images())
+            ours.model.get_image_features(**{VIDEO_LLAVA_PIXELS: images()})
         stock, frames = stock_twin(ours).model, clips()
         output = ours.model.get_video_features(pixel_values_videos=frames)
         whole = stock.get_video_features(pixel_values_videos=frames).pooler_output.reshape(len(frames), -1, 32)
