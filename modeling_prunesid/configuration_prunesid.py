@@ -211,7 +211,9 @@ class PruneSIDConfig(NestedSettings):
             `seed`. release: these, `score` (`"cls_attention"`, `"component"`, or ours: `"attention"`, the
             mean attention that a token receives in `layer`, for towers without CLS), `center` (`"features"` or
             `"tokens"`), `quota` (`"bounded"` or `"proportional"`) and `keep_cls`, whether CLS is one of the N. spread:
-            `score`, `center` and `keep_cls`.
+            `score`, `center` and `keep_cls`. All three: `question` (ours), whether the words of the question weigh the
+            tokens: False, True, or `"keep"`, which lets a conversation on a cache go on with tokens that were chosen
+            for an earlier question.
         mrope_positions (`"original"` or `"contiguous"`, defaults to `"original"`):
             For models with three-dimensional positions (Qwen-VL): every token keeps the position that it has in the
             full prompt, or the short prompt is numbered through like text. Other models always number it through.

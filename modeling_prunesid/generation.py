@@ -85,9 +85,12 @@ class CompressedGenerationMixin:
         Args:
             num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
                 The budget of this call, in place of `config.prunesid_config.budget`.
+            question_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                1 for each word of each row's question, where `method_settings["question"]` chooses tokens by it.
 
         Raises:
-            `ValueError`: if placeholders and views do not match, or the budget is invalid.
+            `ValueError`: if placeholders and views do not match, or the budget is invalid; where the question is read,
+                without `question_mask`, or on a cache whose tokens were chosen for another one.
         """
         if inputs is not None and kwargs.get("input_ids") is None and not inputs.is_floating_point():
             kwargs["input_ids"], inputs = inputs, None

@@ -41,6 +41,7 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
+from modeling_prunesid.question import QuestionReader
 from modeling_prunesid.selection import redundancy
 from prunesid_cli.ablations import ablations
 from prunesid_cli.answer_statistics import fit_prior, summarise
@@ -71,7 +72,7 @@ METHOD_CODE = (  # all that can change an answer to given inputs
     "modeling_prunesid/selection.py", "modeling_prunesid/components.py", "modeling_prunesid/similarity.py",
     "modeling_prunesid/exact.py", "modeling_prunesid/single_views.py", "modeling_prunesid/method*.py",
     "modeling_prunesid/tower.py", "modeling_prunesid/upstream.py", "modeling_prunesid/budgets.py",
-    "modeling_prunesid/encoding.py",
+    "modeling_prunesid/encoding.py", "modeling_prunesid/question.py",
     "modeling_prunesid/generation.py", "modeling_prunesid/prompts.py",
     "modeling_prunesid/family.py", "modeling_prunesid/vitcop.py", "modeling_prunesid/checks.py",
     "modeling_prunesid/context.py", "modeling_prunesid/grouping.py", "modeling_prunesid/attention.py",
@@ -153,6 +154,9 @@ def answer(model, processor, chunk: Chunk, reads_question: bool = False) -> list
     pixel_values = chunk.inputs["pixel_values"]
     if reads_question:
         visual = {"pixel_values": pixel_values[chunk.rows]}
+        if model.model.reads_question:
+            mask = QuestionReader(processor).mask(processor, prompt["input_ids"].tolist())
+            visual["question_mask"] = torch.tensor(mask, device=model.device)
     else:
         encoded = model.get_image_features(pixel_values=pixel_values, return_dict=True)
         visual = {"mm_encoder_outputs": {"image": repeat_views(encoded, chunk.rows)}}
