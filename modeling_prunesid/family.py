@@ -151,24 +151,37 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
                 outputs[modality] = type(output)(**{**output, "pooler_output": joined})
         return super().forward(mm_encoder_outputs=outputs or None, **inputs)
 
-    def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def requests(self, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """A list of totals is for the images and then for the videos."""
-        totals, given = inputs.get("num_visual_tokens"), {name for name in inputs if inputs[name] is not None}
-        images = given & {"pixel_values", "pixel_values_images"}
+        found, totals = super().requests(inputs), inputs.get("num_visual_tokens")
         is_list = isinstance(totals, (list, tuple)) or (isinstance(totals, torch.Tensor) and totals.dim() == 1)
-        if not (is_list and images and "pixel_values_videos" in given):
-            return super().encode_views(inputs)
-        num_images = self.num_images(inputs)
-        of_images = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
-        of_videos = {name: value for name, value in inputs.items() if name not in images}
-        encoded = super().encode_views({**of_images, "num_visual_tokens": totals[:num_images]})
-        of_videos |= {"num_visual_tokens": totals[num_images:], "mm_encoder_outputs": encoded["mm_encoder_outputs"]}
-        return super().encode_views(of_videos)
+        if is_list and len(found) == 2:
+            num_images = self.num_images(inputs)
+            found["image"]["num_visual_tokens"] = totals[:num_images]
+            found["video"]["num_visual_tokens"] = totals[num_images:]
+        return found
 
     def num_images(self, inputs: dict[str, Any]) -> int:
         """How many images there are among the arguments of `forward`."""
         names = ("image_grid_thw", "target_sizes", "image_sizes", "pixel_values", "pixel_values_images")
         return len(next(inputs[name] for name in names if inputs.get(name) is not None))
+
+    def expected_counts(self, modality: str, inputs: dict[str, Any]) -> tuple[list[int], list[int]] | None:
+        inputs, settings = dict(inputs), self.config.prunesid_config
+        requested = inputs.pop("num_visual_tokens", None)
+        if self.projector_name is not None:
+            encoding = self.encoding_class(self, modality, requested, inputs)
+            sizes, budgets = encoding.sizes, encoding.budgets
+        else:
+            sizes = self.sizes_of(modality, inputs)
+            views = [] if sizes is None else self.views(modality, inputs, sizes)
+            lengths = [[len(view.rows) for view in as_views(own)] for own in views]
+            budgets = None if sizes is None else request_budgets(settings, requested, lengths)
+        return None if sizes is None or budgets is None or budgets.rule == "reference" else (sizes, budgets.totals)
+
+    def sizes_of(self, modality: str, inputs: dict[str, Any]) -> list[int] | None:
+        """T of each input, where it is known before upstream's encoder runs."""
+        return None
 
     def _encode(self, modality: str, encode, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
         return_dict, given = inputs.get("return_dict"), inputs

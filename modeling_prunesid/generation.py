@@ -7,7 +7,8 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .compression import generating, is_counted, run_shortened
-from .prompts import CachedPrompt, ShortPrompt
+from .plans import CachedPrompt
+from .prompts import ShortPrompt
 from .upstream import CACHE_NAME, cache_of, rename_cache
 
 
@@ -63,7 +64,7 @@ class CompressedGenerationMixin:
         """Upstream's `forward` on the shortened arguments; what it returns has the caller's columns."""
         inputs, prompt = self.model.compress({"input_ids": input_ids, **inputs})
         inputs["is_shortened"] = True  # upstream hands it on to the base model
-        return run_shortened(forward, inputs, input_ids, prompt, self.config)
+        return run_shortened(self, forward, inputs, input_ids, prompt)
 
     @torch.no_grad()
     def generate(
@@ -149,8 +150,7 @@ class CompressedGenerationMixin:
             sequences = output.sequences
             output.sequences = callers_prompt.restore(sequences)
             cache = cache_of(output) if cache_of(output) is not None else cache
-        if cache is not None:
-            CachedPrompt(callers_ids, prompt).behind(cache).remember(cache)
+        CachedPrompt(callers_ids, prompt).remember(cache)
         return output
 
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):

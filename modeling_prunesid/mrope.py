@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .compression import CompressedModelMixin, to_host
+from .compression import CompressedModelMixin
+from .plans import to_host
 from .prompts import ShortPrompt, is_flat
 from .upstream import CACHE_NAME, cache_of
 

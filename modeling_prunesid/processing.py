@@ -18,11 +18,11 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
 from transformers.utils import PROCESSOR_NAME
 
-from .budgets import request_budgets, share_total
+from .budgets import largest_remainder, request_budgets, share_total
 from .configuration_prunesid import PruneSIDConfig, check_budget
 from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .methods import QUESTION, reads_question
-from .prompts import IGNORED_LABEL, largest_remainder
+from .prompts import IGNORED_LABEL
 
 
 OF_VIDEOS = "num_visual_tokens_of_videos"

@@ -159,7 +159,7 @@ def rows_of_inputs(sizes: list[int], counts: list[int]) -> list[int] | None:
 
 
 @torch.compiler.disable
-def encode_views_asked(model: Any, inputs: dict[str, Any], host: Any) -> dict[str, Any]:
+def encode_views_asked(model: Any, inputs: dict[str, Any], plan: Any) -> dict[str, Any]:
     """
     `model.encode_views` of the arguments of `forward`, whose `question_mask` `(batch, length)` marks the words of each
     row's question.
@@ -167,7 +167,7 @@ def encode_views_asked(model: Any, inputs: dict[str, Any], host: Any) -> dict[st
     Args:
         model: a [`CompressedModelMixin`].
         inputs (`dict`): arguments of `forward`, by name.
-        host (`HostPrompt`): what was read of them.
+        plan (`Plan`): what was read of them.
 
     Raises:
         `ValueError`: without a mask of that shape.
@@ -187,11 +187,11 @@ def encode_views_asked(model: Any, inputs: dict[str, Any], host: Any) -> dict[st
             f"question_mask must have the shape (batch, length) = {tuple(columns.shape[:2])} of the prompt, got "
             f"{got}. Pass a column for each of its columns."
         )
-    is_word = host.question
-    for placeholders in host.placeholders.values():
+    is_word = plan.question
+    for placeholders in plan.placeholders.values():
         is_word = is_word & ~placeholders
     with torch.no_grad():
-        question = Question(_words_of(model, columns, is_word), _count(host, cache_of(inputs)))
+        question = Question(_words_of(model, columns, is_word), _count(plan, cache_of(inputs)))
     token = ASKED.set(question)
     try:
         encoded = model.encode_views(inputs)
@@ -216,7 +216,7 @@ def _words_of(model: Any, columns: torch.Tensor, is_word: torch.BoolTensor) -> t
     return words.masked_fill(~given.to(words.device)[..., None], 0)
 
 
-def _count(host: Any, cache: Any) -> dict[str, list[list[int]]]:
+def _count(plan: Any, cache: Any) -> dict[str, list[list[int]]]:
     """Of each modality the placeholders of each row: all of them, and those behind what is in a cache."""
     starts, cached = [0], 0 if cache is None else int(cache.get_seq_length())
     if cached:
@@ -224,7 +224,7 @@ def _count(host: Any, cache: Any) -> dict[str, list[list[int]]]:
         starts.append(cached)
         if earlier is not None:
             starts.append(earlier.prompt.full_length + max(cached - earlier.prompt.length, 0))
-    return {name: [own[:, start:].sum(1).tolist() for start in starts] for name, own in host.placeholders.items()}
+    return {name: [own[:, start:].sum(1).tolist() for start in starts] for name, own in plan.placeholders.items()}
 
 
 def check_kept(settings: Any) -> None:

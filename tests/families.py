@@ -1454,6 +1454,8 @@ add(
     needs=("timm",),
     stock_encodes_as_images=True,
 )
+
+
 def end_without_relu(model):
     """Upstream scales the tower's output in place, of which a ResNet's last ReLU would need the values."""
     getattr(model, "model", model).vision_tower.timm_model.layer4[-1].act2 = torch.nn.GELU()
