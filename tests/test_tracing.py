@@ -1,4 +1,4 @@
-"""`torch.compile(fullgraph=True)` and `torch.export` of `forward`, on short prompts of our processor and on full ones."""
+"""`torch.compile(fullgraph=True)` and `torch.export` of `forward`, on short prompts and on full ones."""
 
 import pytest
 import torch
