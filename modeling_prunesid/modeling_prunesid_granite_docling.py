@@ -23,6 +23,7 @@ class PruneSIDGraniteDoclingModel(TiledModelMixin, GraniteDoclingModel):
     """[`GraniteDoclingModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDGraniteDoclingConfig
+    placeholder_mask_dims = 2
 
     def tiles(self, inputs, sizes):
         num_tokens = self.image_seq_len * (1 if inputs.get("tile_fine_mask") is None else 4)
