@@ -168,7 +168,7 @@ class CompressedModelMixin:
         inputs = self.place(inputs, is_generation)
         if not is_generation and plan.cached_length and (prompt is not None or plan.earlier is not None):
             inputs = self._place_behind_cache(inputs, plan, prompt)
-        return self._settle(inputs, plan), prompt
+        return self._settle(inputs, plan, sum(num_dropped or [])), prompt
 
     def requests(self, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """
@@ -426,7 +426,7 @@ class CompressedModelMixin:
         positions = torch.arange(length) + cached_length + self.first_position - ahead
         return {**inputs, "position_ids": positions.to(device, non_blocking=True)}
 
-    def _settle(self, inputs: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    def _settle(self, inputs: dict[str, Any], plan: Plan, num_dropped: int) -> dict[str, Any]:
         """Encoders' outputs become upstream's again, which fit the prompt, and lose what the cache has seen."""
         outputs = dict(inputs.get("mm_encoder_outputs") or {})
         settled = {modality: _settled(output) for modality, output in self._dropped_tokens(inputs).items()}
@@ -434,9 +434,18 @@ class CompressedModelMixin:
             inputs = {**inputs, "mm_encoder_outputs": {**outputs, **settled}}
             if not torch.compiler.is_compiling():
                 is_counted.set(settled.keys() == self._outputs(inputs).keys())
-        if plan.repeats_cached and plan.cached_length:
+        if plan.repeats_cached and plan.cached_length and not self._has_new_views_alone(inputs, plan, num_dropped):
             inputs = self._drop_cached_features(inputs, plan.cached_length)
         return inputs
+
+    def _has_new_views_alone(self, inputs: dict[str, Any], plan: Plan, num_dropped: int) -> bool:
+        """Whether the host knows that the features are those of the columns behind the cache."""
+        outputs = self._outputs(inputs)
+        if len(outputs) != 1 or not plan.start or plan.cached_length < plan.earlier.prompt.length:
+            return False
+        ((modality, output),) = outputs.items()
+        found = int(plan.placeholders[modality][:, plan.seen :].sum()) - num_dropped
+        return found == sum(len(entry) for entry in self.features_of(output))
 
     def _drop_cached_features(self, inputs: dict[str, Any], cached_length: int) -> dict[str, Any]:
         """Features whose placeholders are in the cache already are not needed again."""

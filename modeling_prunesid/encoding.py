@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .attention import attending_layer, watch_attention
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
@@ -161,6 +160,13 @@ class TowerEncoding:
             )
 
     @property
+    def expected_counts(self) -> tuple[list[int], list[int]] | None:
+        """T and N of each input, where they are known before the tower runs."""
+        if self.sizes is None or self.budgets is None or self.budgets.rule == "reference":
+            return None
+        return self.sizes, self.budgets.totals
+
+    @property
     def is_whole(self) -> list[bool]:
         """Which inputs keep all of their tokens, and with them those of no view."""
         is_known = self.budgets.rule != "reference"
@@ -206,7 +212,6 @@ class TowerEncoding:
             with project_rows(self.projector, self._choose_rows) as result:
                 output = encode(**self.inputs)
             return self._finish(output, None)
-        maybe_install_capturing_hooks(self.tower)  # which a graph that is compiled later needs, and cannot do
         watched = watch_tower(
             self.tower,
             [*self.feature_layers, self.selection_layer],

@@ -170,14 +170,13 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         inputs, settings = dict(inputs), self.config.prunesid_config
         requested = inputs.pop("num_visual_tokens", None)
         if self.projector_name is not None:
-            encoding = self.encoding_class(self, modality, requested, inputs)
-            sizes, budgets = encoding.sizes, encoding.budgets
-        else:
-            sizes = self.sizes_of(modality, inputs)
-            views = [] if sizes is None else self.views(modality, inputs, sizes)
-            lengths = [[len(view.rows) for view in as_views(own)] for own in views]
-            budgets = None if sizes is None else request_budgets(settings, requested, lengths)
-        return None if sizes is None or budgets is None or budgets.rule == "reference" else (sizes, budgets.totals)
+            return self.encoding_class(self, modality, requested, inputs).expected_counts
+        sizes = self.sizes_of(modality, inputs)
+        if sizes is None:
+            return None
+        lengths = [[len(view.rows) for view in as_views(own)] for own in self.views(modality, inputs, sizes)]
+        budgets = request_budgets(settings, requested, lengths)
+        return None if budgets is None or budgets.rule == "reference" else (sizes, budgets.totals)
 
     def sizes_of(self, modality: str, inputs: dict[str, Any]) -> list[int] | None:
         """T of each input, where it is known before upstream's encoder runs."""

@@ -198,7 +198,7 @@ class CompressedGenerationMixin:
     def _mask_padding(self, input_ids, generation_config, kwargs: dict[str, Any]) -> torch.LongTensor | None:
         """Upstream's rule for a prompt without a mask: padding ids are padding unless they also end a sequence."""
         pad, eos = (self._setting(name, generation_config, kwargs) for name in ("pad_token_id", "eos_token_id"))
-        if pad is None or not (input_ids == pad).any() or pad in (eos if isinstance(eos, list) else [eos]):
+        if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
             return None
         return (input_ids != pad).long()
 

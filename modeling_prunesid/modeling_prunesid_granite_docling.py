@@ -25,6 +25,7 @@ class PruneSIDGraniteDoclingModel(TiledModelMixin, GraniteDoclingModel):
 
     config_class = PruneSIDGraniteDoclingConfig
     patch_grids = square_grids
+    placeholder_mask_dims = 2
 
     def tiles(self, inputs, sizes):
         num_tokens = self.image_seq_len * (1 if inputs.get("tile_fine_mask") is None else 4)

@@ -40,6 +40,10 @@ class PruneSIDHunYuanVLModel(MRoPEModelMixin, GridModelMixin, HunYuanVLModel):
             "enough. Pass pixel_values and image_grid_thw of all images of the conversation."
         )
 
+    def sizes_of(self, modality, inputs):
+        sides = inputs["image_grid_thw"][:, 1:] // self.config.vision_config.spatial_merge_size
+        return [height * (width + 1) + 2 for height, width in sides.tolist()]
+
     def views(self, modality, inputs, sizes):
         sides = inputs["image_grid_thw"][:, 1:] // self.config.vision_config.spatial_merge_size
         return [[View(rows_without_newlines(height, width, 1))] for height, width in sides.tolist()]

@@ -29,6 +29,10 @@ class PruneSIDHYV4VLModel(MRoPEModelMixin, GridModelMixin, HYV4VLModel):
     config_class = PruneSIDHYV4VLConfig
     has_raster_patches = True
 
+    def sizes_of(self, modality, inputs):
+        merged, grids = self.config.vision_config.spatial_merge_size, inputs[f"{modality}_grid_thw"].tolist()
+        return [frames * (height // merged) * (width // merged + 1) for frames, height, width in grids]
+
     def views(self, modality, inputs, sizes):
         merged, views = self.config.vision_config.spatial_merge_size, []
         for frames, height, width in inputs[f"{modality}_grid_thw"].tolist():

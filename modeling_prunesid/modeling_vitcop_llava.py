@@ -152,6 +152,11 @@ class _SalientEncoding(TowerEncoding):
     def is_whole(self):
         return [False] * len(self.num_tokens)
 
+    @property
+    def expected_counts(self):
+        plans = [self.model.plan_tower(total, len(self.grid)) for total in self.budgets.totals] if self.budgets else []
+        return (self.sizes, [count for count, _ in plans]) if plans else None
+
     def _choose(self, compared, seen):
         num_layers, layers = len(self.model.language_model.layers), self.model.pruning_layers()
         grid, kept = self.grid.to(compared.device), []

@@ -26,6 +26,7 @@ from .prompts import IGNORED_LABEL
 
 
 OF_VIDEOS = "num_visual_tokens_of_videos"
+FULL_PROMPTS = "full"  # asks for them by name, in place of a budget
 _TYPED_DICT: Any = TypedDict
 _BUDGET_ARGUMENTS = ("num_visual_tokens", "budget_scope", "min_budget", "dynamic", "mrope_positions", "question")
 _MOST_TOKENS = 1_000_000  # that a request can ask for: more than any input has
@@ -141,9 +142,10 @@ class PrunedProcessorMixin(VariantProcessorMixin):
     the videos.
 
     Args:
-        num_visual_tokens (`int` or `float`, *optional*):
-            The `budget` of the model's `prunesid_config`. None (for a dynamic budget of each view, or off) writes the
-            full prompt of the stock processor. A call may pass another value.
+        num_visual_tokens (`int`, `float` or `"full"`, *optional*):
+            The `budget` of the model's `prunesid_config`. `"full"` (for a dynamic budget of each view, or off) writes
+            the full prompts of the stock processor, which leave the budget to the model, and is what None means here.
+            A call may pass another value; None in a call, and in `from_pretrained`, is the saved one.
         budget_scope (`"view"` or `"image"`, defaults to `"view"`), min_budget (`int`, *optional*):
             Those of the model's `prunesid_config`.
         dynamic (`bool`, defaults to `False`), mrope_positions (`str`, defaults to `"original"`):
@@ -183,6 +185,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             question=False,
             **kwargs,
         ):
+            num_visual_tokens = None if _is_full(num_visual_tokens) else num_visual_tokens
             check_budget(num_visual_tokens, name="num_visual_tokens")
             settings = PruneSIDConfig(
                 budget=num_visual_tokens,
@@ -239,9 +242,10 @@ class PrunedProcessorMixin(VariantProcessorMixin):
 
     def _kept_of_views(self, views: list[int], num_visual_tokens: int | float | None) -> list[int] | None:
         """N of each view of one input; None where nothing is dropped."""
-        settings = PruneSIDConfig(
-            budget=self.num_visual_tokens, budget_scope=self.budget_scope, min_budget=self.min_budget
-        )
+        if self._writes_full(num_visual_tokens):
+            return None
+        own_budget = None if _is_full(self.num_visual_tokens) else self.num_visual_tokens
+        settings = PruneSIDConfig(budget=own_budget, budget_scope=self.budget_scope, min_budget=self.min_budget)
         full_view = max(views) if self._has_padded_views else None
         budgets = request_budgets(settings, num_visual_tokens, [views], full_view)
         return None if budgets is None else share_total(budgets.totals[0], [1.0] * len(views), views)
@@ -274,7 +278,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
     def _write(self, modality: str, inputs: dict, texts: list[str], num_visual_tokens: int | float | None):
         """The stock processor's texts, shortened, and what it returns besides, with the budget of each input."""
         texts = [self._shorten(text, modality, inputs, index, num_visual_tokens) for index, text in enumerate(texts)]
-        if self.num_visual_tokens is not None or num_visual_tokens is not None:
+        if not self._writes_full(num_visual_tokens):
             name = "num_visual_tokens" if modality == "image" else OF_VIDEOS
             inputs[name] = [text.count(self._placeholder(modality)) for text in texts]
         return inputs, texts
@@ -344,13 +348,12 @@ class PrunedProcessorMixin(VariantProcessorMixin):
                 f"{advice}: prunesid_config.dynamic=True with budget_scope='view' gives each view a budget by what it "
                 "shows. Save the model with budget_scope='image', whose totals are exact, or with dynamic=False."
             )
-        budget = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
-        if self.question and budget is not None:
+        if self.question and not self._writes_full(num_visual_tokens):
             raise ValueError(
                 f"{advice}: prunesid_config.method_settings['question'] makes the tokens of an image depend on text "
                 "behind it, and engines share those of a prefix. Save the model with question=False."
             )
-        if self.has_mrope and self.mrope_positions == "original" and budget is not None:
+        if self.has_mrope and self.mrope_positions == "original" and not self._writes_full(num_visual_tokens):
             raise ValueError(
                 f"{advice}: with prunesid_config.mrope_positions='original' positions follow from which tokens are "
                 "kept. Save the model with mrope_positions='contiguous'."
@@ -376,17 +379,27 @@ class PrunedProcessorMixin(VariantProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         names = super().model_input_names
-        names = names if self.num_visual_tokens is None else [*names, "num_visual_tokens"]
+        names = names if self._writes_full(None) else [*names, "num_visual_tokens"]
         return [*names, "question_mask"] if self.question else names
+
+    def _writes_full(self, num_visual_tokens: int | float | str | None) -> bool:
+        """Whether a call with this budget gets full prompts."""
+        return _is_full(self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens)
+
+
+def _is_full(num_visual_tokens: Any) -> bool:
+    return num_visual_tokens is None or (isinstance(num_visual_tokens, str) and num_visual_tokens == FULL_PROMPTS)
 
 
 def check_request(num_visual_tokens: Any) -> None:
     """
     Raise a `ValueError` for what a request must not ask for, before upstream raises errors of other types. None is the
-    saved budget.
+    saved budget, and `"full"` asks for full prompts.
     """
+    if _is_full(num_visual_tokens):
+        return
     check_budget(num_visual_tokens, name="num_visual_tokens")
-    if num_visual_tokens is not None and num_visual_tokens > _MOST_TOKENS:
+    if num_visual_tokens > _MOST_TOKENS:
         raise ValueError(
             f"num_visual_tokens must be at most {_MOST_TOKENS}, got {num_visual_tokens}. Write 1.0 to keep all tokens."
         )
@@ -426,7 +439,7 @@ def _with_budget(upstream: Any) -> Any:
     for name, default in (("images_kwargs", ImagesKwargs), ("videos_kwargs", VideosKwargs)):
         own = fields.get(name, default)
         fields[name] = _TYPED_DICT(
-            own.__name__, {**own.__annotations__, "num_visual_tokens": int | float | None}, total=False
+            own.__name__, {**own.__annotations__, "num_visual_tokens": int | float | str | None}, total=False
         )
     extended = _TYPED_DICT(upstream.__name__, fields, total=False)
     extended._defaults = getattr(upstream, "_defaults", {})

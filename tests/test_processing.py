@@ -69,6 +69,31 @@ def test_without_a_budget_it_is_the_stock_processor():
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+def test_full_prompts_are_asked_for_by_name(ours, tmp_path):
+    stock, full = ask(build_processor(), 2), build_ours("full")
+    full.save_pretrained(tmp_path / "full")
+    build_ours().save_pretrained(tmp_path / "short")
+    set_later = build_ours()
+    set_later.num_visual_tokens = "full"
+    set_later.save_pretrained(tmp_path / "later")
+    load = PruneSIDLlavaProcessor.from_pretrained
+    for got in (
+        ask(full, 2),
+        ask(set_later, 2),
+        ask(build_ours(), 2, num_visual_tokens="full"),
+        ask(build_ours(), 2, images_kwargs={"num_visual_tokens": "full"}),
+        ask(load(tmp_path / "full"), 2),
+        ask(load(tmp_path / "later"), 2),
+        ask(load(tmp_path / "short", num_visual_tokens="full"), 2),
+    ):
+        assert got.keys() == stock.keys()
+        assert all(torch.equal(got[name], stock[name]) for name in stock)
+        assert count({"input_ids": ours.generate(**got, num_visual_tokens=3, max_new_tokens=1)}) == [2 * NUM_PATCHES]
+    assert count(ask(set_later, num_visual_tokens=5)) == [5]
+    counted = build_ours()._get_num_multimodal_tokens(image_sizes=[(28, 28)], num_visual_tokens="full")
+    assert counted.num_image_tokens == [NUM_PATCHES]
+
+
 def test_text_alone():
     inputs = ask(build_ours(), 0)
     assert torch.equal(inputs["input_ids"], ask(build_processor(), 0)["input_ids"])

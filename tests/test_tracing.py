@@ -1,4 +1,4 @@
-"""`torch.compile(fullgraph=True)` and `torch.export` of `forward`, on short prompts and on full ones."""
+"""`torch.compile(fullgraph=True)` and `torch.export` of `forward`: short prompts of our processor, and full ones."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(autouse=True)
 def _warm(ours):
     torch.compiler.reset()
-    with torch.no_grad():  # upstream installs its hooks in the first run, which no graph can
-        ours(**full_prompts([1, 7]))
+    with torch.no_grad():  # upstream installs what captures hidden states in the first run, which no graph can
+        ours.get_image_features(pixels(1), output_hidden_states=True)
         yield
     torch.compiler.reset()
 

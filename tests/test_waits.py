@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle_prompt import CACHE, FAMILIES
 from pretended_device import Pretended, PretendedTensor
-from transformers import DynamicCache
+from transformers import DynamicCache, modeling_utils
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,10 +61,12 @@ def batch_of(family, count):
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    pixels = {
-        name: value.float() if value.is_floating_point() else value for name, value in family.pixels(views).items()
-    }
+    pixels = in_float32(family.pixels(views))
     return {"input_ids": ids, "attention_mask": mask, **family.types(ids), **pixels}
+
+
+def in_float32(values):
+    return {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
 
 
 def waits(run):
@@ -113,6 +115,66 @@ def test_a_decoding_step_waits_no_oftener_than_that_of_the_stock_class(has_mask)
         waits(fill)
         found.append(waits(lambda model=model, step=step, cache=cache: model(**put(step), **{CACHE: cache})))
     assert found[0].total() <= found[1].total(), found[0] - found[1]
+
+
+def turns(name, call):
+    """The waits of a second turn with an image of its own, on the cache of a first; of ours and of the stock class."""
+    family, *models = pair(name)
+    first, second = views_of(family, 2)
+    found = []
+    for model in models:
+        cache = DynamicCache(config=model.config.get_text_config())
+        ids = torch.tensor([[1, 5, *first.ids, 7, 8]])
+        inputs, answers = {"input_ids": ids, **family.types(ids), **in_float32(family.pixels([first]))}, []
+
+        def begin(model=model, inputs=inputs, cache=cache, answers=answers):
+            if call == "forward":
+                model(**put(inputs), **{CACHE: cache})
+            else:
+                answers.append(model.generate(**put(inputs), **{CACHE: cache}, **ANSWER))
+
+        waits(begin)
+        words = [6, *second.ids, 9]
+        ids = torch.tensor([words if call == "forward" else [*answers[0].data_on_cpu[0].tolist(), *words]])
+        step = {"input_ids": ids, **family.types(ids), **in_float32(family.pixels([second]))}
+        if call == "forward":
+            step["attention_mask"] = torch.ones(1, len(inputs["input_ids"][0]) + len(words), dtype=torch.long)
+
+        def go_on(model=model, step=step, cache=cache):
+            if call == "forward":
+                model(**put(step), **{CACHE: cache})
+            else:
+                model.generate(**put(step), **{CACHE: cache}, **ANSWER)
+
+        found.append(waits(go_on))
+    return found
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("name", ["LLaVA", "LLaVA-NeXT"])  # stock Qwen-VL takes no images of a later turn alone
+def test_a_second_turn_waits_no_oftener_than_that_of_the_stock_class(name, call):
+    found, expected = turns(name, call)
+    assert found.total() <= expected.total(), found - expected
+
+
+@pytest.mark.parametrize("form", ["tensor", "of each row", "slice", "mask"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_logits_of_some_columns_wait_no_oftener(form, count):
+    family, ours, stock = pair("LLaVA")
+    inputs = batch_of(family, count)
+    batch, length = inputs["input_ids"].shape
+    keep = {
+        "tensor": torch.tensor([3, length - 1]),
+        "of each row": torch.tensor([[length - 1, 4]] * batch),
+        "slice": slice(-3, None),
+        "mask": torch.arange(length) > length - 4,
+    }[form]
+    if form == "of each row" and not hasattr(modeling_utils, "slice_logits_to_keep"):
+        keep = torch.tensor([length - 1])
+    if isinstance(keep, torch.Tensor):
+        (keep,) = put({"keep": keep}).values()
+    found, expected = (waits(lambda model=model: model(**put(inputs), logits_to_keep=keep)) for model in (ours, stock))
+    assert found.total() <= expected.total(), found - expected
 
 
 def test_the_prompt_is_checked_before_the_tower_runs():
