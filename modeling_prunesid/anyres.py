@@ -1,5 +1,6 @@
 """The any-resolution crops of the LLaVA-NeXT families: which patch of which crop each token of an image is."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,37 @@ def views_of_crops(
     return views
 
 
+def crops_of_images(config: Any, image_sizes: torch.LongTensor, is_cropped: Sequence[bool] | None = None) -> list[int]:
+    """How many crops each image has. Arguments are those of `packed_views`."""
+    pinpoints, size = config.image_grid_pinpoints, config.vision_config.image_size
+    is_cropped = [True] * len(image_sizes) if is_cropped is None else is_cropped
+    return [image_size_to_num_patches(own, pinpoints, size) if cut else 1 for own, cut in zip(image_sizes, is_cropped)]
+
+
+def packed_scores(
+    pack: Callable,
+    config: Any,
+    image_sizes: torch.LongTensor,
+    scores: torch.Tensor,
+    is_cropped: Sequence[bool] | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """
+    Scores `(crops, tokens)` of all crops, laid out and interpolated as upstream does features, of the tokens of the
+    `packed_views`, one view behind the other. Arguments are otherwise those of `packed_views`.
+    """
+    sizes = torch.as_tensor(image_sizes).cpu()
+    counts = crops_of_images(config, sizes, is_cropped)
+    side = math.isqrt(scores.shape[1])
+    views = packed_views(pack, config, sizes, is_cropped, side, **options)
+    of_views = []
+    for own, size, crops in zip(views, sizes, scores.split(counts)):
+        packed = pack([crops[..., None]], size[None], image_newline=scores.new_zeros(1), **options)[0]
+        packed = (packed[0] if isinstance(packed, list) else packed)[:, 0]
+        of_views += [packed[view.rows.to(packed.device)] for view in own]
+    return torch.cat(of_views)
+
+
 def packed_views(
     pack: Callable,
     config: Any,
@@ -76,9 +108,8 @@ def packed_views(
     """
     vision = config.vision_config
     side, views = side or vision.image_size // vision.patch_size, []
-    for index, size in enumerate(torch.as_tensor(image_sizes).cpu()):
-        whole = is_cropped is None or is_cropped[index]
-        count = image_size_to_num_patches(size, config.image_grid_pinpoints, vision.image_size) if whole else 1
+    sizes = torch.as_tensor(image_sizes).cpu()
+    for size, count in zip(sizes, crops_of_images(config, sizes, is_cropped)):
         owners = torch.eye(count + 1)
         crops = owners[:count, None].expand(-1, side**2, -1)
         packed = pack([crops], size[None], image_newline=owners[count], **options)[0]

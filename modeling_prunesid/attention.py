@@ -21,12 +21,12 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.vision_utils import get_vision_window_index
 
-from .tower import layers_of, resolve_layer
+from .tower import find_layers, resolve_layer
 
 
 _NAME = "prunesid_read"
 _LOGITS_AT_ONCE = 2**24
-_TOWERS = ("visual", "vision_tower", "vision_model")
+_TOWERS = ("visual", "vision_tower", "vision_model", "vision_encoder")
 
 # The module that the current thread watches, and where what it receives goes.
 _reader: ContextVar[tuple[nn.Module, list] | None] = ContextVar("reader", default=None)
@@ -73,7 +73,8 @@ def _read(module, query, key, value, attention_mask=None, scaling=None, **kwargs
     if reader is not None and reader[0] is module:
         reader[1].append(received_attention(query, key, scaling, attention_mask))
     config = _watched.get(module, [module.config])[0]
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    functions = vars(sys.modules[type(module).__module__])
+    eager = functions.get("vision_eager_attention_forward") or functions["eager_attention_forward"]  # Llama 4's own
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
@@ -101,8 +102,7 @@ def attending_layer(tower: nn.Module, layer: int) -> nn.Module:
     Raises:
         `ValueError`: for a layer whose attention cannot be read, or is within windows, with the nearest that is fit.
     """
-    layers = layers_of(tower)
-    index = resolve_layer(layer, len(layers), "prunesid_config.layer")
+    layers: Any = find_layers(tower) or []
     whole = getattr(tower.config, "fullatt_block_indexes", range(len(layers)))
     fit = [place + 1 for place in whole if _attention_of(layers[place]) is not None]
     if not fit:
@@ -110,6 +110,7 @@ def attending_layer(tower: nn.Module, layer: int) -> nn.Module:
             f"score='attention' needs a vision tower that calls Transformers' attention functions, which "
             f"{type(tower).__name__} does not. Use score='component'."
         )
+    index = resolve_layer(layer, len(layers), "prunesid_config.layer")
     if index not in fit:
         nearest = min(fit, key=lambda place: abs(place - index))
         raise ValueError(
@@ -165,19 +166,24 @@ def encode_with_attention(
 
     Returns:
         Upstream's output, and the attention `(patches,)` that the patches of all inputs receive in the layer of the
-        settings, in the tower's order.
+        settings, in the tower's order, without CLS tokens and registers.
 
     Raises:
         `ValueError`: for a layer that `attending_layer` refuses.
     """
     with watch_attention(attending_layer(tower_of(model), model.config.prunesid_config.layer)) as received:
         output = encode(**inputs)
-    return output, torch.cat([part.flatten() for part in received])
+    return output, torch.cat([model.patches_of(part).flatten() for part in received])
 
 
 def tower_of(model: Any) -> nn.Module:
     """The vision tower of a base model whose tokens are compared as they enter the language model."""
-    return getattr(model, next(name for name in _TOWERS if hasattr(model, name)))
+    name = model.tower_name or next((name for name in _TOWERS if hasattr(model, name)), None)
+    if name is None:
+        raise ValueError(
+            f"score='attention' needs a vision tower, which {type(model).__name__} has not. Use score='component'."
+        )
+    return model.get_submodule(name)
 
 
 def pool_blocks(patches: torch.Tensor, grids: torch.LongTensor, num_tokens: int) -> torch.Tensor:
@@ -187,6 +193,26 @@ def pool_blocks(patches: torch.Tensor, grids: torch.LongTensor, num_tokens: int)
         blocks = own.view(frames, height // side, side, width // side, side)
         pooled.append(blocks.mean((2, 4)).flatten())
     return torch.cat(pooled)
+
+
+def square_grids(model: Any, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor:
+    """The `patch_grids` of families whose tower encodes square images, tiles or frames of one size."""
+    size, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
+    side = size // patch if isinstance(size, int) else size[0] // patch[0]
+    return torch.tensor([[1, side, side]]).expand(num_patches // side**2, -1)
+
+
+def grids_of_image_sizes(model: Any, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor:
+    """The `patch_grids` of families with Pixtral's tower, which encodes images `(height, width)` of any size."""
+    sizes = torch.as_tensor(inputs["image_sizes"]) // model.config.vision_config.patch_size
+    return torch.nn.functional.pad(sizes, (1, 0), value=1)
+
+
+def grids_of_slices(model: Any, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor:
+    """The `patch_grids` of MiniCPM-V, whose tower merges patches in its middle too."""
+    sizes = torch.as_tensor(inputs["target_sizes" if modality == "image" else "target_sizes_videos"])
+    side = math.isqrt(int(sizes.prod(-1).sum()) // num_patches)
+    return torch.nn.functional.pad(sizes // side, (1, 0), value=1)
 
 
 def from_windows(tower: nn.Module, tokens: torch.Tensor, grids: torch.LongTensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 
 from .checks import resolve_budget, warn_once
 from .configuration_prunesid import check_budget
-from .context import SELECTIONS, Context, counts_on
-from .methods import method_of
+from .context import ASKED, SELECTIONS, Context, counts_on
+from .methods import method_of, reads_question
 from .selection import information_budgets, redundancy
 
 
@@ -123,6 +123,8 @@ def request_budgets(
         `ValueError`: for an invalid budget, another number of totals than of inputs, or a total that is too small.
     """
     settings.check()
+    if isinstance(num_visual_tokens, torch.Tensor) and torch.compiler.is_compiling():
+        return _traced_budgets(settings, num_visual_tokens, num_tokens, full_view, extra_kept)
     budgets = listed_budgets(num_visual_tokens, len(num_tokens))
     is_total = budgets is not None or settings.budget_scope == "image"
     is_by_reference = settings.dynamic and settings.budget_scope == "view" and num_visual_tokens is None
@@ -152,6 +154,23 @@ def request_budgets(
     if is_by_reference:
         return Budgets(totals, "reference")
     return Budgets(totals, "information" if settings.dynamic and is_total else "equal")
+
+
+def _traced_budgets(
+    settings: PretrainedConfig, num_visual_tokens: torch.Tensor, num_tokens: Sequence[Sequence[int]], *further: Any
+) -> Budgets | None:
+    """The model's own budgets, which a graph is traced for; it checks that those of its input are the same."""
+    budgets = request_budgets(settings, None, num_tokens, *further)
+    totals = [sum(views) for views in num_tokens] if budgets is None else budgets.totals
+    problem = (
+        f"num_visual_tokens must be {totals} for what was traced by torch.compile or torch.export: a graph has the "
+        f"budget of the model, prunesid_config.budget={settings.budget}. Set that to the processor's, and trace again."
+    )
+    if num_visual_tokens.shape != (len(totals),):
+        raise ValueError(problem)
+    expected = torch.tensor(totals, device=num_visual_tokens.device)
+    torch._assert_async((num_visual_tokens == expected).all(), problem)
+    return budgets
 
 
 def _warn_of_excess(budgets: list[int | float], num_tokens: list[int]) -> None:
@@ -194,7 +213,6 @@ def nominal_budgets(
     return [min(count, tokens) for count, tokens in zip(counts, num_tokens)]
 
 
-@torch.compiler.disable
 def share_total(total: int, weights: Sequence[float], num_tokens: Sequence[int], minimum: int = 1) -> list[int]:
     """
     Shares a total over views in proportion to their weights, by Webster's method: the next token goes to the view that
@@ -209,11 +227,34 @@ def share_total(total: int, weights: Sequence[float], num_tokens: Sequence[int],
     Returns:
         `list[int]`: the share of each view.
     """
-    weights = [max(weight, torch.finfo(torch.float32).eps) for weight in weights]
     shares = [min(minimum, tokens) for tokens in num_tokens]
-    for _ in range(total - sum(shares)):
+    if len(set(weights)) > 1:
+        return _share_by_weight(total - sum(shares), weights, num_tokens, shares)
+    while sum(shares) < total:  # as many to each, which is the same, until the first is full
+        left = total - sum(shares)
+        not_full = [view for view, tokens in enumerate(num_tokens) if shares[view] < tokens]
+        step = min([left // len(not_full), *(num_tokens[view] - shares[view] for view in not_full)])
+        for view in not_full if step else not_full[:left]:
+            shares[view] += max(step, 1)
+    return shares
+
+
+@torch.compiler.disable
+def _share_by_weight(count: int, weights: Sequence[float], num_tokens: Sequence[int], shares: list[int]) -> list[int]:
+    weights = [max(weight, torch.finfo(torch.float32).eps) for weight in weights]
+    for _ in range(count):
         not_full = [view for view, tokens in enumerate(num_tokens) if shares[view] < tokens]
         shares[max(not_full, key=lambda view: weights[view] / (shares[view] + 0.5))] += 1
+    return shares
+
+
+def largest_remainder(sizes: list[int], total: int) -> list[int]:
+    """Shares out `total` in proportion to `sizes`, none above its size; equal remainders go to the earlier one."""
+    whole = sum(sizes)
+    shares = [size * total // whole for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda index: -(sizes[index] * total % whole))
+    for index in by_remainder[: total - sum(shares)]:
+        shares[index] += 1
     return shares
 
 
@@ -295,6 +336,8 @@ def choose_tokens(
             return values if everything else values.index_select(0, rows)
 
         chosen_counts = [counts[view] for view in chosen]
+        if reads_question(settings):
+            seen = {**(seen or {}), "relevance": _relevance(settings, views, lengths, num_tokens, budgets, seen or {})}
         found = None if torch.compiler.is_compiling() else SELECTIONS.get()
         context = Context(
             counts=chosen_counts,
@@ -306,12 +349,30 @@ def choose_tokens(
         )
         selection = method_of(settings.method)(part(views), counts_on(device, chosen_counts), settings, context)
         if found is not None:
-            found.append((selection, part(views), context))
+            found.append((selection, part(views), context, chosen, counts, lengths))
         kept = torch.nn.functional.pad(selection.indices, (0, most - selection.indices.shape[1]))
         indices = kept if everything else indices.index_copy(0, rows, kept)
         if selection.merged is not None:
             merged = Merged(chosen, chosen_counts, selection.indices, selection.merged)
     return Chosen(indices, counts, merged)
+
+
+def _relevance(
+    settings: PretrainedConfig,
+    views: torch.Tensor,
+    lengths: list[int],
+    num_tokens: Sequence[Sequence[int]],
+    budgets: Budgets,
+    seen: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """How near each token `(views, tokens)` is to the question of its row."""
+    question = ASKED.get()
+    if question is None:
+        raise ValueError(
+            f"prunesid_config.method_settings={settings.method_settings!r} chooses tokens by the question, which "
+            "images alone do not have. Pass them to `generate` or `forward` with their prompt."
+        )
+    return question.weigh(seen.get("projected", views), lengths, num_tokens, budgets.totals)
 
 
 def _shares(

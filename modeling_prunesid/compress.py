@@ -68,3 +68,4 @@ def _swap(head: PreTrainedModel, head_class: type, model_class: type) -> None:
             module._old_forward = cls.forward.__get__(module)
     for config in (head.config, head.model.config):
         config.__class__ = head_class.config_class
+        vars(config).pop("model_type", None)  # a loaded one has it beside its class

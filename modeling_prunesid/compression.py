@@ -7,117 +7,30 @@ on everything upstream (caches, positions, decoding) works on the short prompt a
 """
 
 import inspect
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 
-from .prompts import (
-    IGNORED_LABEL,
-    CachedPrompt,
-    ShortPrompt,
-    gather_columns,
-    is_flat,
-    is_right_padded,
-    padding_of,
-    read_placeholders,
-    run_lengths,
-    shorten_cached_mask,
-    shorten_shifted_labels,
-    without_answer,
-)
+from .context import ASKED
+from .methods import QUESTION
+from .plans import CachedPrompt, Plan, run_lengths, to_host
+from .prompts import IGNORED_LABEL, ShortPrompt, gather_columns, is_flat
 from .upstream import CACHE_NAME, cache_of
 
 
 # The pixels that each modality is encoded from, by the names that Transformers uses.
-_PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
-
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+# What the sizes of images and clips are passed as.
+_SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes")
 
 # The base model whose `generate` runs.
 generating: ContextVar[Any] = ContextVar("generating", default=None)
 # Whether the placeholders of the prompt that goes into upstream's next `forward` were counted at its entrance.
 is_counted: ContextVar[bool] = ContextVar("is_counted", default=False)
-
-
-@dataclass
-class HostPrompt:
-    """
-    What the plan for a prompt reads of it, copied to the host at once before the tower is launched.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*).
-        placeholders (`dict[str, torch.BoolTensor]`): of each modality, `(batch, length)`.
-        mask (`torch.BoolTensor` of shape `(batch, cached + length)`, *optional*): a flat attention mask.
-        labels (`dict[str, torch.BoolTensor]`): which columns of `labels` and `shift_labels` have one.
-    """
-
-    input_ids: torch.LongTensor | None
-    placeholders: dict[str, torch.BoolTensor]
-    mask: torch.BoolTensor | None
-    labels: dict[str, torch.BoolTensor]
-
-    @property
-    def is_labelled(self) -> torch.BoolTensor | None:
-        """Which columns have a label or predict one: the loss counts padding that is labelled."""
-        is_labelled = None
-        for name, labels in self.labels.items():
-            own = torch.nn.functional.pad(labels[:, :-1], (1, 0)) if name == "shift_labels" else labels
-            own = own | torch.nn.functional.pad(own[:, 1:], (0, 1))
-            is_labelled = own if is_labelled is None else is_labelled | own
-        return is_labelled
-
-    def of(self, outputs: dict[str, Any]) -> torch.BoolTensor:
-        """The placeholders `(batch, length)` of all encoded views, whatever their modality."""
-        masks = [self.placeholders[name] for name, output in outputs.items() if output is not None]
-        return torch.stack(masks).any(0)
-
-
-class _CountedFeatures:
-    """Features whose number was checked: what is compared with it is equal. All else is the features'."""
-
-    def __init__(self, features: torch.Tensor):
-        self.features = features
-
-    def numel(self):
-        return _Counted()
-
-    def __getattr__(self, name: str):
-        return getattr(self.features, name)
-
-    def __len__(self):
-        return len(self.features)
-
-    def __getitem__(self, index):
-        return self.features[index]
-
-
-class _Counted:
-    """A number that was compared already, and equals whatever it is compared with. No int, which tensors look at."""
-
-    def __eq__(self, other):
-        return True
-
-    def __ne__(self, other):
-        return False
-
-    def __floordiv__(self, other):
-        return self
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Integers and flags of any shapes, copied to the host at once."""
-    if not tensors or torch.compiler.is_compiling():
-        return tensors
-    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
-        return tensors
-    device = next(tensor.device for tensor in tensors.values() if tensor.device.type != "cpu")
-    flat = torch.cat([tensor.to(device).long().flatten() for tensor in tensors.values()]).cpu()
-    parts = flat.split([tensor.numel() for tensor in tensors.values()])
-    return {name: part.view(tensor.shape).to(tensor.dtype) for (name, tensor), part in zip(tensors.items(), parts)}
 
 
 class CompressedModelMixin:
@@ -130,9 +43,27 @@ class CompressedModelMixin:
     first_position = 0
     # Further arguments of `forward` that run along the prompt, with what fills added padding.
     along_prompt: dict[str, float | int] = {}
+    # How many dimensions upstream's mask of placeholders has, where it needs features for it.
+    placeholder_mask_dims = 3
+
+    # Whether the tokens that are kept depend on the question, which `question_mask` then marks.
+    reads_question = False
+
+    # What a family says
 
     def is_off(self, num_visual_tokens: Any) -> bool:
         """Whether nothing is to be dropped, whatever the input."""
+        return False
+
+    def expected_counts(self, modality: str, inputs: dict[str, Any]) -> tuple[list[int], list[int]] | None:
+        """
+        T and N of each input, from the arguments of `get_<modality>_features`, where they are known before the tower
+        runs and tokens are dropped; else None.
+        """
+        return None
+
+    def are_whole_views(self, run_lengths: list[int]) -> bool:
+        """Whether runs of so many placeholders each stand for whole views; False where a family cannot tell."""
         return False
 
     def features_of(self, output: Any) -> list[torch.Tensor]:
@@ -145,62 +76,37 @@ class CompressedModelMixin:
         if output.get("deepstack_features") is not None:
             output.deepstack_features = [keep(layer) for layer in output.deepstack_features]
 
-    def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """
-        Replace the pixels among the arguments of `forward` by encoded features, as upstream's `generate` does.
-
-        Raises:
-            `ValueError`: if a modality is given both as pixels and as encoded features.
-        """
-        inputs, encoded, consumed = dict(inputs), {}, {"num_visual_tokens"}
-        outputs = dict(inputs.get("mm_encoder_outputs") or {})
-        for modality, pixels in _PIXELS.items():
-            encode = getattr(self, f"get_{modality}_features", None)
-            if encode is None or all(inputs.get(name) is None for name in pixels):
-                continue
-            if outputs.get(modality) is not None:
-                raise ValueError(
-                    f"You cannot specify both {pixels[0]} and mm_encoder_outputs[{modality!r}]; drop one of them."
-                )
-            names = [name for name in inspect.signature(encode).parameters if inputs.get(name) is not None]
-            encoded[modality] = encode(**{name: inputs[name] for name in names}, return_dict=True)
-            consumed.update(names)
-        inputs = {name: value for name, value in inputs.items() if name not in consumed}
-        if encoded:
-            inputs["mm_encoder_outputs"] = {**outputs, **encoded}
-        return inputs
-
     def find_placeholders(
         self, modality: str, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.BoolTensor:
         """Mask `(batch, length)` of the placeholders of `modality`, found as upstream finds them."""
-        token_id = getattr(self.config, f"{modality}_token_id")
+        return self._find_token(getattr(self.config, f"{modality}_token_id"), input_ids, inputs_embeds)
+
+    def _find_token(
+        self, token_id: int, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.BoolTensor:
         if input_ids is not None:
             return input_ids == token_id
         token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def look_at(self, inputs: dict[str, Any]) -> HostPrompt:
-        """The arguments of `forward` that the plan for its prompt reads, in one copy to the host."""
-        ids, embeds, mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-        known = dict.fromkeys([*_PIXELS, *(inputs.get("mm_encoder_outputs") or {})])
-        names = [name for name in known if getattr(self.config, f"{name}_token_id", None) is not None]
-        tensors = {} if ids is None else {"ids": ids}
-        if ids is None:
-            tensors = {name: self.find_placeholders(name, None, embeds) for name in names}
-        if is_flat(mask):
-            tensors["mask"] = mask != 0
-        columns = ids if ids is not None else embeds
-        for name in ("labels", "shift_labels"):
-            if inputs.get(name) is not None and inputs[name].shape == columns.shape[:2]:
-                tensors[name] = inputs[name] != IGNORED_LABEL
-        found = _to_host(tensors)
-        ids = found.get("ids")
-        labels: dict[str, Any] = {name: found[name] for name in ("labels", "shift_labels") if name in found}
-        placeholders = {
-            name: found[name] if ids is None else self.find_placeholders(name, ids, None) for name in names
-        }
-        return HostPrompt(ids, placeholders, found.get("mask"), labels)
+    def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
+        """Gives a family the shortened arguments to add positions to that upstream cannot find from them."""
+        return inputs
+
+    # The entrance of `forward`
+
+    def forward_compressed(
+        self, forward: Callable, input_ids: torch.LongTensor | None = None, is_shortened: bool = False, **inputs
+    ):
+        """
+        Upstream's `forward` on the shortened arguments; what it returns has the caller's columns. The head, which has
+        shortened them already (`is_shortened`), gets the short ones.
+        """
+        if is_shortened:
+            return forward(input_ids=input_ids, **inputs)
+        inputs, prompt = self.compress({"input_ids": input_ids, **inputs})
+        return run_shortened(self, forward, inputs, input_ids, prompt)
 
     def compress(
         self, inputs: dict[str, Any], is_generation: bool = False
@@ -219,274 +125,245 @@ class CompressedModelMixin:
         Raises:
             `ValueError`: if placeholders and views do not match.
         """
-        stated = inputs.get("num_visual_tokens")
-        is_stated = isinstance(stated, (list, tuple, torch.Tensor))
-        if not torch.compiler.is_compiling() and generating.get() is not self:
+        is_own_step = not torch.compiler.is_compiling() and generating.get() is self
+        if not torch.compiler.is_compiling() and not is_own_step:
             is_counted.set(False)
-        has_prompt = inputs.get("input_ids") is not None or inputs.get("inputs_embeds") is not None
-        pixels = [name for names in _PIXELS.values() for name in names]
-        is_encoded = any(inputs.get(name) is not None for name in pixels)
-        is_off = self.is_off(stated)
-        host = self.look_at(inputs) if has_prompt and is_encoded and not is_off else None
-        inputs = self.encode_views(inputs)
-        input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        columns = input_ids if input_ids is not None else inputs_embeds
-        cache, mask = cache_of(inputs), inputs.get("attention_mask")
-        has_views = bool(self._dropped_tokens(inputs))
-        if not is_generation and not has_views and not torch.compiler.is_compiling() and generating.get() is self:
+        stated = inputs.get("num_visual_tokens")
+        is_stated, is_off = isinstance(stated, (list, tuple, torch.Tensor)), self.is_off(stated)
+        requests, plan = self.requests(inputs), None
+        if requests and not is_off and _columns_of(inputs) is not None:
+            plan = self.look_at(inputs, is_generation)
+            self._check_before_encoding(plan, requests, is_stated)
+        if plan is not None and self.reads_question:
+            inputs = QUESTION.encode_views(self, inputs, plan)
+        else:
+            inputs = self.encode_views({name: value for name, value in inputs.items() if name != "question_mask"})
+
+        dropped, cache, columns = self._dropped_tokens(inputs), cache_of(inputs), _columns_of(inputs)
+        if not is_generation and not dropped and is_own_step:
             return self.place(inputs, is_generation), None  # a step of our `generate`, on what it has shortened
         # A compiled step has its mask in the form that attention takes, which fits the cache.
         has_memory = hasattr(cache, "_prunesid_prompt") or hasattr(cache, "_prunesid_rope_deltas")
-        has_memory = has_memory and (is_flat(mask) or not torch.compiler.is_compiling())
+        has_memory = has_memory and (is_flat(inputs.get("attention_mask")) or not torch.compiler.is_compiling())
         # The common decoding step, eager or compiled: nothing to look at, and no wait for the device.
         is_step = columns is not None and (columns.shape[1] == 1 or torch.compiler.is_compiling())
-        if columns is None or (is_step and not is_generation and not has_views and not has_memory):
+        if columns is None or (is_step and not is_generation and not dropped and not has_memory):
             return inputs, None
-        if is_off and not has_views and not has_memory:
+        if is_off and not dropped and not has_memory:
             return self.place(inputs, is_generation), None
-        if host is None:  # later steps on a cache have no views to look for
-            is_looked_for = has_views or is_generation or cache is None
-            host = self.look_at(inputs) if is_looked_for else HostPrompt(None, {}, None, {})
+
+        if plan is None:  # later steps on a cache have no views to look for
+            plan = self.look_at(inputs, is_generation, is_needed=bool(dropped) or is_generation or cache is None)
+        if is_generation and plan.earlier is not None and self.reads_question:
+            QUESTION.check_kept(self.config.prunesid_config)
+        inputs = self._go_on_with_cache(inputs, plan)
+        self._check_not_forgotten(inputs, plan, is_generation)
+        keep_mask, num_dropped = self._mark_kept(inputs, plan, is_stated)
+        if dropped and not is_generation:
+            inputs = self._ignore_placeholders(inputs, plan)
+        prompt = self._plan_prompt(inputs, plan, keep_mask, num_dropped, is_generation)
+        if prompt is not None:
+            inputs = self._shorten(inputs, prompt)
+        self._check_prompt_goes_on(plan, columns.shape[1] if prompt is None else prompt.length, dropped or prompt)
+        inputs = self.place(inputs, is_generation)
+        if not is_generation and plan.cached_length and (prompt is not None or plan.earlier is not None):
+            inputs = self._place_behind_cache(inputs, plan, prompt)
+        return self._settle(inputs, plan), prompt
+
+    def requests(self, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """
+        The arguments of `get_<modality>_features` among those of `forward`, of each modality that is given as pixels.
+
+        Raises:
+            `ValueError`: if a modality is given both as pixels and as encoded features.
+        """
+        found = {}
+        for modality, pixels in PIXELS.items():
+            encode = getattr(self, f"get_{modality}_features", None)
+            if encode is None or all(inputs.get(name) is None for name in pixels):
+                continue
+            if (inputs.get("mm_encoder_outputs") or {}).get(modality) is not None:
+                raise ValueError(
+                    f"You cannot specify both {pixels[0]} and mm_encoder_outputs[{modality!r}]; drop one of them."
+                )
+            names = [name for name in inspect.signature(encode).parameters if inputs.get(name) is not None]
+            found[modality] = {name: inputs[name] for name in names}
+        return found
+
+    def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Replace the pixels among the arguments of `forward` by encoded features, as upstream's `generate` does."""
+        requests = self.requests(inputs)
+        consumed = {"num_visual_tokens"}.union(*requests.values())
+        asked, encoded = None if torch.compiler.is_compiling() else ASKED.get(), {}
+        for modality, arguments in requests.items():
+            if asked is not None:
+                asked.modality = modality
+            encoded[modality] = getattr(self, f"get_{modality}_features")(**arguments, return_dict=True)
+        outputs = dict(inputs.get("mm_encoder_outputs") or {})
+        inputs = {name: value for name, value in inputs.items() if name not in consumed}
+        if encoded:
+            inputs["mm_encoder_outputs"] = {**outputs, **encoded}
+        return inputs
+
+    def look_at(self, inputs: dict[str, Any], is_generation: bool = False, is_needed: bool = True) -> Plan:
+        """What the plan for a prompt reads of the arguments of `forward`, in one copy to the host if `is_needed`."""
+        ids, embeds, mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        cache, columns = cache_of(inputs), _columns_of(inputs)
         cached_length = int(cache.get_seq_length()) if cache is not None else 0
         earlier = CachedPrompt.recall(cache, len(columns))
         repeats_cached = is_generation and (not is_flat(mask) or mask.shape[1] == columns.shape[1])
-        start = 0
-        if earlier is not None and not repeats_cached:
-            positions, moved = inputs.get("position_ids"), earlier.prompt.moved
-            callers_mask, added = mask, earlier.prompt.has_added_padding
-            if mask is None and added:  # the caller's rows have no padding
-                length = earlier.prompt.full_length + cached_length - earlier.prompt.length + columns.shape[1]
-                callers_mask = torch.ones(len(columns), length, dtype=torch.long, device=columns.device)
-            mask = shorten_cached_mask(callers_mask, earlier.prompt, cached_length, columns.shape[1])
-            inputs["attention_mask"] = mask
-            # Positions along a mask of the short prompt are upstream's own.
-            if positions is not None and moved is not None and (mask is None or mask is not callers_mask):
-                inputs["position_ids"] = positions - moved.to(positions.device)
-        elif earlier is not None:
-            earlier.check_followed_by(input_ids)
-            start = earlier.prompt.full_length if earlier.starts(input_ids) else 0
-        # What follows the earlier prompt in the cache is its answer, where an id of a placeholder is a word.
-        seen = cached_length if repeats_cached else 0
-        if start:
-            seen = start + max(cached_length - earlier.prompt.length, 0)
-        if is_generation and (not cached_length or earlier is not None):
-            self._check_not_forgotten(inputs, host, start, seen)
-        elif cache is None and not is_generation:
-            self._check_not_forgotten(inputs, host, start, seen, only_whole_views=True)
+        if not is_needed:
+            return Plan.behind(earlier, cached_length, repeats_cached, {})
+        known = dict.fromkeys([*PIXELS, *(inputs.get("mm_encoder_outputs") or {})])
+        names = [name for name in known if getattr(self.config, f"{name}_token_id", None) is not None]
+        tensors = {"ids": ids}
+        if ids is None:
+            tensors = {name: self.find_placeholders(name, None, embeds) for name in names}
+        elif earlier is not None and repeats_cached:
+            tensors |= earlier.compare(ids)
+        if is_flat(mask):
+            tensors["mask"] = mask != 0
+        for name in ("labels", "shift_labels"):
+            if inputs.get(name) is not None and inputs[name].shape == columns.shape[:2]:
+                tensors[name] = inputs[name] != IGNORED_LABEL
+        if isinstance(inputs.get("question_mask"), torch.Tensor):
+            tensors["question"] = inputs["question_mask"] != 0
+        tensors |= {name: inputs[name] for name in _SIZES if isinstance(inputs.get(name), torch.Tensor)}
+        host = to_host(tensors)
+        plan = Plan.behind(earlier, cached_length, repeats_cached, host)
+        ids, plan.sizes = host.get("ids"), {name: host[name] for name in _SIZES if name in host}
+        plan.placeholders = {
+            name: host[name] if ids is None else self.find_placeholders(name, ids, None) for name in names
+        }
+        return plan
 
-        # Of a mask that was shortened for the cache, the columns of this prompt are the caller's.
-        current = host.mask[:, -columns.shape[1] :] if host.mask is not None else None
-        keep_mask, num_dropped = self._mark_kept(inputs, host, start, seen, current, is_stated)
-        padding_side = "left" if is_generation or not is_right_padded(current) else "right"
-        if has_views and not is_generation:
-            inputs = self._ignore_placeholders(inputs, host)
-        prompt = None
-        if start:
-            rest = torch.ones_like(input_ids, dtype=torch.bool) if keep_mask is None else keep_mask
-            rest = ShortPrompt.from_keep_mask(rest[:, start:], padding_side, num_dropped=num_dropped)
-            prompt = earlier.prompt.then(rest)
-        elif keep_mask is not None:
-            # Padding gives way to rows that lost less; a length that the caller pads to shrinks by what was dropped.
-            padding, length = None, keep_mask.shape[1] - int(num_dropped.max())
-            if current is not None and not (repeats_cached and cached_length):
-                padding = padding_of(current, leading_only=padding_side == "left") & ~host.of(
-                    inputs["mm_encoder_outputs"]
-                )
-                padding = padding if host.is_labelled is None else padding & ~host.is_labelled
-            prompt = ShortPrompt.from_keep_mask(
-                keep_mask, padding_side, minimum_length=length, padding=padding, num_dropped=num_dropped
-            )
-        if prompt is not None:
-            prompt.cached_before = 0 if repeats_cached else cached_length
-            inputs = self._shorten(inputs, prompt)
-        if repeats_cached and cached_length and (has_views or prompt is not None):
-            length = columns.shape[1] if prompt is None else prompt.length
-            if length <= cached_length:
-                raise ValueError(
-                    f"{CACHE_NAME} holds {cached_length} columns, and the prompt has no more ({length}), so that "
-                    "nothing is left to answer. Pass the whole conversation of the cache, or an empty cache."
-                )
-        inputs = self.place(inputs, is_generation)
-        if not is_generation and cached_length and (prompt is not None or earlier is not None):
-            inputs = self._place_behind_cache(inputs, earlier, prompt, cached_length)
-        outputs = inputs.get("mm_encoder_outputs") or {}
-        settled = {modality: _settle(output) for modality, output in self._dropped_tokens(inputs).items()}
-        if settled:
-            inputs = {**inputs, "mm_encoder_outputs": {**outputs, **settled}}
-            if not torch.compiler.is_compiling():
-                is_counted.set(set(settled) == {name for name, output in outputs.items() if output is not None})
-        if repeats_cached and cached_length:
-            inputs = self._drop_cached_features(inputs, cached_length)
-        return inputs, prompt
+    def _check_before_encoding(self, plan: Plan, requests: dict[str, dict[str, Any]], is_stated: bool) -> None:
+        """Raise a `ValueError` for placeholders that do not fit, before the tower runs, where that can be known."""
+        if torch.compiler.is_compiling():
+            return
+        plan.check_cache()
+        for modality, arguments in requests.items():
+            arguments |= {name: value for name, value in plan.sizes.items() if name in arguments}
+            counts = self.expected_counts(modality, arguments) if modality in plan.placeholders else None
+            if counts is not None:
+                plan.read(modality, *counts, is_stated)
 
-    def _place_behind_cache(
-        self, inputs: dict[str, Any], earlier: CachedPrompt | None, prompt: ShortPrompt | None, cached_length: int
-    ) -> dict[str, Any]:
-        """
-        Without positions upstream counts the columns of the cache. Padding that was added between a row's own columns,
-        or gave way there, is none of the row's.
-        """
-        if inputs.get("position_ids") is not None or (earlier is not None and cached_length < earlier.prompt.length):
+    def _go_on_with_cache(self, inputs: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """A caller's mask and positions, which count the full prompt that filled the cache, count the short one."""
+        earlier, mask = plan.earlier, inputs.get("attention_mask")
+        if earlier is None or plan.repeats_cached:
+            plan.check_cache()
             return inputs
-        columns = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        batch, length, device = len(columns), columns.shape[1], columns.device
-        current = ShortPrompt.whole(batch, length, device) if prompt is None else prompt
-        before = ShortPrompt.whole(batch, 0, device) if earlier is None else earlier.prompt
-        before = before.then(ShortPrompt.whole(batch, cached_length - before.length, device))
-        ahead = before.columns_ahead + current.first_ahead - before.then(current).first_ahead
-        if not ahead.any():
-            return inputs
-        positions = (torch.arange(length) + cached_length + self.first_position - ahead).to(device, non_blocking=True)
-        return {**inputs, "position_ids": positions}
-
-    def get_placeholder_mask(self, *args, **kwargs):
-        """Upstream's. What it checks was checked at the entrance, so that it need not wait for the device."""
-        if torch.compiler.is_compiling() or not is_counted.get():
-            return super().get_placeholder_mask(*args, **kwargs)
-        signature = inspect.signature(super().get_placeholder_mask)
-        arguments = signature.bind(*args, **kwargs).arguments
-        for name, value in arguments.items():
-            if name.endswith("features") and isinstance(value, torch.Tensor):
-                arguments[name] = _CountedFeatures(value)
-        return super().get_placeholder_mask(**arguments)
-
-    def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
-        """Gives a family the shortened arguments to add positions to that upstream cannot find from them."""
+        columns, prompt, callers_mask = _columns_of(inputs), earlier.prompt, mask
+        if mask is None and prompt.has_added_padding:  # the caller's rows have no padding
+            length = prompt.full_length + plan.cached_length - prompt.length + columns.shape[1]
+            callers_mask = torch.ones(len(columns), length, dtype=torch.long, device=columns.device)
+        mask = prompt.take_cached_mask(callers_mask, plan.cached_length, columns.shape[1])
+        inputs = {**inputs, "attention_mask": mask}
+        positions, moved = inputs.get("position_ids"), prompt.moved
+        # Positions along a mask of the short prompt are upstream's own.
+        if positions is not None and moved is not None and (mask is None or mask is not callers_mask):
+            inputs["position_ids"] = positions - moved.to(positions.device)
         return inputs
 
-    def forward_compressed(
-        self,
-        forward: Callable,
-        input_ids: torch.LongTensor | None = None,
-        is_shortened: bool = False,
-        **inputs,
-    ):
-        """
-        Upstream's `forward` on the shortened arguments; what it returns has the caller's columns. The head, which has
-        shortened them already (`is_shortened`), gets the short ones.
-        """
-        if is_shortened:
-            return forward(input_ids=input_ids, **inputs)
-        inputs, prompt = self.compress({"input_ids": input_ids, **inputs})
-        return run_shortened(forward, inputs, input_ids, prompt, self.config)
-
-    def _dropped_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The encoded modalities of which tokens were dropped, by name."""
-        outputs = inputs.get("mm_encoder_outputs") or {}
-        return {name: out for name, out in outputs.items() if getattr(out, "keep_indices", None) is not None}
-
-    def _ignore_placeholders(self, inputs: dict[str, Any], host: HostPrompt) -> dict[str, Any]:
-        """
-        Labels of placeholders are ignored: how many of them are left is no matter of the loss. `num_items_in_batch`,
-        which counted them, is reduced by their share of the labels.
-        """
-        if not host.labels:
-            return inputs
-        inputs, placeholders = dict(inputs), host.of(inputs["mm_encoder_outputs"])
-        of_next = torch.nn.functional.pad(placeholders[:, 1:], (0, 1), value=False)
-        for name, ignored in (("labels", placeholders), ("shift_labels", of_next)):
-            if name not in host.labels:
-                continue
-            given = host.labels[name]
-            if name == "labels":  # nothing predicts the first column, unless padding is added before it
-                ignored = ignored.index_fill(1, torch.zeros(1, dtype=torch.long), True)
-                given = given & ~torch.nn.functional.pad(torch.ones_like(given[:, :1]), (0, given.shape[1] - 1))
-            labels = inputs[name]
-            inputs[name] = labels.masked_fill(ignored.to(labels.device, non_blocking=True), IGNORED_LABEL)
-            is_used = name == "shift_labels" or inputs.get("shift_labels") is None
-            if is_used and inputs.get("num_items_in_batch") is not None:
-                given, counted = int(given.sum()), int((given & ~ignored).sum())
-                if counted < given:
-                    inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * (counted / given)
-        return inputs
-
-    def _mark_kept(
-        self,
-        inputs: dict[str, Any],
-        host: HostPrompt,
-        start: int,
-        seen: int,
-        mask: torch.Tensor | None,
-        is_stated: bool,
-    ) -> tuple[torch.BoolTensor | None, torch.LongTensor | None]:
-        """
-        The columns that remain, None for all, and how many each row loses. Those before `start` were shortened with
-        the cache, and those before `seen` are in it.
-
-        Raises:
-            `ValueError`: if columns would go that are in a cache, where they were not shortened.
-        """
-        keep_mask, num_dropped = None, None
-        for modality, output in self._dropped_tokens(inputs).items():
-            placeholders, new = host.placeholders[modality], None
-            if seen:
-                placeholders = without_answer(placeholders, start, seen)
-                new = placeholders & (torch.arange(placeholders.shape[1]) >= seen)
-            num_kept = [len(kept) for kept in output.keep_indices]
-            # Either the views of the whole conversation are passed again, or the new ones alone.
-            reading = read_placeholders(
-                placeholders, output.num_placeholders, num_kept, modality, new=new, is_token=mask, is_stated=is_stated
-            )
-            if reading is None:
-                continue
-            if reading.drops_between(start, seen, num_kept):
-                raise ValueError(
-                    f"{CACHE_NAME} was filled by another prompt: input_ids have every placeholder of views in the "
-                    "cache, which were not shortened there. Pass the cache that belongs to the conversation, or an "
-                    "empty one."
-                )
-            device = self._device_of_prompt(inputs)
-            views, of_views = output.get("view_lengths"), output.get("num_kept_of_views")
-            kept = reading.mark_kept(output.keep_indices, device, views, of_views)
-            keep_mask = kept if keep_mask is None else keep_mask & kept
-            lost = reading.num_dropped(num_kept, start)
-            num_dropped = lost if num_dropped is None else num_dropped + lost
-        return keep_mask, num_dropped
-
-    @staticmethod
-    def _device_of_prompt(inputs: dict[str, Any]) -> torch.device:
-        return (inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]).device
-
-    def _check_not_forgotten(
-        self, inputs: dict[str, Any], host: HostPrompt, start: int, seen: int, only_whole_views: bool = False
-    ) -> None:
+    def _check_not_forgotten(self, inputs: dict[str, Any], plan: Plan, is_generation: bool) -> None:
         """
         Upstream embeds a placeholder without a view like a word; with compression on, that is an error. A `forward` on
-        ids that are no prompt, as profilers and tests run it, is left to upstream: `only_whole_views`.
+        ids that are no prompt, as profilers and tests run it, is left to upstream: there only whole views count.
         """
-        outputs, input_ids = inputs.get("mm_encoder_outputs") or {}, host.input_ids
-        if input_ids is None or inputs.get("inputs_embeds") is not None or self.config.prunesid_config.budget is None:
+        is_whole_prompt = cache_of(inputs) is None
+        if is_generation:
+            is_whole_prompt = not plan.cached_length or plan.earlier is not None
+        input_ids, outputs = plan.input_ids, self._outputs(inputs)
+        if input_ids is None or inputs.get("inputs_embeds") is not None or not is_whole_prompt:
             return
-        for modality in outputs:  # a placeholder may be that of two modalities
-            if modality in host.placeholders:
-                input_ids = input_ids.masked_fill(host.placeholders[modality], -1)
-        for modality, pixels in _PIXELS.items():
+        if self.config.prunesid_config.budget is None or torch.compiler.is_compiling():
+            return
+        for modality in outputs.keys() & plan.placeholders.keys():  # a placeholder may be that of two modalities
+            input_ids = input_ids.masked_fill(plan.placeholders[modality], -1)
+        for modality, pixels in PIXELS.items():
             token_id = getattr(self.config, f"{modality}_token_id", None)
-            if token_id is None or outputs.get(modality) is not None:
+            if token_id is None or modality in outputs:
                 continue
-            placeholders = without_answer(input_ids == token_id, start, seen)[:, start:]
+            placeholders = plan.without_answer(input_ids == token_id)[:, plan.start :]
             found = int(placeholders.sum())
-            if found and (not only_whole_views or self.are_whole_views(run_lengths(placeholders))):
+            if found and (is_generation or self.are_whole_views(run_lengths(placeholders))):
                 raise ValueError(
                     f"{modality.capitalize()} features and {modality} tokens do not match, tokens: {found}, "
                     f"features: 0. The prompt has {modality} placeholders but no {modality}; pass {pixels[0]}."
                 )
 
-    def are_whole_views(self, run_lengths: list[int]) -> bool:
-        """Whether runs of so many placeholders each stand for whole views; False where a family cannot tell."""
-        return False
+    def _mark_kept(
+        self, inputs: dict[str, Any], plan: Plan, is_stated: bool
+    ) -> tuple[torch.BoolTensor | None, list[int] | None]:
+        """The columns `(batch, length)` that remain, None for all, and how many each row loses."""
+        keep_mask, num_dropped = None, None
+        for modality, output in self._dropped_tokens(inputs).items():
+            num_kept = [len(kept) for kept in output.keep_indices]
+            reading = plan.read(modality, output.num_placeholders, num_kept, is_stated)
+            if reading is None:
+                continue
+            views, of_views = output.get("view_lengths"), output.get("num_kept_of_views")
+            kept = reading.mark_kept(output.keep_indices, _columns_of(inputs).device, views, of_views)
+            keep_mask = kept if keep_mask is None else keep_mask & kept
+            lost = reading.num_dropped(num_kept, plan.start)
+            num_dropped = lost if num_dropped is None else [sum(own) for own in zip(num_dropped, lost)]
+        return keep_mask, num_dropped
+
+    def _plan_prompt(
+        self,
+        inputs: dict[str, Any],
+        plan: Plan,
+        keep_mask: torch.BoolTensor | None,
+        num_dropped: list[int] | None,
+        is_generation: bool,
+    ) -> ShortPrompt | None:
+        """The short prompt, behind the one that is in the cache if `input_ids` repeat that."""
+        if keep_mask is None and not plan.start:
+            return None
+        is_traced = torch.compiler.is_compiling()  # rows lose as many columns each, and nothing is added
+        padding_side = "left" if is_generation or is_traced or not plan.is_right_padded else "right"
+        if plan.start:
+            columns = inputs["input_ids"]
+            if keep_mask is None:
+                keep_mask, num_dropped = torch.ones_like(columns, dtype=torch.bool), [0] * len(columns)
+            rest = ShortPrompt.from_keep_mask(keep_mask[:, plan.start :], padding_side, num_dropped=num_dropped)
+            prompt = plan.earlier.prompt.then(rest)
+        else:
+            # Padding gives way to rows that lost less; a length that the caller pads to shrinks by what was dropped.
+            padding = None if is_traced else plan.padding(self._outputs(inputs), leading_only=padding_side == "left")
+            length = keep_mask.shape[1] - max(num_dropped)
+            prompt = ShortPrompt.from_keep_mask(keep_mask, padding_side, length, padding, num_dropped)
+        prompt.cached_before = 0 if plan.repeats_cached else plan.cached_length
+        return prompt
+
+    def _ignore_placeholders(self, inputs: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """
+        Labels of placeholders are ignored: how many of them are left is no matter of the loss. `num_items_in_batch`,
+        which counted them, is reduced by their share of the labels.
+        """
+        inputs = dict(inputs)
+        for name, (ignored, given) in plan.labels_of_placeholders(self._outputs(inputs)).items():
+            labels = inputs[name]
+            inputs[name] = labels.masked_fill(ignored.to(labels.device, non_blocking=True), IGNORED_LABEL)
+            is_used = name == "shift_labels" or inputs.get("shift_labels") is None
+            if is_used and inputs.get("num_items_in_batch") is not None:
+                counted, given = int((given & ~ignored).sum()), int(given.sum())
+                if counted < given:
+                    inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * (counted / given)
+        return inputs
 
     def _shorten(self, inputs: dict[str, Any], prompt: ShortPrompt) -> dict[str, Any]:
         """Drop the columns from every argument that runs along the prompt."""
         inputs = dict(inputs)
-        mask, added_padding = inputs.get("attention_mask"), prompt.has_added_padding
+        mask = inputs.get("attention_mask")
         if mask is not None and not is_flat(mask):
             got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
             raise ValueError(
                 f"attention_mask must have the shape (batch, length) for a prompt that is to be shortened, got {got}. "
                 "Pass the two-dimensional mask, or a prompt with one placeholder for each kept token."
             )
-        if mask is None and added_padding:
+        if mask is None and prompt.has_added_padding:
             mask = torch.ones_like(prompt.keep_mask, dtype=torch.long)
         if mask is not None:
             cached, current = mask[:, : -prompt.full_length], mask[:, -prompt.full_length :]
@@ -503,7 +380,7 @@ class CompressedModelMixin:
             if inputs.get(name) is not None:
                 inputs[name] = prompt.take(inputs[name], fill)
         if inputs.get("shift_labels") is not None and inputs["shift_labels"].shape[1] == prompt.full_length:
-            inputs["shift_labels"] = shorten_shifted_labels(inputs["shift_labels"], prompt)
+            inputs["shift_labels"] = prompt.take_shifted_labels(inputs["shift_labels"])
         if inputs.get("position_ids") is not None:
             is_token = None if mask is None else mask[:, -prompt.full_length :] != 0
             inputs["position_ids"] = self._shorten_positions(inputs["position_ids"], prompt, is_token)
@@ -517,18 +394,57 @@ class CompressedModelMixin:
 
     def _padding_id(self) -> int:
         """An id for added padding that is no placeholder."""
-        placeholder_ids = [getattr(self.config, f"{modality}_token_id", None) for modality in _PIXELS]
+        placeholder_ids = [getattr(self.config, f"{modality}_token_id", None) for modality in PIXELS]
         padding_id = self.config.get_text_config().pad_token_id
         candidates = [0, 1, 2] if padding_id is None else [padding_id, 0, 1, 2]
         return next(candidate for candidate in candidates if candidate not in placeholder_ids)
 
+    @staticmethod
+    def _check_prompt_goes_on(plan: Plan, length: int, has_changed: Any) -> None:
+        if plan.repeats_cached and plan.cached_length and has_changed and length <= plan.cached_length:
+            raise ValueError(
+                f"{CACHE_NAME} holds {plan.cached_length} columns, and the prompt has no more ({length}), so that "
+                "nothing is left to answer. Pass the whole conversation of the cache, or an empty cache."
+            )
+
+    def _place_behind_cache(self, inputs: dict[str, Any], plan: Plan, prompt: ShortPrompt | None) -> dict[str, Any]:
+        """
+        Without positions upstream counts the columns of the cache. Padding that was added between a row's own columns,
+        or gave way there, is none of the row's.
+        """
+        earlier, cached_length = plan.earlier, plan.cached_length
+        if inputs.get("position_ids") is not None or (earlier is not None and cached_length < earlier.prompt.length):
+            return inputs
+        columns = _columns_of(inputs)
+        batch, length, device = len(columns), columns.shape[1], columns.device
+        current = ShortPrompt.whole(batch, length, device) if prompt is None else prompt
+        before = ShortPrompt.whole(batch, 0, device) if earlier is None else earlier.prompt
+        before = before.then(ShortPrompt.whole(batch, cached_length - before.length, device))
+        ahead = before.columns_ahead + current.first_ahead - before.then(current).first_ahead
+        if not ahead.any():
+            return inputs
+        positions = torch.arange(length) + cached_length + self.first_position - ahead
+        return {**inputs, "position_ids": positions.to(device, non_blocking=True)}
+
+    def _settle(self, inputs: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """Encoders' outputs become upstream's again, which fit the prompt, and lose what the cache has seen."""
+        outputs = dict(inputs.get("mm_encoder_outputs") or {})
+        settled = {modality: _settled(output) for modality, output in self._dropped_tokens(inputs).items()}
+        if settled:
+            inputs = {**inputs, "mm_encoder_outputs": {**outputs, **settled}}
+            if not torch.compiler.is_compiling():
+                is_counted.set(settled.keys() == self._outputs(inputs).keys())
+        if plan.repeats_cached and plan.cached_length:
+            inputs = self._drop_cached_features(inputs, plan.cached_length)
+        return inputs
+
     def _drop_cached_features(self, inputs: dict[str, Any], cached_length: int) -> dict[str, Any]:
         """Features whose placeholders are in the cache already are not needed again."""
-        outputs = dict(inputs.get("mm_encoder_outputs") or {})
-        for modality, output in list(outputs.items()):
-            placeholders = self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
+        outputs, ids_or_embeds = self._outputs(inputs), (inputs.get("input_ids"), inputs.get("inputs_embeds"))
+        found = to_host({modality: self.find_placeholders(modality, *ids_or_embeds) for modality in outputs})
+        for modality, placeholders in found.items():
             is_new = torch.arange(placeholders.shape[1], device=placeholders.device) >= cached_length
-            lengths = [len(entry) for entry in self.features_of(output)]
+            lengths = [len(entry) for entry in self.features_of(outputs[modality])]
             if not (placeholders & ~is_new).any():
                 continue
             if int(placeholders.sum()) != sum(lengths):
@@ -539,28 +455,56 @@ class CompressedModelMixin:
                     f"{int(placeholders.sum())} placeholders. Pass the budget (num_visual_tokens) that filled the "
                     f"cache, or the {modality}s of the new turn alone."
                 )
-            needed = is_new.expand_as(placeholders)[placeholders].split(lengths)
-            del outputs[modality]
-            if any(wanted.any() for wanted in needed):
-                outputs[modality] = _settle(output)
-                self.put_features(outputs[modality], lambda entries, needed=needed: _take_wanted(entries, needed))
+            wanted = [own.nonzero()[:, 0] for own in is_new.expand_as(placeholders)[placeholders].split(lengths)]
+            output = _settled(outputs.pop(modality))
+            if any(map(len, wanted)):
+                outputs[modality] = output
+                self.put_features(output, lambda entries, wanted=wanted: _take_rows(entries, wanted))
         return {**inputs, "mm_encoder_outputs": outputs}
 
+    @staticmethod
+    def _outputs(inputs: dict[str, Any]) -> dict[str, Any]:
+        """The encoded modalities, by name."""
+        return {name: out for name, out in (inputs.get("mm_encoder_outputs") or {}).items() if out is not None}
 
-def _take_wanted(views: list[torch.Tensor], wanted: list[torch.BoolTensor]) -> list[torch.Tensor]:
-    return [view[rows.to(view.device)] for view, rows in zip(views, wanted) if rows.any()]
+    def _dropped_tokens(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The encoded modalities of which tokens were dropped, by name."""
+        return {
+            name: output
+            for name, output in self._outputs(inputs).items()
+            if getattr(output, "keep_indices", None) is not None
+        }
+
+    def get_placeholder_mask(self, *args, **kwargs):
+        """Upstream's, without its count of what was counted at the entrance, which would wait for the device."""
+        if torch.compiler.is_compiling() or not is_counted.get():
+            return super().get_placeholder_mask(*args, **kwargs)
+        signature = inspect.signature(super().get_placeholder_mask)
+        given = signature.bind(*args, **kwargs).arguments
+        needed = [
+            name
+            for name, parameter in signature.parameters.items()
+            if name.endswith("features") and parameter.default is parameter.empty
+        ]
+        if not needed:  # without features upstream only looks for placeholders
+            return super().get_placeholder_mask(
+                **{name: value for name, value in given.items() if name not in ("image_features", "video_features")}
+            )
+        token_id = given.get("token_id", self.config.image_token_id)
+        mask = self._find_token(token_id, given["input_ids"], given["inputs_embeds"]).to(given["inputs_embeds"].device)
+        return mask.unsqueeze(-1) if self.placeholder_mask_dims == 3 else mask
 
 
 def run_shortened(
+    model: Any,
     forward: Callable,
     inputs: dict[str, Any],
     input_ids: torch.LongTensor | None,
     prompt: ShortPrompt | None,
-    config: Any,
 ) -> Any:
     """
-    Upstream's `forward` on shortened arguments. Its logits and hidden states get the columns of the caller's prompt
-    `input_ids`; a tuple, where one is asked for, has what the stock class returns.
+    Upstream's `forward` of a `model` on shortened arguments. Its logits and hidden states get the columns of the
+    caller's prompt `input_ids`; a tuple, where one is asked for, has what the stock class returns.
     """
     if prompt is None and (torch.compiler.is_compiling() or not is_counted.get()):
         return forward(**inputs)
@@ -572,34 +516,53 @@ def run_shortened(
     inputs = dict(inputs)
     return_dict, keep = inputs.pop("return_dict", None), inputs.pop("logits_to_keep", 0)
     columns = prompt.callers_columns()
-    wanted = _select(columns, keep)
-    logits_columns = wanted
-    if isinstance(keep, int) and keep:  # the caller's last columns carry no earlier ones of the short prompt
-        added = int(prompt.is_own.flip(1).long().argmax(1).max())
-        inputs["logits_to_keep"] = min(keep + added + 1, prompt.length)
-        logits_columns = wanted - (prompt.length - inputs["logits_to_keep"])
-    elif wanted is not columns:  # the head runs on the short columns that any row needs
-        needed, logits_columns = wanted.unique(return_inverse=True)
+    needed, wanted = _logits_to_keep(model, prompt, columns, keep)
+    if needed is not None:
         inputs["logits_to_keep"] = needed
     try:
         output = forward(**inputs, return_dict=True)
     finally:
         if not torch.compiler.is_compiling():
             is_counted.set(False)
-    cache = cache_of(output)
-    CachedPrompt(input_ids, prompt).behind(cache).remember(cache)
+    CachedPrompt(input_ids, prompt).remember(cache_of(output))
     if output.get("logits") is not None:
-        output["logits"] = _gather_logits(output["logits"], logits_columns, keep)
+        output["logits"] = _gather_logits(output["logits"], wanted, keep)
     if output.get("last_hidden_state") is not None:
         output["last_hidden_state"] = gather_columns(output["last_hidden_state"], columns)
     if output.get("hidden_states") is not None:
         output["hidden_states"] = tuple(
             state if state is None else gather_columns(state, columns) for state in output["hidden_states"]
         )
-    if not (config.return_dict if return_dict is None else return_dict):
+    if not (model.config.return_dict if return_dict is None else return_dict):
         return tuple(output[field.name] for field in fields(output) if output.get(field.name) is not None)
     output["keep_mask"] = prompt.keep_mask
     return output
+
+
+def _logits_to_keep(
+    model: Any, prompt: ShortPrompt, columns: torch.LongTensor, keep: int | torch.Tensor
+) -> tuple[Any, torch.LongTensor]:
+    """
+    What a head is to be asked for in place of the `logits_to_keep` of a caller's prompt, None for nothing, and where
+    in that the caller's columns are. `columns` `(batch, full_length)` are those of `ShortPrompt.callers_columns`.
+    """
+    wanted = _select(columns, keep)
+    if isinstance(keep, int) and keep:  # the caller's last columns carry no earlier ones of the short prompt
+        needed = min(keep + prompt.added_behind + 1, prompt.length)
+        return needed, wanted - (prompt.length - needed)
+    if wanted is columns:
+        return None, wanted
+    if wanted.dim() == 2 and len(wanted) == 1:
+        return wanted[0], torch.arange(wanted.shape[1], device=wanted.device)[None]
+    if wanted.dim() == 2 and _takes_rows(model):
+        return wanted, torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
+    return wanted.unique(return_inverse=True)  # of all rows, for which the device is waited for
+
+
+def _takes_rows(model: Any) -> bool:
+    """Whether upstream's head takes other `logits_to_keep` for each row, as it may from 5.23 on."""
+    modules = {base.__module__ for base in type(model).__mro__ if base.__module__.startswith("transformers.models.")}
+    return any(hasattr(sys.modules[module], "slice_logits_to_keep") for module in modules)
 
 
 def _select(columns: torch.LongTensor, keep: int | torch.Tensor) -> torch.LongTensor:
@@ -622,7 +585,16 @@ def _gather_logits(logits: torch.Tensor, columns: torch.LongTensor, keep: int | 
     return gather_columns(logits, columns)
 
 
-def _settle(output: Any) -> Any:
+def _columns_of(inputs: dict[str, Any]) -> torch.Tensor | None:
+    """The ids `(batch, length)` of a prompt, or its embeddings `(batch, length, hidden_size)`."""
+    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+
+
+def _take_rows(entries: list[torch.Tensor], rows: list[torch.LongTensor]) -> list[torch.Tensor]:
+    return [entry[own.to(entry.device, non_blocking=True)] for entry, own in zip(entries, rows) if len(own)]
+
+
+def _settled(output: Any) -> Any:
     """A copy of an encoder's output with upstream's fields alone: it fits the prompt, and beams may repeat it."""
     settled = type(output)(
         **{field.name: output[field.name] for field in fields(output) if output.get(field.name) is not None}

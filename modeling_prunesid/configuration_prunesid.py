@@ -211,7 +211,9 @@ class PruneSIDConfig(NestedSettings):
             `seed`. release: these, `score` (`"cls_attention"`, `"component"`, or ours: `"attention"`, the
             mean attention that a token receives in `layer`, for towers without CLS), `center` (`"features"` or
             `"tokens"`), `quota` (`"bounded"` or `"proportional"`) and `keep_cls`, whether CLS is one of the N. spread:
-            `score`, `center` and `keep_cls`.
+            `score`, `center` and `keep_cls`. All three: `question` (ours), whether the words of the question weigh the
+            tokens: False, True, or `"keep"`, which lets a conversation on a cache go on with tokens that were chosen
+            for an earlier question.
         mrope_positions (`"original"` or `"contiguous"`, defaults to `"original"`):
             For models with three-dimensional positions (Qwen-VL): every token keeps the position that it has in the
             full prompt, or the short prompt is numbered through like text. Other models always number it through.
@@ -399,10 +401,16 @@ class NestsPruneSIDConfig:
     def __setattr__(self, name, value):
         if name != "prunesid_config":
             return super().__setattr__(name, value)
-        value = read_settings(value, self._settings_class, vars(self).get(name), self._with_defaults)
-        super().__setattr__(name, value)
+        before = vars(self).get(name)
+        value = read_settings(value, self._settings_class, before, self._with_defaults)
         check_preset(value, self.model_type)
-        self.check_settings()
+        super().__setattr__(name, value)
+        try:
+            self.check_settings()
+        except ValueError:
+            if before is not None:  # what is refused changes nothing
+                super().__setattr__(name, before)
+            raise
 
     def check_settings(self) -> None:
         """Raise a `ValueError` for settings that this family cannot follow. Runs before each use as well."""

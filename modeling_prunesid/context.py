@@ -14,7 +14,7 @@ from .exact import is_batched, without_autocast
 
 VIEWS_AT_ONCE = 32
 # What a context has of each token.
-TENSORS = ("attention", "joined_attention", "projected", "keys", "features")
+TENSORS = ("attention", "joined_attention", "projected", "keys", "features", "relevance")
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Context:
             The tokens as the language model gets them; None where the views are these.
         features (`torch.Tensor` of shape `(views, tokens, any dim)`, *optional*):
             The rows that `Selection.merged` replaces; None where the views are these.
+        relevance (`torch.FloatTensor` of shape `(views, tokens)`, *optional*):
+            In [0, 1]: how near each token is to the question of its prompt, see `question.py`.
         details (`bool`): also return groups and scores.
     """
 
@@ -50,6 +52,7 @@ class Context:
     keys: torch.Tensor | None = None
     projected: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    relevance: torch.Tensor | None = None
     details: bool = False
 
     def of_views(self, first: int, last: int, tokens: int) -> "Context":
@@ -63,8 +66,12 @@ class Context:
         return replace(self, counts=part(self.counts), lengths=part(self.lengths), **tensors)
 
 
-# Where `explain` listens: a list that takes each selection, with the lengths of its views. None: nobody does.
+# Where `explain` listens: a list that takes each selection, its views and context, which of all views these are, and
+# N and T of all views. None: nobody does.
 SELECTIONS: ContextVar[list | None] = ContextVar("selections", default=None)
+
+# What the prompt asks while its views are encoded, a `Question`. None: nothing reads it.
+ASKED: ContextVar[Any] = ContextVar("asked", default=None)
 
 
 @dataclass
@@ -94,6 +101,15 @@ class Selection:
     def mask(self) -> torch.BoolTensor:
         """Which of `indices` are tokens."""
         return torch.arange(self.indices.shape[1], device=self.indices.device) < self.counts[:, None]
+
+
+# `method_settings["question"]` of the methods that read it.
+QUESTION_RULE = (lambda value: value is True or value is False or value == "keep", "False, True or 'keep'")
+
+
+def needs_of_question(method_settings: dict) -> frozenset[str]:
+    """What of a [`Context`] the question is read for."""
+    return frozenset({"projected", "relevance"} if method_settings.get("question") else ())
 
 
 def counts_on(device: torch.device, counts: list[int]) -> torch.LongTensor:

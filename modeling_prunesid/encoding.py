@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .attention import attending_layer, watch_attention
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
@@ -66,7 +67,8 @@ def keep_rows(features: list[torch.Tensor], rows: torch.LongTensor, counts: list
         Features `(N, hidden_size)`, and indices `(N,)` into its T rows, -1 for a CLS token, of each input.
     """
     whole, device = torch.cat(features), rows.device
-    starts = torch.tensor([0, *map(len, features[:-1])]).cumsum(0).repeat_interleave(torch.tensor(counts))
+    starts = torch.tensor([0, *map(len, features[:-1])]).cumsum(0)
+    starts = starts.repeat_interleave(torch.tensor(counts), output_size=sum(counts))
     starts = starts.to(device, non_blocking=True)
     if cls is None:
         rows = rows.sort().values
@@ -104,9 +106,13 @@ class TowerEncoding:
         self.num_fixed = self.num_fed if self.keeps_fed else 0
         self.num_extra = self.num_fixed + self.has_own_cls
 
-        self.views = [self._lay_out(own) for own in model.views(modality, inputs, None)]
+        views = model.views(modality, inputs, None)
+        self.sizes = model.sizes_of(modality, inputs)  # T of each input, where it is known before the tower runs
+        if self.sizes is None and all(isinstance(length, int) for own in views for length in own):
+            self.sizes = [sum(own) + len(own) * self.num_fed for own in views]
+        self.views = [self._lay_out(own) for own in views]
         self.num_tokens = [[len(view.rows) + self.num_fixed for view in own] for own in self.views]
-        self.full_view = max(itertools.chain(*self.num_tokens), default=0)
+        self.full_view = max([0, *itertools.chain(*self.num_tokens)])
         self.budgets: Any = request_budgets(
             self.settings, num_visual_tokens, self.num_tokens, self.full_view, self.num_extra
         )
@@ -200,6 +206,7 @@ class TowerEncoding:
             with project_rows(self.projector, self._choose_rows) as result:
                 output = encode(**self.inputs)
             return self._finish(output, None)
+        maybe_install_capturing_hooks(self.tower)  # which a graph that is compiled later needs, and cannot do
         watched = watch_tower(
             self.tower,
             [*self.feature_layers, self.selection_layer],
@@ -316,9 +323,11 @@ class TowerEncoding:
                 tables.append(view.rows + start)
                 if whole or not len(view.rows):
                     continue
+                kept += self.counts[index] + self.num_extra
+                if not self.num_extra:
+                    continue
                 begin = int(view.rows[0]) - self.num_fixed
                 known.append(torch.arange(start + begin, start + begin + self.num_fixed))
-                kept += self.counts[index] + self.num_extra
                 if projected_cls is not None:
                     cls_views.append(index)
                     cls_places.append(start + (begin if view.cls_at is None else view.cls_at))

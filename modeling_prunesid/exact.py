@@ -9,6 +9,7 @@ library chooses for a batch makes no difference, and a GPU gives the bits that a
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -72,19 +73,9 @@ def gram(features: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.FloatTensor` of shape `(views, tokens, tokens)`, symmetric.
     """
-    dim = features.shape[-1]
-    bits = min((24 - math.ceil(math.log2(dim))) // 2, 7)
-    if bits < 2:
-        raise ValueError(
-            f"Tokens of {dim} features are too long for exact sums in fp32: at most {2**20} are possible."
-        )
-    levels = math.ceil((19 - bits) / (bits + 1)) + 1
-    parts, rest = [], features * 2.0**bits
-    for _ in range(levels):
-        parts.append(rest.round())
-        rest = (rest - parts[-1]) * 2.0 ** (bits + 1)
+    parts, bits = _levels(features)
     total: Any = None
-    for order in reversed(range(levels)):
+    for order in reversed(range(len(parts))):
         terms = []
         for first in range(order // 2 + 1):
             second = order - first
@@ -93,6 +84,54 @@ def gram(features: torch.Tensor) -> torch.Tensor:
         whole = terms[0]
         for term in terms[1:]:
             whole = whole + term
+        total = whole if total is None else torch.add(whole, total, alpha=2.0 ** -(bits + 1))
+    return total * 2.0 ** (-2 * bits)
+
+
+def cross(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """
+    L R^T of two kinds of features, as [`gram`] of one kind.
+
+    Args:
+        left (`torch.FloatTensor` of shape `(views, tokens, dim)`), right (`(views, others, dim)`): entries in (-1, 1).
+
+    Returns:
+        `torch.FloatTensor` of shape `(views, tokens, others)`.
+    """
+    lefts, bits = _levels(left)
+    rights, _ = _levels(right)
+    return _by_orders(lefts, rights, bits, lambda first, second: first @ second.mT)
+
+
+def squares(features: torch.Tensor) -> torch.Tensor:
+    """The diagonal `(views, tokens)` of [`gram`], without the rest of it."""
+    parts, bits = _levels(features)
+    return _by_orders(parts, parts, bits, lambda first, second: (first * second).sum(-1))
+
+
+def _levels(features: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """The entries of features in (-1, 1) as integers of so many bits and a sign, the largest level first."""
+    dim = features.shape[-1]
+    bits = min((24 - math.ceil(math.log2(dim))) // 2, 7)
+    if bits < 2:
+        raise ValueError(
+            f"Tokens of {dim} features are too long for exact sums in fp32: at most {2**20} are possible."
+        )
+    parts, rest = [], features * 2.0**bits
+    for _ in range(math.ceil((19 - bits) / (bits + 1)) + 1):
+        parts.append(rest.round())
+        rest = (rest - parts[-1]) * 2.0 ** (bits + 1)
+    return parts, bits
+
+
+def _by_orders(lefts: list, rights: list, bits: int, multiply: Callable) -> torch.Tensor:
+    """The products of all levels that are above the cut, added up the smallest first."""
+    total: Any = None
+    for order in reversed(range(len(lefts))):
+        whole: Any = None
+        for first in range(order + 1):
+            term = multiply(lefts[first], rights[order - first])
+            whole = term if whole is None else whole + term
         total = whole if total is None else torch.add(whole, total, alpha=2.0 ** -(bits + 1))
     return total * 2.0 ** (-2 * bits)
 

@@ -17,14 +17,15 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .attention import encode_with_attention
+from .attention import encode_with_attention, pool_blocks, tower_of
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
 from .compression import CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, rows_of_features, table_of
 from .generation import CompressedGenerationMixin
 from .hub import AutoModelMixin, HubModelMixin
-from .methods import needs_of
+from .methods import needs_of, reads_question
+from .tower import count_prefix
 from .upstream import like_upstream
 
 
@@ -64,6 +65,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     encoding_class = TowerEncoding
     # Further arguments of ours that `forward` and `get_*_features` take, which `views` reads.
     own_arguments: Sequence[str] = ()
+    # The path of the vision tower whose attention is read, where it is not called as in other families.
+    tower_name: str | None = None
     # What `dynamic` shares the total of a clip by.
     video_information = staticmethod(view_information)
 
@@ -71,6 +74,11 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         super().__init_subclass__(**kwargs)
         cls._auto_map = {"AutoModel": cls.__name__}
         _take_signatures(cls)
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether the tokens that are kept depend on the question of the prompt."""
+        return reads_question(self.config.prunesid_config)
 
     def is_off(self, num_visual_tokens: NumVisualTokens) -> bool:
         """Whether nothing is to be dropped, whatever the input."""
@@ -143,24 +151,37 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
                 outputs[modality] = type(output)(**{**output, "pooler_output": joined})
         return super().forward(mm_encoder_outputs=outputs or None, **inputs)
 
-    def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def requests(self, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """A list of totals is for the images and then for the videos."""
-        totals, given = inputs.get("num_visual_tokens"), {name for name in inputs if inputs[name] is not None}
-        images = given & {"pixel_values", "pixel_values_images"}
+        found, totals = super().requests(inputs), inputs.get("num_visual_tokens")
         is_list = isinstance(totals, (list, tuple)) or (isinstance(totals, torch.Tensor) and totals.dim() == 1)
-        if not (is_list and images and "pixel_values_videos" in given):
-            return super().encode_views(inputs)
-        num_images = self.num_images(inputs)
-        of_images = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
-        of_videos = {name: value for name, value in inputs.items() if name not in images}
-        encoded = super().encode_views({**of_images, "num_visual_tokens": totals[:num_images]})
-        of_videos |= {"num_visual_tokens": totals[num_images:], "mm_encoder_outputs": encoded["mm_encoder_outputs"]}
-        return super().encode_views(of_videos)
+        if is_list and len(found) == 2:
+            num_images = self.num_images(inputs)
+            found["image"]["num_visual_tokens"] = totals[:num_images]
+            found["video"]["num_visual_tokens"] = totals[num_images:]
+        return found
 
     def num_images(self, inputs: dict[str, Any]) -> int:
         """How many images there are among the arguments of `forward`."""
         names = ("image_grid_thw", "target_sizes", "image_sizes", "pixel_values", "pixel_values_images")
         return len(next(inputs[name] for name in names if inputs.get(name) is not None))
+
+    def expected_counts(self, modality: str, inputs: dict[str, Any]) -> tuple[list[int], list[int]] | None:
+        inputs, settings = dict(inputs), self.config.prunesid_config
+        requested = inputs.pop("num_visual_tokens", None)
+        if self.projector_name is not None:
+            encoding = self.encoding_class(self, modality, requested, inputs)
+            sizes, budgets = encoding.sizes, encoding.budgets
+        else:
+            sizes = self.sizes_of(modality, inputs)
+            views = [] if sizes is None else self.views(modality, inputs, sizes)
+            lengths = [[len(view.rows) for view in as_views(own)] for own in views]
+            budgets = None if sizes is None else request_budgets(settings, requested, lengths)
+        return None if sizes is None or budgets is None or budgets.rule == "reference" else (sizes, budgets.totals)
+
+    def sizes_of(self, modality: str, inputs: dict[str, Any]) -> list[int] | None:
+        """T of each input, where it is known before upstream's encoder runs."""
+        return None
 
     def _encode(self, modality: str, encode, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):
         return_dict, given = inputs.get("return_dict"), inputs
@@ -197,22 +218,36 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         else:
             logger.warning(f"PruneSID keeps all visual tokens of the first {modality}s: the budget is not below them.")
 
+    def patches_of(self, attention: torch.Tensor) -> torch.Tensor:
+        """That of `attention` `(batch, tokens)` which patches receive: by default without what comes before them."""
+        return attention[:, count_prefix(tower_of(self)) :]
+
+    def patch_grids(self, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor | None:
+        """
+        Grids `(t, h, w)` of patches in raster order, of which each square is merged into a token; None where tokens
+        are not merged from squares.
+        """
+        return None
+
     def pool_attention(
         self, patches: torch.Tensor, modality: str, inputs: dict[str, Any], num_tokens: int
     ) -> torch.Tensor:
         """
         The attention `(num_tokens,)` that the tokens of all views receive, of that of the patches `(patches,)` of the
-        tower, in the tower's order. By default each token is a patch.
+        tower, in the tower's order. By default each token is a patch, or a square of `patch_grids`.
 
         Raises:
-            `ValueError`: if it is not known which patches a token is merged from.
+            `ValueError`: where no token is merged from patches of its own.
         """
-        if len(patches) != num_tokens:
+        if len(patches) == num_tokens:
+            return patches
+        grids = self.patch_grids(modality, inputs, len(patches))
+        if grids is None:
             raise ValueError(
-                f"score='attention' is not declared for {type(self).__name__}, which merges {len(patches)} patches "
-                f"into {num_tokens} tokens. Use score='component'."
+                f"score='attention' is not declared for {type(self).__name__}: its {num_tokens} tokens are not merged "
+                f"from patches of their own, of which the tower has {len(patches)}. Use score='component'."
             )
-        return patches
+        return pool_blocks(patches, grids, num_tokens)
 
     def keep_tokens(
         self,

@@ -7,7 +7,8 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from .compression import generating, is_counted, run_shortened
-from .prompts import CachedPrompt, ShortPrompt
+from .plans import CachedPrompt
+from .prompts import ShortPrompt
 from .upstream import CACHE_NAME, cache_of, rename_cache
 
 
@@ -63,7 +64,7 @@ class CompressedGenerationMixin:
         """Upstream's `forward` on the shortened arguments; what it returns has the caller's columns."""
         inputs, prompt = self.model.compress({"input_ids": input_ids, **inputs})
         inputs["is_shortened"] = True  # upstream hands it on to the base model
-        return run_shortened(forward, inputs, input_ids, prompt, self.config)
+        return run_shortened(self, forward, inputs, input_ids, prompt)
 
     @torch.no_grad()
     def generate(
@@ -85,9 +86,12 @@ class CompressedGenerationMixin:
         Args:
             num_visual_tokens (`int`, `float`, `list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
                 The budget of this call, in place of `config.prunesid_config.budget`.
+            question_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                1 for each word of each row's question, where `method_settings["question"]` chooses tokens by it.
 
         Raises:
-            `ValueError`: if placeholders and views do not match, or the budget is invalid.
+            `ValueError`: if placeholders and views do not match, or the budget is invalid; where the question is read,
+                without `question_mask`, or on a cache whose tokens were chosen for another one.
         """
         if inputs is not None and kwargs.get("input_ids") is None and not inputs.is_floating_point():
             kwargs["input_ids"], inputs = inputs, None
@@ -146,8 +150,7 @@ class CompressedGenerationMixin:
             sequences = output.sequences
             output.sequences = callers_prompt.restore(sequences)
             cache = cache_of(output) if cache_of(output) is not None else cache
-        if cache is not None:
-            CachedPrompt(callers_ids, prompt).behind(cache).remember(cache)
+        CachedPrompt(callers_ids, prompt).remember(cache)
         return output
 
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):

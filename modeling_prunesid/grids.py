@@ -38,6 +38,14 @@ class GridModelMixin(PrunedModelMixin):
     def views(self, modality, inputs, sizes):
         return [[size // count] * count for size, count in zip(sizes, self.slices(modality, inputs))]
 
+    def sizes_of(self, modality, inputs):
+        grids, vision = inputs[f"{modality}_grid_thw"], self.config.vision_config
+        merged = getattr(vision, "spatial_merge_size", None)
+        if merged is None:
+            return None
+        slices = self.slices(modality, inputs)
+        return [count * height * width // merged**2 for count, (_, height, width) in zip(slices, grids.tolist())]
+
     # Whether the tower has patches in the order of the picture, not merged ones one behind the other.
     has_raster_patches = False
 

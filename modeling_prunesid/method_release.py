@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .context import Context, Selection, in_parts
+from .context import QUESTION_RULE, Context, Selection, in_parts, needs_of_question
 from .selection import SCORES, proportional_quotas, select_by_groups
 
 
@@ -19,6 +19,7 @@ DEFAULTS = {
     "keep_cls": True,
     "grouping": "psca",
     "seed": 0,
+    "question": False,
 }
 RULES = {
     "score": (SCORES.__contains__, "one of " + ", ".join(map(repr, SCORES))),
@@ -27,12 +28,13 @@ RULES = {
     "keep_cls": (lambda value: isinstance(value, bool), "True or False"),
     "grouping": (("psca", "kmeans", "random").__contains__, "one of 'psca', 'kmeans', 'random'"),
     "seed": (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
+    "question": QUESTION_RULE,
 }
 
 
 def needs(method_settings: dict) -> frozenset[str]:
     """What of a [`Context`] is read."""
-    return frozenset({(DEFAULTS | method_settings)["score"]} - {"component"})
+    return frozenset({(DEFAULTS | method_settings)["score"]} - {"component"}) | needs_of_question(method_settings)
 
 
 @in_parts
@@ -44,7 +46,7 @@ def select(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context
         views (`torch.Tensor` of shape `(views, tokens, dim)`): features that tokens are compared by.
         counts (`torch.LongTensor` of shape `(views,)`): N of each view, without CLS.
         settings: `num_groups`, `nms_lambda` and `method_settings`: see `DEFAULTS`. `keep_cls` is for the caller.
-        context ([`Context`]): with `attention`, if that is the score.
+        context ([`Context`]): with `attention`, if that is the score; with `relevance`, where the question is read.
     """
     options = DEFAULTS | (settings.method_settings or {})
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .context import Context, Selection, in_parts, largest
+from .context import QUESTION_RULE, Context, Selection, in_parts, largest, needs_of_question
 from .exact import is_batched
 from .selection import SCORES, groups_of, kept_tokens, strongest_components
 from .similarity import compare, distances
@@ -14,17 +14,19 @@ from .similarity import compare, distances
 INDISTINCT = 16 * torch.finfo(torch.float32).eps  # cosine distance of equal tokens, at most, with its rounding error
 
 
-DEFAULTS = {"score": "cls_attention", "center": "tokens", "keep_cls": False}
+DEFAULTS = {"score": "cls_attention", "center": "tokens", "keep_cls": False, "question": False}
 RULES = {
     "score": (SCORES.__contains__, "one of " + ", ".join(map(repr, SCORES))),
     "center": (("tokens", "features").__contains__, "one of 'tokens', 'features'"),
     "keep_cls": (lambda value: isinstance(value, bool), "True or False"),
+    "question": QUESTION_RULE,
 }
 
 
 def needs(method_settings: dict) -> frozenset[str]:
     """What of a [`Context`] is read."""
-    return frozenset({"projected", (DEFAULTS | method_settings)["score"]} - {"component"})
+    own = frozenset({"projected", (DEFAULTS | method_settings)["score"]} - {"component"})
+    return own | needs_of_question(method_settings)
 
 
 @in_parts
@@ -37,7 +39,7 @@ def select(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context
         counts (`torch.LongTensor` of shape `(views,)`): N of each view.
         settings: `method_settings`: `score`, and `center` of `score="component"`, for which `num_groups` is read.
         context ([`Context`]): with `attention`, and with `projected`, between which distances are measured;
-            without them they are between `views`.
+            without them they are between `views`. With `relevance`, where the question is read.
     """
     options = DEFAULTS | (settings.method_settings or {})
     tokens, most = views.shape[1], largest(context)
@@ -51,17 +53,19 @@ def select(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context
         attention, groups = strongest_components(pairs, num_groups, own, options["center"])
         groups = groups.masked_fill(~pairs.finite, -1)
     scores = attention.masked_fill(~pairs.finite, -math.inf)
-    chosen = spread_tokens(
-        distances(views if context.projected is None else context.projected, INDISTINCT), scores, most
-    )
+    apart = distances(views if context.projected is None else context.projected, INDISTINCT)
+    chosen = spread_tokens(apart, scores, most, context.relevance)
     among_n = torch.arange(most, device=views.device) < counts[:, None]
     kept = torch.zeros_like(pairs.finite).scatter(1, chosen, among_n)
     return kept_tokens(kept, counts, context, pairs.rho, groups if context.details else None, scores)
 
 
-def spread_tokens(distances: torch.Tensor, scores: torch.Tensor, count: int) -> torch.LongTensor:
+def spread_tokens(
+    distances: torch.Tensor, scores: torch.Tensor, count: int, relevance: torch.Tensor | None = None
+) -> torch.LongTensor:
     """
-    The token of highest score, then one after another that of largest score ** 0.25 * distance.
+    The token of highest score, then one after another that of largest score ** 0.25 * distance, where both are times
+    the token's relevance if that is given.
 
     The distance is the cosine distance to the nearest kept token. With equal scores this is the greedy answer to the
     max-min diversity problem. Tokens that rounding cannot tell from a kept one are `INDISTINCT` away from it, so that
@@ -71,12 +75,14 @@ def spread_tokens(distances: torch.Tensor, scores: torch.Tensor, count: int) -> 
         distances (`torch.FloatTensor` of shape `(views, tokens, tokens)`): at least `INDISTINCT`.
         scores (`torch.FloatTensor` of shape `(views, tokens)`): negative ones count as 0; tokens at -inf come last.
         count (`int`): tokens to choose, at most `tokens`.
+        relevance (`torch.FloatTensor` of shape `(views, tokens)`, *optional*): see [`Context`].
 
     Returns:
         `torch.LongTensor` of shape `(views, count)`, in the order of the choice.
     """
     tokens = scores.shape[1]
     weights = scores.clamp(min=0).sqrt().sqrt()
+    weights = weights if relevance is None else weights * relevance
     # What a chosen token leaves to each other one; -2 for itself, so that a token is chosen once.
     gains = distances * weights[:, None]
     gains.diagonal(dim1=1, dim2=2).fill_(-2)

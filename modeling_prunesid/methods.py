@@ -13,6 +13,7 @@ from typing import Any
 from .method_paper import select as paper
 from .method_release import select as release
 from .method_spread import select as spread
+from .question import PARTS
 
 
 METHODS: dict[str, Callable] = {
@@ -20,6 +21,8 @@ METHODS: dict[str, Callable] = {
     "release": release,
     "spread": spread,
 }
+# What reads the question of a prompt; None in a repository whose method does not.
+QUESTION: Any = PARTS
 # The module of each method. A configuration knows methods by name alone: pickled by value, as vLLM does, it takes no
 # selector along.
 MODULES = {name: f"{__name__.rpartition('.')[0]}.method_{name}" for name in METHODS}
@@ -49,6 +52,11 @@ def needs_of(settings: Any) -> frozenset[str]:
     return module_of(settings.method).needs(settings.method_settings or {})
 
 
+def reads_question(settings: Any) -> bool:
+    """Whether the tokens of a view depend on the question of its prompt."""
+    return "relevance" in needs_of(settings)
+
+
 def options_of(settings: Any) -> dict:
     """The method's own settings, with its defaults."""
     return module_of(settings.method).DEFAULTS | (settings.method_settings or {})
@@ -63,6 +71,11 @@ def check_method(name: str, method_settings: dict | None, field: str = "prunesid
         is_valid, description = rules[setting]
         if not is_valid(value):
             raise ValueError(f"{field}[{setting!r}] must be {description}, got {value!r}.")
+        if setting == "question" and value and QUESTION is None:
+            raise ValueError(
+                f"{field}[{setting!r}]={value!r} needs code that this model was saved without, because it read no "
+                "question. Convert it with the package, which carries it."
+            )
 
 
 def method_of_saved(fields: dict) -> tuple[str, dict]:

@@ -8,6 +8,7 @@ from transformers import (
     GenerationMixin,
 )
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -24,6 +25,7 @@ class PruneSIDAyaVisionModel(TiledModelMixin, AyaVisionModel):
 
     config_class = PruneSIDAyaVisionConfig
     pools_tensor = ("image",)
+    patch_grids = square_grids
 
 
 class PruneSIDAyaVisionForConditionalGeneration(

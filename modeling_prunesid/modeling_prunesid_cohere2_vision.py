@@ -8,6 +8,7 @@ from transformers import (
     GenerationMixin,
 )
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -24,6 +25,7 @@ class PruneSIDCohere2VisionModel(TiledModelMixin, Cohere2VisionModel):
 
     config_class = PruneSIDCohere2VisionConfig
     pools_tensor = ("image",)
+    patch_grids = square_grids
 
 
 class PruneSIDCohere2VisionForConditionalGeneration(

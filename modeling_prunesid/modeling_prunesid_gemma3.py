@@ -2,6 +2,7 @@
 
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Model, Gemma3Processor, GenerationMixin
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -21,6 +22,7 @@ class PruneSIDGemma3Model(TiledModelMixin, Gemma3Model):
 
     config_class = PruneSIDGemma3Config
     pools_tensor = ("image",)
+    patch_grids = square_grids
 
 
 class PruneSIDGemma3ForConditionalGeneration(PrunedGenerationMixin, Gemma3ForConditionalGeneration, GenerationMixin):

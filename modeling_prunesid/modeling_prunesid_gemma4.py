@@ -1,5 +1,6 @@
 """Gemma 4 with PruneSID: tokens are compared as they enter the language model."""
 
+import torch
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4Model, Gemma4Processor, GenerationMixin
 
 from .configuration_prunesid import BehindConnectorConfig
@@ -27,6 +28,16 @@ class PruneSIDGemma4Model(PrunedModelMixin, Gemma4Model):
             return super().views(modality, inputs, sizes)
         frames = inputs["num_frames_per_video"].tolist()
         return [[size // count] * count for size, count in zip(sizes, frames)]
+
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        """Tokens are squares of patches that are named by their places `(x, y)` in the picture; -1 is padding."""
+        places = inputs[f"{modality}_position_ids"].flatten(0, -3)
+        side, pooled = self.config.vision_config.pooling_kernel_size, []
+        for own, place in zip(patches.view(len(places), -1), places):
+            own, (columns, rows) = own[place[:, 0] >= 0], place[place[:, 0] >= 0].T
+            squares = columns // side + (columns.max() + 1) // side * (rows // side)
+            pooled.append(own.new_zeros(int(squares.max()) + 1).index_add(0, squares, own) / side**2)
+        return torch.cat(pooled)
 
 
 class PruneSIDGemma4ForConditionalGeneration(PrunedGenerationMixin, Gemma4ForConditionalGeneration, GenerationMixin):

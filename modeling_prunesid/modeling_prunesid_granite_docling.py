@@ -8,6 +8,7 @@ from transformers import (
     GraniteDoclingProcessor,
 )
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -23,6 +24,7 @@ class PruneSIDGraniteDoclingModel(TiledModelMixin, GraniteDoclingModel):
     """[`GraniteDoclingModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDGraniteDoclingConfig
+    patch_grids = square_grids
 
     def tiles(self, inputs, sizes):
         num_tokens = self.image_seq_len * (1 if inputs.get("tile_fine_mask") is None else 4)

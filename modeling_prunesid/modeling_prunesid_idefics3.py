@@ -8,6 +8,7 @@ from transformers import (
     Idefics3Processor,
 )
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -23,6 +24,7 @@ class PruneSIDIdefics3Model(TiledModelMixin, Idefics3Model):
     """[`Idefics3Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDIdefics3Config
+    patch_grids = square_grids
 
     def tiles(self, inputs, sizes):
         return [self.image_seq_len] * (sum(sizes) // self.image_seq_len)

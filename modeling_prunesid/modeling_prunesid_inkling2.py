@@ -24,6 +24,9 @@ class PruneSIDInkling2Model(PrunedModelMixin, Inkling2Model):
 
     config_class = PruneSIDInkling2Config
 
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        return patches.view(num_tokens, -1).mean(1)  # those of a token lie one behind the other
+
 
 class PruneSIDInkling2ForConditionalGeneration(
     PrunedGenerationMixin, Inkling2ForConditionalGeneration, GenerationMixin

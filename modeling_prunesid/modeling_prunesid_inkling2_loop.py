@@ -24,6 +24,9 @@ class PruneSIDInkling2LoopModel(PrunedModelMixin, Inkling2LoopModel):
 
     config_class = PruneSIDInkling2LoopConfig
 
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        return patches.view(num_tokens, -1).mean(1)  # those of a token lie one behind the other
+
 
 class PruneSIDInkling2LoopForConditionalGeneration(
     PrunedGenerationMixin, Inkling2LoopForConditionalGeneration, GenerationMixin

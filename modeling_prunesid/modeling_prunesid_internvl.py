@@ -8,6 +8,7 @@ from transformers import (
     InternVLProcessor,
 )
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -27,6 +28,7 @@ class PruneSIDInternVLModel(TiledModelMixin, InternVLModel):
 
     config_class = PruneSIDInternVLConfig
     pools_tensor = ("image",)
+    patch_grids = square_grids
 
 
 class PruneSIDInternVLForConditionalGeneration(

@@ -1,5 +1,6 @@
 """Kimi K2.5 with PruneSID: tokens are compared as they enter the language model."""
 
+import torch
 from transformers import (
     GenerationMixin,
     Kimi_K25Config,
@@ -27,6 +28,15 @@ class PruneSIDKimi_K25Model(TiledModelMixin, Kimi_K25Model):
 
     config_class = PruneSIDKimi_K25Config
     tiled = ("video",)
+
+    def patch_grids(self, modality, inputs, num_patches):
+        return torch.nn.functional.pad(inputs[f"{modality}_grid_thw"][:, 1:], (1, 0), value=1)
+
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        grids = inputs[f"{modality}_grid_thw"]  # the frames of a chunk are merged
+        own = patches.split(grids.prod(-1).tolist())
+        merged = torch.cat([chunk.view(frames, -1).mean(0) for chunk, frames in zip(own, grids[:, 0].tolist())])
+        return super().pool_attention(merged, modality, inputs, num_tokens)
 
 
 class PruneSIDKimi_K25ForConditionalGeneration(

@@ -1,5 +1,6 @@
 """LFM2-VL with PruneSID: tokens are compared as they enter the language model."""
 
+import torch
 from transformers import GenerationMixin, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Lfm2VlModel, Lfm2VlProcessor
 
 from .configuration_prunesid import BehindConnectorConfig
@@ -17,6 +18,14 @@ class PruneSIDLfm2VlModel(TiledModelMixin, Lfm2VlModel):
     """[`Lfm2VlModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDLfm2VlConfig
+
+    def patch_grids(self, modality, inputs, num_patches):
+        return torch.nn.functional.pad(inputs["spatial_shapes"], (1, 0), value=1)
+
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        sizes = inputs["spatial_shapes"].prod(-1).tolist()
+        own = [tile[:size] for tile, size in zip(patches.view(len(sizes), -1), sizes)]  # the rest is padding
+        return super().pool_attention(torch.cat(own), modality, inputs, num_tokens)
 
 
 class PruneSIDLfm2VlForConditionalGeneration(PrunedGenerationMixin, Lfm2VlForConditionalGeneration, GenerationMixin):

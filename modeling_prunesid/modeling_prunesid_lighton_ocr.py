@@ -8,6 +8,7 @@ from transformers import (
     LightOnOcrProcessor,
 )
 
+from .attention import grids_of_image_sizes
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
 from .processing import PrunedProcessorMixin
@@ -23,6 +24,7 @@ class PruneSIDLightOnOcrModel(PrunedModelMixin, LightOnOcrModel):
     """[`LightOnOcrModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDLightOnOcrConfig
+    patch_grids = grids_of_image_sizes
 
 
 class PruneSIDLightOnOcrForConditionalGeneration(

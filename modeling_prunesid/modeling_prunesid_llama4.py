@@ -2,7 +2,9 @@
 
 import torch
 from transformers import GenerationMixin, Llama4Config, Llama4ForConditionalGeneration, Llama4Processor
+from transformers.utils import ModelOutput
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -15,12 +17,33 @@ class PruneSIDLlama4Config(BehindConnectorConfig, Llama4Config):
     model_type = "prunesid_llama4"
 
 
+def _add_image_outputs(module, args, output):
+    """Transformers 5.24.0 reads them of its language model's output, which has none, and raises."""
+    if isinstance(output, ModelOutput) and not hasattr(output, "image_outputs"):
+        output.image_outputs = None
+    return output
+
+
 class PruneSIDLlama4ForConditionalGeneration(
     TiledModelMixin, PrunedWholeMixin, Llama4ForConditionalGeneration, GenerationMixin
 ):
     """[`Llama4ForConditionalGeneration`] on shortened prompts; see [`PrunedWholeMixin`]."""
 
     config_class = PruneSIDLlama4Config
+    patch_grids = square_grids
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.language_model.register_forward_hook(_add_image_outputs)
+
+    def _forward_stock(self, mm_encoder_outputs=None, **inputs):
+        output = super()._forward_stock(mm_encoder_outputs=mm_encoder_outputs, **inputs)
+        if "image_outputs" in getattr(output, "__dataclass_fields__", ()):
+            output.image_outputs = (mm_encoder_outputs or {}).get("image")
+        return output
+
+    def patches_of(self, attention):
+        return attention[:, :-1]  # its CLS token is the last
 
     def features_of(self, output):
         return list(output.last_hidden_state)

@@ -17,7 +17,7 @@ from transformers import (
     LlavaOnevisionProcessor,
 )
 
-from .anyres import packed_views
+from .anyres import packed_scores, packed_views
 from .budgets import View
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
@@ -41,13 +41,25 @@ class PruneSIDLlavaOnevisionModel(PrunedModelMixin, LlavaOnevisionModel):
 
     def views(self, modality, inputs, sizes):
         if modality == "image":
-            alone = inputs.get("batch_num_images")
-            counts = None if alone is None else torch.as_tensor(alone).tolist()
-            is_cropped = None if counts is None else [count == 1 for count in counts for _ in range(count)]
-            options = {"vision_aspect_ratio": inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio}
-            return packed_views(self.pack_image_features, self.config, inputs["image_sizes"], is_cropped, **options)
+            return packed_views(self.pack_image_features, self.config, inputs["image_sizes"], **self._layout(inputs))
         frames = inputs["pixel_values_videos"].shape[1]
         return [[View(rows) for rows in torch.arange(size - 1).chunk(frames)] for size in sizes]
+
+    def _layout(self, inputs):
+        """How upstream lays out images: those that share a row of the batch with others are a single crop."""
+        alone = inputs.get("batch_num_images")
+        counts = None if alone is None else torch.as_tensor(alone).tolist()
+        is_cropped = None if counts is None else [count == 1 for count in counts for _ in range(count)]
+        ratio = inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
+        return {"is_cropped": is_cropped, "vision_aspect_ratio": ratio}
+
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        vision = self.config.vision_config
+        crops = patches.view(-1, (vision.image_size // vision.patch_size) ** 2)
+        if modality == "video":
+            return self.apply_pooling(crops[..., None]).flatten()
+        sizes, layout = inputs["image_sizes"], self._layout(inputs)
+        return packed_scores(self.pack_image_features, self.config, sizes, crops, **layout)
 
 
 class PruneSIDLlavaOnevisionForConditionalGeneration(

@@ -8,6 +8,7 @@ from transformers import (
     MiniCPMOcrProcessor,
 )
 
+from .attention import grids_of_slices
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -27,6 +28,7 @@ class PruneSIDMiniCPMOcrModel(TiledModelMixin, MiniCPMOcrModel):
 
     config_class = PruneSIDMiniCPMOcrConfig
     tiled = ("image", "video")
+    patch_grids = grids_of_slices
 
 
 class PruneSIDMiniCPMOcrForConditionalGeneration(

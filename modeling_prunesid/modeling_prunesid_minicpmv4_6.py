@@ -8,6 +8,7 @@ from transformers import (
     MiniCPMV4_6Processor,
 )
 
+from .attention import grids_of_slices
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -27,6 +28,7 @@ class PruneSIDMiniCPMV4_6Model(TiledModelMixin, MiniCPMV4_6Model):
 
     config_class = PruneSIDMiniCPMV4_6Config
     tiled = ("image", "video")
+    patch_grids = grids_of_slices
 
 
 class PruneSIDMiniCPMV4_6ForConditionalGeneration(

@@ -8,6 +8,7 @@ from transformers import (
     MiniCPMV4_7Processor,
 )
 
+from .attention import grids_of_slices
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .mrope import MRoPEModelMixin
@@ -28,6 +29,7 @@ class PruneSIDMiniCPMV4_7Model(MRoPEModelMixin, TiledModelMixin, MiniCPMV4_7Mode
 
     config_class = PruneSIDMiniCPMV4_7Config
     tiled = ("image", "video")
+    patch_grids = grids_of_slices
 
 
 class PruneSIDMiniCPMV4_7ForConditionalGeneration(

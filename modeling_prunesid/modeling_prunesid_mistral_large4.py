@@ -8,6 +8,7 @@ from transformers import (
     PixtralProcessor,
 )
 
+from .attention import grids_of_image_sizes
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
 from .processing import PrunedProcessorMixin
@@ -23,6 +24,7 @@ class PruneSIDMistralLarge4Model(PrunedModelMixin, MistralLarge4Model):
     """[`MistralLarge4Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDMistralLarge4Config
+    patch_grids = grids_of_image_sizes
 
 
 class PruneSIDMistralLarge4ForConditionalGeneration(

@@ -29,6 +29,11 @@ class PruneSIDMolmo2Model(PrunedModelMixin, Molmo2Model):
         grids = torch.as_tensor(inputs["image_grids"]).view(-1, 2, 2).prod(-1).tolist()
         return [[tokens for tokens in own if tokens] for own in grids]
 
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        places = inputs[f"{modality}_token_pooling"].flatten(0, -2)
+        is_patch = places >= 0
+        return (patches[places.clamp(min=0)] * is_patch).sum(-1) / is_patch.sum(-1).clamp(min=1)
+
 
 class PruneSIDMolmo2ForConditionalGeneration(PrunedGenerationMixin, Molmo2ForConditionalGeneration, GenerationMixin):
     """[`Molmo2ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""

@@ -1,5 +1,6 @@
 """Nemotron H Omni with PruneSID: tokens are compared as they enter the language model."""
 
+import torch
 from transformers import (
     GenerationMixin,
     NemotronH_Omni_Reasoning_V3,
@@ -26,6 +27,12 @@ class PruneSIDNemotronHOmniForConditionalGeneration(PrunedWholeMixin, NemotronH_
     """[`NemotronH_Omni_Reasoning_V3`] on shortened prompts; see [`PrunedWholeMixin`]."""
 
     config_class = PruneSIDNemotronHOmniConfig
+
+    def patches_of(self, attention):
+        return attention[:, self.vision_model.config.num_summary_tokens :]
+
+    def patch_grids(self, modality, inputs, num_patches):
+        return torch.nn.functional.pad(inputs["image_grid_hw"], (1, 0), value=1) if modality == "image" else None
 
     def views(self, modality, inputs, sizes):
         if modality == "image":

@@ -2,6 +2,7 @@
 
 from transformers import GenerationMixin, Ovis2Config, Ovis2ForConditionalGeneration, Ovis2Model, Ovis2Processor
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -18,6 +19,7 @@ class PruneSIDOvis2Model(TiledModelMixin, Ovis2Model):
 
     config_class = PruneSIDOvis2Config
     pools_tensor = ("image",)
+    patch_grids = square_grids
 
 
 class PruneSIDOvis2ForConditionalGeneration(PrunedGenerationMixin, Ovis2ForConditionalGeneration, GenerationMixin):

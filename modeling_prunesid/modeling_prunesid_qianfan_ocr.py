@@ -8,6 +8,7 @@ from transformers import (
     QianfanOCRProcessor,
 )
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -24,6 +25,7 @@ class PruneSIDQianfanOCRModel(TiledModelMixin, QianfanOCRModel):
 
     config_class = PruneSIDQianfanOCRConfig
     pools_tensor = ("image",)
+    patch_grids = square_grids
 
 
 class PruneSIDQianfanOCRForConditionalGeneration(

@@ -8,6 +8,7 @@ from transformers import (
     SmolVLMProcessor,
 )
 
+from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .tiles import TiledModelMixin, TiledProcessorMixin
@@ -26,6 +27,7 @@ class PruneSIDSmolVLMModel(TiledModelMixin, SmolVLMModel):
     """[`SmolVLMModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDSmolVLMConfig
+    patch_grids = square_grids
 
     def tiles(self, inputs, sizes):
         return [self.image_seq_len] * (sum(sizes) // self.image_seq_len)

@@ -1,5 +1,7 @@
 """Unlimited-OCR with PruneSID: tokens are compared as they enter the language model."""
 
+import itertools
+
 import torch
 from transformers import (
     GenerationMixin,
@@ -25,6 +27,7 @@ class PruneSIDUnlimitedOcrModel(PrunedModelMixin, UnlimitedOcrModel):
     """[`UnlimitedOcrModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDUnlimitedOcrConfig
+    tower_name = "vision_tower.vision_encoder"
 
     def views(self, modality, inputs, sizes):
         """The grid of crops, row by row with a newline token behind each, then the whole image, then a separator."""
@@ -47,6 +50,16 @@ class PruneSIDUnlimitedOcrModel(PrunedModelMixin, UnlimitedOcrModel):
     def _side_of(self, pixels):
         sam = self.config.vision_config.sam_config
         return pixels.shape[-1] // sam.patch_size // 4
+
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        """Each token is a patch, but the tower encodes whole images before all crops."""
+        counts = inputs.get("num_local_patches") or [0] * len(inputs["pixel_values"])
+        num_whole = len(counts) * self._side_of(inputs["pixel_values"]) ** 2
+        whole, crops = patches[:num_whole].view(len(counts), -1), patches[num_whole:]
+        crops = iter(crops.view(sum(counts), -1)) if sum(counts) else iter(())
+        return torch.cat(
+            [part for count, own in zip(counts, whole) for part in [*itertools.islice(crops, count), own]]
+        )
 
 
 class PruneSIDUnlimitedOcrForConditionalGeneration(

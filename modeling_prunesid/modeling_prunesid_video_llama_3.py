@@ -46,6 +46,13 @@ class PruneSIDVideoLlama3Model(PrunedModelMixin, VideoLlama3Model):
             output.pooler_output = [clip[mask.to(clip.device)] for clip, mask in clips]
         return output
 
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        grids, merged = inputs[f"{modality}_grid_thw"], inputs[f"{modality}_merge_sizes"].tolist()
+        own = [part.view(-1, side**2).mean(1) for part, side in zip(patches.split(grids.prod(-1).tolist()), merged)]
+        if modality == "video":
+            own = [tokens[mask.to(tokens.device)] for tokens, mask in zip(own, self._masks(inputs))]
+        return torch.cat(own)
+
 
 class PruneSIDVideoLlama3ForConditionalGeneration(
     PrunedGenerationMixin, VideoLlama3ForConditionalGeneration, GenerationMixin

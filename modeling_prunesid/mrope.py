@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .compression import CompressedModelMixin
-from .prompts import ShortPrompt
+from .plans import to_host
+from .prompts import ShortPrompt, is_flat
 from .upstream import CACHE_NAME, cache_of
 
 
@@ -105,90 +106,111 @@ class MRoPEModelMixin(CompressedModelMixin):
 
         columns = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         batch, length = columns.shape[:2]
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        host = self._on_host(inputs)
+        mask, where = host.get("attention_mask"), host["placeholders"].device
         # What is placed: the whole conversation, or its part behind the cache if only that part's views are given.
         repeats_cached = is_generation and (mask is None or mask.shape[1] == length)
-        first = cached_length if repeats_cached and cached_length and not self._has_every_view(inputs) else 0
-        columns, length = columns[:, first:], length - first
+        first = cached_length if repeats_cached and cached_length and not self._has_every_view(inputs, host) else 0
+        length -= first
+        host["placeholders"] = host["placeholders"][..., first:]
         if mask is None:
             before = first if repeats_cached else cached_length
-            mask = torch.ones(batch, before + length, dtype=torch.long, device=columns.device)
+            mask = torch.ones(batch, before + length, dtype=torch.long, device=where)
         mask, seen = mask[:, mask.shape[1] - length :].long(), mask[:, : mask.shape[1] - length].sum(1, keepdim=True)
         text_positions = (seen + mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
 
-        deltas_of_cache = self.rope_deltas
         if self.config.prunesid_config.mrope_positions == "contiguous":
             positions, deltas = text_positions.expand(self.num_axes, -1, -1), torch.zeros_like(seen)
         elif has_views:
-            positions, deltas = self._positions_in_full_prompt(inputs, columns, mask, is_generation)
+            positions, deltas = self._positions_in_full_prompt(inputs, host, mask, is_generation)
             if (first or cached_length) and seen.any():
-                offset = seen + deltas_of_cache.to(seen.device) if continues else seen
+                offset = seen + host["rope_deltas"] if continues else seen
                 positions, deltas = self._behind(positions, offset * (mask > 0)), deltas + offset - seen
         else:
-            deltas = deltas_of_cache.repeat_interleave(batch // len(deltas_of_cache), dim=0).to(seen.device)
+            deltas = host["rope_deltas"]
+            deltas = deltas.repeat_interleave(batch // len(deltas), dim=0)
             positions = (text_positions + deltas * (mask > 0)).expand(self.num_axes, -1, -1)
-        self.rope_deltas = self._short_rope_deltas = deltas
+        self.rope_deltas = self._short_rope_deltas = deltas.to(columns.device, non_blocking=True)
         if cached_length:
             self.remember_deltas(cache)
         if is_generation and self.has_text_axis:
             positions = torch.cat([text_positions[None], positions])
-        return {**inputs, "position_ids": positions}
+        return {**inputs, "position_ids": positions.to(columns.device, non_blocking=True)}
+
+    def _on_host(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """
+        What positions follow from, in one copy to the host: upstream reads it value by value. Besides arguments of
+        `forward`, `placeholders` `(modalities, batch, length)`, `rope_deltas`, and the kept indices of each modality.
+        """
+        tensors = {name: inputs.get(name) for name in self._names_of_positions() if name != "inputs_embeds"}
+        tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+        if not is_flat(tensors.get("attention_mask")):
+            tensors.pop("attention_mask", None)
+        ids_or_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        tensors["placeholders"] = torch.stack(
+            [self.find_placeholders(modality, *ids_or_embeds) for modality in self._modalities()]
+        )
+        if self.rope_deltas is not None:
+            tensors["rope_deltas"] = self.rope_deltas
+        for modality, output in self._dropped_tokens(inputs).items():
+            tensors[f"kept of {modality}"] = torch.cat(list(output.keep_indices))
+        return to_host(tensors)
+
+    def _modalities(self) -> list[str]:
+        return [name for name in ("image", "video") if getattr(self.config, f"{name}_token_id", None) is not None]
 
     def _behind(self, positions: torch.LongTensor, offset: torch.LongTensor) -> torch.LongTensor:
         """Positions `(axes, batch, length)` of a part of a conversation, `offset` behind the part in a cache."""
         return positions + offset
 
-    def _has_every_view(self, inputs: dict[str, Any]) -> bool:
+    def _has_every_view(self, inputs: dict[str, Any], host: dict[str, torch.Tensor]) -> bool:
         """Whether there is a view for every placeholder of the prompt."""
         outputs = inputs.get("mm_encoder_outputs") or {}
         features = sum(len(view) for output in outputs.values() for view in self.features_of(output))
-        placeholders = [
-            self.find_placeholders(modality, inputs.get("input_ids"), inputs.get("inputs_embeds"))
-            for modality in ("image", "video")
-            if getattr(self.config, f"{modality}_token_id", None) is not None
-        ]
-        return int(torch.stack(placeholders).any(0).sum()) == features
+        return int(host["placeholders"].any(0).sum()) == features
 
     def _positions_in_full_prompt(
-        self, inputs: dict[str, Any], columns: torch.Tensor, mask: torch.LongTensor, is_generation: bool
+        self, inputs: dict[str, Any], host: dict[str, torch.Tensor], mask: torch.LongTensor, is_generation: bool
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Positions `(axes, batch, length)` of the columns in the full prompt, and deltas `(batch, 1)` after them."""
-        before, after = self._dropped_around(inputs, columns)
-        repeats = before + 1 + after
-        ends = repeats.cumsum(1)
-        places = torch.arange(int(ends[:, -1].max()), device=columns.device).expand(len(columns), -1).contiguous()
-        source = torch.searchsorted(ends, places, right=True).clamp(max=columns.shape[1] - 1)
+        """
+        Positions `(axes, batch, length)` in the full prompt of the last `length` columns of the short one, and deltas
+        `(batch, 1)` after them. All tensors are on the host.
+        """
+        length = mask.shape[1]
+        before, after = self._dropped_around(inputs, host)
+        ends = (before + 1 + after).cumsum(1)
+        places = torch.arange(int(ends[:, -1].max()), device=ends.device).expand(len(ends), -1).contiguous()
+        source = torch.searchsorted(ends, places, right=True).clamp(max=length - 1)
         full_mask = mask.gather(1, source) * (places < ends[:, -1:])
         full = {"attention_mask": full_mask}
-        if inputs.get("input_ids") is not None:
-            full["input_ids"] = columns.gather(1, source)
-        types = inputs.get("mm_token_type_ids")
-        if types is not None:
-            full["mm_token_type_ids"] = types[:, -columns.shape[1] :].gather(1, source.to(types.device))
+        for name in ("input_ids", "mm_token_type_ids"):
+            if name in host:
+                full[name] = host[name][:, -length:].gather(1, source)
 
         positions, names = None, self._names_of_positions()
         # Upstream's `generate` numbers a prompt without the token types that it reads like text; `forward` raises.
-        lacks_types = types is None and "mm_token_type_ids" in names
+        lacks_types = inputs.get("mm_token_type_ids") is None and "mm_token_type_ids" in names
         if "input_ids" in full and not (is_generation and lacks_types):
-            given = {**inputs, **full, "inputs_embeds": None, CACHE_NAME: None}
+            given = {**inputs, **host, **full, "inputs_embeds": None, CACHE_NAME: None}
             positions = self.compute_3d_position_ids(**{name: given.get(name) for name in names})
         if positions is None:
             positions = (full_mask.cumsum(1) - 1).masked_fill(full_mask == 0, 0).expand(self.num_axes, -1, -1)
             next_positions = full_mask.sum(1, keepdim=True)
         else:
-            next_positions = self.rope_deltas.to(mask.device) + full_mask.sum(1, keepdim=True)
+            next_positions = self.rope_deltas + full_mask.sum(1, keepdim=True)
         kept = (ends - 1 - after).expand(len(positions), -1, -1)
         return positions.gather(2, kept), next_positions - mask.sum(1, keepdim=True)
 
     def _dropped_around(
-        self, inputs: dict[str, Any], columns: torch.Tensor
+        self, inputs: dict[str, Any], host: dict[str, torch.Tensor]
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """How many tokens were dropped just before and just after each column of the short prompt."""
-        before, after = (torch.zeros(columns.shape[:2], dtype=torch.long, device=columns.device) for _ in range(2))
+        placeholders = dict(zip(self._modalities(), host["placeholders"]))
+        before, after = torch.zeros_like(host["placeholders"][[0, 0]], dtype=torch.long)
         for modality, output in self._dropped_tokens(inputs).items():
             gaps, views = [], output.get("view_lengths") or [[total] for total in output.num_placeholders]
-            for kept, lengths in zip(output.keep_indices, views):
+            indices = host[f"kept of {modality}"].split([len(kept) for kept in output.keep_indices])
+            for kept, lengths in zip(indices, views):
                 # Text may stand between the views of an input (timestamps, tags), so that each ends for itself.
                 sizes = torch.tensor(lengths, device=kept.device)
                 view = torch.searchsorted(sizes.cumsum(0), kept, right=True)
@@ -196,9 +218,10 @@ class MRoPEModelMixin(CompressedModelMixin):
                 previous = torch.cat([kept.new_full((1,), -1), kept[:-1]]).maximum(start - 1)
                 is_last = torch.cat([start[1:] != start[:-1], kept.new_ones(1, dtype=torch.bool)])
                 gaps.append(torch.stack([kept - previous - 1, (start + size - 1 - kept) * is_last]))
-            placeholders = self.find_placeholders(modality, *_ids_or_embeds(columns))
-            gaps = torch.cat(gaps, dim=1).to(columns.device)
-            before, after = (part.masked_scatter(placeholders, gap) for part, gap in zip((before, after), gaps))
+            gaps = torch.cat(gaps, dim=1)
+            before, after = (
+                part.masked_scatter(placeholders[modality], gap) for part, gap in zip((before, after), gaps)
+            )
         return before, after
 
     def _shorten(self, inputs: dict[str, Any], prompt: ShortPrompt) -> dict[str, Any]:
@@ -218,7 +241,3 @@ class MRoPEModelMixin(CompressedModelMixin):
         if len(rows) == 4:  # the first are the positions in the sequence, by which packed sequences are told apart
             rows[0] = prompt.take_positions(position_ids[0], is_token)
         return torch.stack(rows)
-
-
-def _ids_or_embeds(columns: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return (None, columns) if columns.is_floating_point() else (columns, None)

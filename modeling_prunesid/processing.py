@@ -18,15 +18,16 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
 from transformers.utils import PROCESSOR_NAME
 
-from .budgets import request_budgets, share_total
+from .budgets import largest_remainder, request_budgets, share_total
 from .configuration_prunesid import PruneSIDConfig, check_budget
 from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
-from .prompts import largest_remainder
+from .methods import QUESTION, reads_question
+from .prompts import IGNORED_LABEL
 
 
 OF_VIDEOS = "num_visual_tokens_of_videos"
 _TYPED_DICT: Any = TypedDict
-_BUDGET_ARGUMENTS = ("num_visual_tokens", "budget_scope", "min_budget", "dynamic", "mrope_positions")
+_BUDGET_ARGUMENTS = ("num_visual_tokens", "budget_scope", "min_budget", "dynamic", "mrope_positions", "question")
 _MOST_TOKENS = 1_000_000  # that a request can ask for: more than any input has
 
 
@@ -123,6 +124,7 @@ class VariantProcessorMixin:
             "min_budget": getattr(settings, "min_budget", None),
             "dynamic": varies,
             "mrope_positions": getattr(settings, "mrope_positions", "original"),
+            "question": hasattr(settings, "method") and reads_question(settings),
         }
         return {name: values[name] for name in cls._budget_arguments()}
 
@@ -147,13 +149,19 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         dynamic (`bool`, defaults to `False`), mrope_positions (`str`, defaults to `"original"`):
             Whether the model gives each view a dynamic budget of its own, and its `mrope_positions`: what engines
             that size prompts cannot serve, see [`~PrunedProcessorMixin._get_num_multimodal_tokens`].
+        question (`bool`, defaults to `False`):
+            Whether the model chooses tokens by the question: then a `question_mask` of shape `(batch, length)` says
+            which columns of `input_ids` are the words of each row's last question, see `QuestionReader`.
 
     Raises:
-        `ValueError`: for an invalid budget.
+        `ValueError`: for an invalid budget, or a chat template in which questions cannot be found.
     """
 
     # Whether the family's model has three-dimensional positions. `register_family` says so.
     has_mrope = False
+    # Whether the model chooses tokens by the question, and what finds it.
+    question = False
+    _question_reader: Any = None
 
     _auto_class = "AutoProcessor"
 
@@ -172,6 +180,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             min_budget=None,
             dynamic=False,
             mrope_positions="original",
+            question=False,
             **kwargs,
         ):
             check_budget(num_visual_tokens, name="num_visual_tokens")
@@ -184,6 +193,8 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             self.num_visual_tokens, self.budget_scope = settings.budget, settings.budget_scope
             self.min_budget, self.dynamic = settings.min_budget, bool(dynamic)
             self.mrope_positions = settings.mrope_positions
+            if question:  # not saved by processors that do not read it
+                self.question = True
             stock.__init__(self, *args, **kwargs)
 
         signature = inspect.signature(stock.__init__)
@@ -280,6 +291,25 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             )
         elif of_videos is not None:
             output["num_visual_tokens"] = of_videos
+        return self._mark_question(output) if self.question and "input_ids" in output else output
+
+    def _mark_question(self, output: Any) -> Any:
+        """What the processor returns, with `question_mask`, in the form of its `input_ids`."""
+        if QUESTION is None:
+            raise ValueError("question=True needs code that this processor was saved without. Set it to False.")
+        if self._question_reader is None or not self._question_reader.is_of(self):
+            self._question_reader = QUESTION.reader(self)
+        ids, labels = output["input_ids"], output.get("labels")
+        rows = torch.as_tensor(ids).tolist() if not isinstance(ids, list) else ids
+        is_single = bool(rows) and not isinstance(rows[0], list)
+        mask: Any = self._question_reader.mask(self, [rows] if is_single else rows)
+        mask = mask[0] if is_single else mask
+        if not isinstance(ids, list):
+            mask = torch.tensor(mask)
+            if labels is not None:  # answers are no words of the question
+                mask = mask * (torch.as_tensor(labels) == IGNORED_LABEL)
+            mask = mask if isinstance(ids, torch.Tensor) else mask.numpy()
+        output["question_mask"] = mask
         return output
 
     def _get_num_multimodal_tokens(self, image_sizes=None, num_visual_tokens=None, **kwargs) -> MultiModalData:
@@ -315,6 +345,11 @@ class PrunedProcessorMixin(VariantProcessorMixin):
                 "shows. Save the model with budget_scope='image', whose totals are exact, or with dynamic=False."
             )
         budget = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        if self.question and budget is not None:
+            raise ValueError(
+                f"{advice}: prunesid_config.method_settings['question'] makes the tokens of an image depend on text "
+                "behind it, and engines share those of a prefix. Save the model with question=False."
+            )
         if self.has_mrope and self.mrope_positions == "original" and budget is not None:
             raise ValueError(
                 f"{advice}: with prunesid_config.mrope_positions='original' positions follow from which tokens are "
@@ -341,7 +376,8 @@ class PrunedProcessorMixin(VariantProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         names = super().model_input_names
-        return names if self.num_visual_tokens is None else [*names, "num_visual_tokens"]
+        names = names if self.num_visual_tokens is None else [*names, "num_visual_tokens"]
+        return [*names, "question_mask"] if self.question else names
 
 
 def check_request(num_visual_tokens: Any) -> None:

@@ -29,7 +29,7 @@ from transformers.utils import (
 
 from .card import write_card
 from .hub import find_commit, read_fields
-from .methods import DEFAULT_METHOD
+from .methods import DEFAULT_METHOD, reads_question
 from .registering import carried_source, method_source
 
 
@@ -155,9 +155,10 @@ def carry_own_method(model: Any, folder: str | os.PathLike) -> None:
     if package != __package__ or not path.exists():  # the code of a repo has one method already
         return
     own = f"{own}.py"
-    name = getattr(model.config.prunesid_config, "method", DEFAULT_METHOD)  # ViTCoP has none
+    settings = model.config.prunesid_config
+    name = getattr(settings, "method", DEFAULT_METHOD)  # ViTCoP has none
     copied = files_imported_by(own, Path(folder))
-    path.write_text(carried_source(name), encoding="utf-8")
+    path.write_text(carried_source(name, hasattr(settings, "method") and reads_question(settings)), encoding="utf-8")
     method = Path(folder, f"method_{name}.py")
     if not (sources / method.name).exists():
         method.write_text(method_source(name), encoding="utf-8")

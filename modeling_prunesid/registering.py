@@ -28,14 +28,18 @@ def register_method(name: str, module: Any) -> None:
     METHODS[name], MODULES[name] = module.select, module.__name__
 
 
-def carried_source(name: str) -> str:
+def carried_source(name: str, reads_question: bool = False) -> str:
     """The source of `methods.py` for a repository that carries one method."""
     check_name(name)
     source = inspect.getsource(sys.modules[check_name.__module__])
     source = re.sub(
         r"(from \.method_\w+ import .*\n)+", f"from .method_{name} import select as {name}\n", source, count=1
     )
-    return re.sub(r'(    "\w+": \w+,\n)+', f'    "{name}": {name},\n', source, count=1)
+    source = re.sub(r'(    "\w+": \w+,\n)+', f'    "{name}": {name},\n', source, count=1)
+    if not reads_question:
+        source = re.sub(r"from \.question import .*\n", "", source, count=1)
+        source = re.sub(r"^QUESTION: Any = .*$", "QUESTION: Any = None", source, count=1, flags=re.MULTILINE)
+    return source
 
 
 def method_source(name: str) -> str:

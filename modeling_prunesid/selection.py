@@ -133,7 +133,9 @@ def select_by_groups(
         groups = kmeans_groups(pairs.features, pairs.finite, num_groups, own, seed)
     elif grouping == "random":
         groups = random_groups(pairs.finite, own, seed)
-    scores = (scores if attention is None else attention).masked_fill(~pairs.finite, -math.inf)
+    scores = scores if attention is None else attention
+    scores = scores if context.relevance is None else scores * context.relevance
+    scores = scores.masked_fill(~pairs.finite, -math.inf)
 
     # Non-finite tokens come last in the ranking and form a group of their own behind the others.
     ranking = scores.argsort(dim=1, descending=True, stable=True)

@@ -128,6 +128,16 @@ def cosines(
     fp32 features `(views, tokens, dim)`, the cosine similarity `(views, tokens, tokens)` of all pairs of them, and
     which tokens `(views, tokens)` are finite. The others are zero, and similar to nothing, themselves included.
     """
+    features, scaled, finite = within_one(views, valid, attention)
+    similarity = gram(scaled)
+    scales = inverse_lengths(similarity.diagonal(dim1=-2, dim2=-1))
+    return features, similarity * (scales[..., :, None] * scales[..., None, :]), finite
+
+
+def within_one(
+    views: torch.Tensor, valid: torch.Tensor | None = None, attention: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """fp32 features as of `cosines`, the same scaled by powers of two to entries in (-1, 1), and which are finite."""
     features = views.float()
     peaks = features.abs().amax(-1)
     finite = peaks.isfinite()
@@ -136,10 +146,12 @@ def cosines(
     features = torch.where(finite[..., None], features, 0.0)
     powers = power_of_two(torch.where(finite & (peaks >= TINY), peaks, math.inf))
     # Scaled in two steps, for subnormal factors are zero on some devices.
-    similarity = gram(features * 2.0**-20 * (2.0**19 / powers)[..., None])
-    squares = similarity.diagonal(dim1=-2, dim2=-1)
-    scales = torch.where(squares > 0, 1 / squares.clamp(min=TINY).sqrt(), 0.0)
-    return features, similarity * (scales[..., :, None] * scales[..., None, :]), finite
+    return features, features * 2.0**-20 * (2.0**19 / powers)[..., None], finite
+
+
+def inverse_lengths(squares: torch.Tensor) -> torch.Tensor:
+    """1 / |v| of squared lengths; that of a zero vector is zero."""
+    return torch.where(squares > 0, 1 / squares.clamp(min=TINY).sqrt(), 0.0)
 
 
 def _mean_of_pairs(similarity: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:

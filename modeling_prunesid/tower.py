@@ -181,17 +181,25 @@ def count_prefix(tower: nn.Module) -> int:
     return int(has_cls) + getattr(tower.config, "num_register_tokens", 0)
 
 
-def layers_of(tower: nn.Module) -> nn.ModuleList:
-    """The list of a tower's layers. `ValueError` if it has none."""
+def find_layers(tower: nn.Module) -> nn.ModuleList | None:
+    """The list of a tower's layers; None if it has none."""
     num_layers = getattr(tower.config, "num_hidden_layers", None) or getattr(tower.config, "depth", None)
     for module in tower.modules():
         is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
         if is_list and any("Attention" in type(part).__name__ for part in module.modules()):  # no list of mergers
             return module
-    raise ValueError(
-        f"vision_tower of type {type(tower).__name__} has no list of its {num_layers} layers; PruneSID supports "
-        "transformer towers such as CLIP, SigLIP and DINOv2."
-    )
+    return None
+
+
+def layers_of(tower: nn.Module) -> nn.ModuleList:
+    """The list of a tower's layers. `ValueError` if it has none."""
+    layers = find_layers(tower)
+    if layers is None:
+        raise ValueError(
+            f"vision_tower of type {type(tower).__name__} has no list of its layers; PruneSID supports transformer "
+            "towers such as CLIP, SigLIP and DINOv2."
+        )
+    return layers
 
 
 def check_has_cls(tower: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import colorsys
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from .context import SELECTIONS, Selection
+from .family import stock_class
 from .suppression import find_suppressors
 
 
@@ -34,6 +36,7 @@ class Explanation:
         compared (`torch.FloatTensor` of shape `(T, dim)`, *optional*): the features that tokens are compared by.
         tau (`float`, *optional*): from this similarity on, a better token of its group suppresses another one.
         suppressors (`torch.LongTensor` of shape `(T,)`, *optional*): what suppressed each token, -1 for nothing.
+        picture (`PIL.Image.Image`, *optional*): the view, where it is one of several; else it is the image.
     """
 
     kept: torch.LongTensor
@@ -45,9 +48,9 @@ class Explanation:
     compared: torch.FloatTensor | None = None
     tau: float | None = None
     suppressors: torch.LongTensor | None = None
+    picture: Image.Image | None = None
 
 
-@torch.no_grad()
 def explain(model: Any, processor: Any, image: Image.Image) -> Explanation:
     """
     What a model keeps of an image, by its present settings. Of an image with several views (crops or tiles) the first.
@@ -60,46 +63,87 @@ def explain(model: Any, processor: Any, image: Image.Image) -> Explanation:
     Raises:
         `ValueError`: if nothing is dropped, or the tokens of the view form no grid.
     """
-    images = processor.image_processor(images=image, return_tensors="pt").to(model.device, model.dtype)
-    wanted = inspect.signature(model.get_image_features).parameters
+    return explain_views(model, processor, image)[0]
+
+
+@torch.no_grad()
+def explain_views(model: Any, processor: Any, image: Image.Image | Sequence[Image.Image]) -> list[Explanation]:
+    """
+    As [`explain`], of every view: the crops or tiles of an image, or the frames of a clip (of families that read
+    several as one, such as Qwen-VL, of each such group).
+
+    Args:
+        image (`PIL.Image.Image` or a sequence of them): an image, or the frames of a clip.
+    """
+    is_clip = not isinstance(image, Image.Image)
+    if is_clip:
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in image])
+        inputs = processor.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
+    else:
+        inputs = processor.image_processor(images=image, return_tensors="pt")
+    inputs = inputs.to(model.device, model.dtype)
+    base = model.model if hasattr(getattr(model, "model", None), "get_image_features") else model
+    has_clips = is_clip and hasattr(stock_class(type(base)), "get_video_features")
+    encode, given = base.get_video_features if has_clips else base.get_image_features, dict(inputs)
+    if is_clip and not has_clips:  # frames are images to this family
+        given = {"pixel_values": inputs["pixel_values_videos"].flatten(0, -4)}
+    wanted = inspect.signature(encode).parameters
+    given = {name if name in wanted else name.removesuffix("_images"): value for name, value in given.items()}
     found: list[Any] = []
     listening = SELECTIONS.set(found)
     try:
-        model.get_image_features(**{name: value for name, value in images.items() if name in wanted})
+        encode(**{name: value for name, value in given.items() if name in wanted})
     finally:
         SELECTIONS.reset(listening)
     if not found:
         raise ValueError(
-            f"Nothing is dropped of this image, so there is nothing to explain: "
+            f"Nothing is dropped of this {'clip' if is_clip else 'image'}, so there is nothing to explain: "
             f"prunesid_config.budget={model.config.prunesid_config.budget}. Set a smaller budget."
         )
-    selection, views, context = found[0]
-    length = views.shape[1] if context.lengths is None else context.lengths[0]
+    explained = [one for call in found for one in _explain_call(call, model.config.prunesid_config)]
+    ratio = None if is_clip or len(explained) > 1 else image.width / image.height
+    pictures = _pictures_of(inputs, processor.video_processor if is_clip else processor.image_processor)
+    for place, one in enumerate(explained):
+        one.grid = _grid_of(inputs, one.grid[1], model, ratio)
+        if len(explained) > 1 and len(pictures) == len(explained):
+            one.picture = pictures[place]
+        elif is_clip:
+            one.picture = image[place * len(image) // len(explained)]
+    explained[0].is_cropped = len(explained) == 1 and bool(getattr(processor.image_processor, "do_center_crop", False))
+    return explained
 
-    def own(values):
-        return None if values is None else values[:1, :length]
 
-    def row(values):
-        return None if values is None else values[0, :length].float().cpu()
+def _explain_call(call: tuple, settings: Any) -> list[Explanation]:
+    """Of each view of a selection; its grid is one row of tokens so far."""
+    selection, views, context, chosen, counts, lengths = call
+    explained = [
+        Explanation(torch.arange(count), None, None, None, (1, length)) for count, length in zip(counts, lengths)
+    ]
+    for place, view in enumerate(chosen):
+        length, one = lengths[view], explained[view]
 
-    first = Selection(selection.indices[:1], selection.counts[:1], None, own(selection.groups), own(selection.scores))
-    found_suppressors = find_suppressors(
-        views[:1, :length], first, model.config.prunesid_config, context.of_views(0, 1, length)
-    )
-    tau, suppressors = found_suppressors or (None, None)
+        def own(values, place=place, length=length):
+            return None if values is None else values[place : place + 1, :length]
 
-    groups = row(selection.groups)
-    return Explanation(
-        kept=selection.indices[0, : int(selection.counts[0])].cpu(),
-        groups=None if groups is None else groups.long(),
-        scores=row(selection.scores),
-        rho=None if selection.rho is None else float(selection.rho[0]),
-        grid=_grid_of(images, length, model),
-        is_cropped=len(views) == 1 and bool(getattr(processor.image_processor, "do_center_crop", False)),
-        compared=row(views),
-        tau=tau,
-        suppressors=None if suppressors is None else suppressors.cpu(),
-    )
+        def row(values, own=own):
+            return None if values is None else own(values)[0].float().cpu()
+
+        first = Selection(
+            selection.indices[place : place + 1],
+            selection.counts[place : place + 1],
+            None,
+            own(selection.groups),
+            own(selection.scores),
+        )
+        groups = row(selection.groups)
+        one.kept = selection.indices[place, : int(selection.counts[place])].cpu()
+        one.groups = None if groups is None else groups.long()
+        one.scores, one.compared = row(selection.scores), row(views)
+        one.rho = None if selection.rho is None else float(selection.rho[place])
+        found = find_suppressors(own(views), first, settings, context.of_views(place, place + 1, length))
+        if found is not None:
+            one.tau, one.suppressors = found[0], found[1].cpu()
+    return explained
 
 
 def visualize(image: Image.Image, output: Explanation) -> Image.Image:
@@ -117,10 +161,7 @@ def visualize(image: Image.Image, output: Explanation) -> Image.Image:
         ```
     """
     rows, columns = output.grid
-    image = image.convert("RGB")
-    if output.is_cropped:
-        side = min(image.size)
-        image = ImageOps.fit(image, (side, round(side * rows / columns)))
+    image = shown_part(image, output)
     cell = max(CELL, round(max(image.size) / max(rows, columns)))
     image = image.resize((columns * cell, rows * cell))
     outlined = [] if output.groups is None else sorted(set(output.groups[output.kept].tolist()))
@@ -132,6 +173,17 @@ def visualize(image: Image.Image, output: Explanation) -> Image.Image:
     if output.scores is not None:
         panels.append(("scores, dark to bright", _draw_scores(image, output.scores, output.grid)))
     return beside(panels)
+
+
+def shown_part(image: Image.Image, output: Explanation) -> Image.Image:
+    """The part of an image that an explanation is of: its view, or all of it that the processor does not crop."""
+    if output.picture is not None:
+        return output.picture.convert("RGB")
+    image, (rows, columns) = image.convert("RGB"), output.grid
+    if output.is_cropped:
+        side = min(image.size)
+        image = ImageOps.fit(image, (side, max(round(side * rows / columns), 1)))
+    return image
 
 
 def draw_kept(
@@ -209,12 +261,33 @@ def _draw_scores(image: Image.Image, scores: torch.FloatTensor, grid: tuple[int,
     return ImageOps.colorize(cells, "#0d1b3e", "#fff3b0", mid="#d1495b").resize(image.size, Image.Resampling.NEAREST)
 
 
-def _grid_of(images: Any, length: int, model: Any) -> tuple[int, int]:
-    if "image_grid_thw" in images:
-        _, rows, columns = images["image_grid_thw"][0].tolist()
-        merge = model.config.vision_config.spatial_merge_size
-        return rows // merge, columns // merge
+def _grid_of(inputs: Any, length: int, model: Any, ratio: float | None) -> tuple[int, int]:
+    """Rows and columns of a view; `ratio` is the width of the image over its height, if the view is all of it."""
+    for name in ("image_grid_thw", "video_grid_thw"):
+        if name in inputs:
+            _, rows, columns = inputs[name][0].tolist()
+            merge = model.config.vision_config.spatial_merge_size
+            return rows // merge, columns // merge
     side = round(length**0.5)
-    if side**2 != length:
-        raise ValueError(f"The {length} tokens of a view form no square grid, which visualize draws.")
-    return side, side
+    if side**2 == length:
+        return side, side
+    if ratio is not None:  # the tokens of an image of any size, whose grid has about its shape
+        grids = [(rows, length // rows) for rows in range(1, length + 1) if length % rows == 0]
+        rows, columns = min(grids, key=lambda grid: abs(math.log(grid[1] / grid[0] / ratio)))
+        if abs(rows - (length / ratio) ** 0.5) < 1 and abs(columns - (length * ratio) ** 0.5) < 1:
+            return rows, columns
+    raise ValueError(f"The {length} tokens of a view form no grid that could be drawn.")
+
+
+def _pictures_of(inputs: Any, processor: Any) -> list[Image.Image]:
+    """What the tower sees, of inputs that are pixels and not patches: the crops, tiles or frames."""
+    names = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+    pixels = next((inputs[name] for name in names if isinstance(inputs.get(name), torch.Tensor)), None)
+    if pixels is None or pixels.dim() < 4 or pixels.shape[-3] != 3:
+        return []
+    pixels = pixels.reshape(-1, *pixels.shape[-3:]).float().cpu()
+    if getattr(processor, "do_normalize", False):
+        mean, deviation = (torch.tensor(getattr(processor, name)) for name in ("image_mean", "image_std"))
+        pixels = pixels * deviation[:, None, None] + mean[:, None, None]
+    pixels = (pixels * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    return [Image.fromarray(view.numpy()) for view in pixels]

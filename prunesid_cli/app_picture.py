@@ -6,9 +6,9 @@ import io
 from collections.abc import Callable
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from modeling_prunesid.visualize import Explanation
+from modeling_prunesid.visualize import Explanation, shown_part
 
 
 # Okabe and Ito's colours for the colour-blind; groups beyond seven differ by the dashes of their lines.
@@ -34,7 +34,7 @@ def draw(picture: Image.Image, seen: Explanation) -> str:
     )
 
 
-def draw_whole(picture: Image.Image, grid: tuple[int, int], is_cropped: bool) -> str:
+def draw_whole(picture: Image.Image, grid: tuple[int, int], is_cropped: bool = False) -> str:
     """The picture of which nothing is dropped."""
     everything = Explanation(torch.arange(grid[0] * grid[1]), None, None, None, grid, is_cropped)
     svg = _svg(picture, everything, set(everything.kept.tolist()), lambda index: ("", ""), "The whole picture", None)
@@ -89,18 +89,22 @@ def style_by_group(seen: Explanation) -> Callable[[int], tuple[str, str]]:
 def describe(seen: Explanation) -> list[str]:
     """A sentence or two for each patch: where it is, whether it is kept, its group and score, and what it was like."""
     kept = set(seen.kept.tolist())
-    units = torch.nn.functional.normalize(seen.compared, dim=-1)
-    likeness = units @ units.T
-    to_kept, nearest = likeness[:, seen.kept].max(1)
-    nearest = seen.kept[nearest]
+    likeness = None
+    if seen.compared is not None:
+        units = torch.nn.functional.normalize(seen.compared, dim=-1)
+        likeness = units @ units.T
+        to_kept, nearest = likeness[:, seen.kept].max(1)
+        nearest = seen.kept[nearest]
     num_groups = 0 if seen.groups is None else int(seen.groups.max()) + 1
     groups = seen.groups if num_groups > 1 else None
     ranks = None if groups is None or seen.scores is None else _ranks(groups, seen.scores)
     sentences = []
-    for index in range(len(units)):
+    for index in range(seen.grid[0] * seen.grid[1]):
         words = [f"{_place(index, seen).capitalize()}: {'kept' if index in kept else 'dropped'}."]
         by = -1 if seen.suppressors is None else int(seen.suppressors[index])
-        if index not in kept and by >= 0:
+        if likeness is None:
+            pass
+        elif index not in kept and by >= 0:
             fate = "kept" if by in kept else "better"
             words.append(f"Suppressed by the {fate} square in {_place(by, seen)}, {likeness[index, by]:.0%} alike.")
         elif index not in kept and groups is not None and seen.suppressors is not None:
@@ -118,10 +122,10 @@ def describe(seen: Explanation) -> list[str]:
     return sentences
 
 
-def explain_numbers(seen: Explanation) -> str:
+def explain_numbers(seen: Explanation, where: str = "reach the language model") -> str:
     """What rho, phi and tau of this picture say, in sentences."""
     total, count = seen.grid[0] * seen.grid[1], len(seen.kept)
-    text = f"<p><b>{count} of {total} squares are bright: only these reach the language model.</b> "
+    text = f"<p><b>{count} of {total} squares are bright: only these {where}.</b> "
     if seen.groups is not None and len(set(seen.groups[seen.kept].tolist())) > 1:
         text += "Groups gather squares that look alike. A line goes around neighbours of one group, in its colour. "
     text += "</p><p>"
@@ -132,7 +136,7 @@ def explain_numbers(seen: Explanation) -> str:
             "each other, the more there is to see. "
         )
     if seen.tau is None:
-        text += "This method has no threshold &tau;: it compares each square with those that are kept already."
+        text += "This method has no threshold &tau;."
     elif seen.tau > 1:
         text += (
             f"Threshold <b>&tau; = {seen.tau:.2f}</b>: nothing is more than 100% alike, so no square is suppressed."
@@ -230,10 +234,7 @@ def _line(path: str, style: tuple[str, str]) -> str:
 
 def _jpeg(picture: Image.Image, seen: Explanation, is_small: bool) -> str:
     rows, columns = seen.grid
-    picture = picture.convert("RGB")
-    if seen.is_cropped:
-        side = min(picture.size)
-        picture = ImageOps.fit(picture, (side, max(round(side * rows / columns), 1)))
+    picture = shown_part(picture, seen)
     scale = min(CELL // 2 if is_small else CELL, LARGEST / max(rows, columns))
     picture = picture.resize((max(round(columns * scale), 1), max(round(rows * scale), 1)))
     file = io.BytesIO()

@@ -1,6 +1,7 @@
-"""Pictures from strangers: files and addresses, within limits, and what is wrong with them as sentences."""
+"""Pictures and clips from strangers: files and addresses, within limits, and what is wrong as sentences."""
 
 import http.client
+import io
 import ipaddress
 import socket
 import time
@@ -9,14 +10,50 @@ from urllib.parse import urljoin, urlsplit
 
 from PIL import Image
 
+from prunesid_cli.clip_frames import read_frames
 from prunesid_cli.images import open_image
 
 
 MAX_BYTES = 20 * 2**20
 MAX_SIDE = 2048  # pixels; larger pictures are made smaller
 MAX_RATIO = 20  # of the sides
+MAX_FRAME = 4096 * 2304  # pixels of a frame of a clip
+CLIP_SECONDS = 30.0  # to read a clip
 SECONDS = 10
 REDIRECTS = 3
+STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures in the container of MP4
+
+
+def read_file(content: bytes, name: str) -> Image.Image | tuple[Image.Image, ...]:
+    """A picture, or the frames of a clip. `ValueError` in a sentence for a visitor."""
+    container_format = clip_format(content)
+    if container_format is None:
+        return read_picture(content, name)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_BYTES // 2**20} MB. Choose a smaller clip.")
+    try:
+        frames = read_frames(
+            io.BytesIO(content), container_format=container_format, seconds=CLIP_SECONDS, max_pixels=MAX_FRAME
+        )
+    except ValueError as error:
+        if "Choose" in str(error):
+            raise ValueError(f"{name} {error}") from error
+        raise ValueError(f"{name} cannot be read as a clip. Choose an MP4, MOV, WebM or AVI file.") from error
+    for frame in frames:
+        frame.thumbnail((MAX_SIDE, MAX_SIDE))
+    return tuple(frames)
+
+
+def clip_format(content: bytes) -> str | None:
+    """
+    The container of a clip, by its first bytes; None of what is no clip. FFmpeg then reads that format alone, and none
+    whose files name others, such as playlists.
+    """
+    if content[4:8] == b"ftyp" and content[8:12] not in STILL_BRANDS:
+        return "mp4"
+    if content[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    return "avi" if content[:4] == b"RIFF" and content[8:12] == b"AVI " else None
 
 
 def read_picture(content: bytes, name: str) -> Image.Image:
@@ -33,7 +70,10 @@ def read_picture(content: bytes, name: str) -> Image.Image:
     except ValueError as error:
         if isinstance(error.__cause__, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
             raise ValueError(f"{name} has too many pixels. Choose a smaller picture.") from error
-        raise ValueError(f"{name} cannot be read as a picture. Choose a PNG, JPEG, WebP or GIF file.") from error
+        raise ValueError(
+            f"{name} cannot be read as a picture. Choose a PNG, JPEG, WebP or GIF file, or an "
+            "MP4, MOV, WebM or AVI clip."
+        ) from error
     if max(picture.size) > MAX_RATIO * min(picture.size):
         raise ValueError(
             f"{name} is {picture.width} x {picture.height} pixels, a strip. Choose a picture whose longer side is at "
@@ -43,18 +83,18 @@ def read_picture(content: bytes, name: str) -> Image.Image:
     return picture
 
 
-def read_upload(path: str) -> Image.Image:
-    """The picture in a file that the server has stored for a visitor."""
+def read_upload(path: str) -> Image.Image | tuple[Image.Image, ...]:
+    """The picture or clip in a file that the server has stored for a visitor."""
     with open(path, "rb") as file:
-        return read_picture(file.read(MAX_BYTES + 1), f"“{Path(path).name[:80]}”")
+        return read_file(file.read(MAX_BYTES + 1), f"“{Path(path).name[:80]}”")
 
 
-def read_address(address: str) -> Image.Image:
+def read_address(address: str) -> Image.Image | tuple[Image.Image, ...]:
     """
-    The picture at a public http(s) address. A visitor's address never reaches the server's own network: the number
-    that is connected to is the one that is checked, at every redirect.
+    The picture or clip at a public http(s) address. A visitor's address never reaches the server's own network: the
+    number that is connected to is the one that is checked, at every redirect.
     """
-    return read_picture(fetch(address.strip()), "The file at this address")
+    return read_file(fetch(address.strip()), "The file at this address")
 
 
 def fetch(address: str) -> bytes:

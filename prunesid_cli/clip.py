@@ -14,7 +14,6 @@ import statistics
 from functools import partial
 from pathlib import Path
 
-import av
 import torch
 import transformers
 from matplotlib import pyplot
@@ -28,29 +27,23 @@ from transformers import (
 )
 
 from modeling_prunesid import PruneSIDVideoLlavaConfig, PruneSIDVideoLlavaForConditionalGeneration
+from prunesid_cli import clip_frames
 from prunesid_cli.demo import ROUNDS, answer, load_assembled
 from prunesid_cli.measuring import seconds_by_turns
 
 
-NUM_FRAMES, FRAME_SIZE = 8, 224
+FRAME_SIZE = 224
 
 
-def read_frames(path: str | Path, count: int = NUM_FRAMES) -> list[Image.Image]:
+def read_frames(path: str | Path, count: int = clip_frames.NUM_FRAMES) -> list[Image.Image]:
     """`count` evenly spaced frames of a video file, from its first one on; all of them if it has fewer.
 
     Raises:
         `ValueError`: if the file cannot be read, or has no video in it.
     """
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"--video must be a file with a video stream, {str(path)!r} has none.")
-            stream = container.streams.video[0]
-            total = stream.frames or sum(1 for _ in container.decode(stream))
-            wanted = {int(index * total / count) for index in range(count)}
-            container.seek(0)
-            return [frame.to_image() for index, frame in enumerate(container.decode(stream)) if index in wanted]
-    except (av.FFmpegError, OSError) as error:
+        return clip_frames.read_frames(path, count)
+    except ValueError as error:
         raise ValueError(f"--video must be a video file that PyAV can decode, got {str(path)!r}: {error}") from error
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": ("answer questions about images, one or a file of them", None),
     "convert": ("write a variant of a checkpoint, verify it and publish it", None),
     "calibrate": ("measure the reference of dynamic budgets on your images", "demo"),
+    "tune": ("train the projector under a budget on your own questions", "train"),
     "evaluate": ("accuracy of every method at every budget on synthetic scenes", "demo"),
     "benchmark": ("what selection costs and what it saves", "demo"),
     "presets": ("list the presets, or show one", None),

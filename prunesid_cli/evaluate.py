@@ -1,4 +1,4 @@
-"""Accuracy of every method at every token budget, on the same synthetic scenes and questions.
+"""Accuracy of every method at every token budget, on synthetic scenes, or on questions of your own.
 
 Answers are greedy, and correct if they equal the scene's answer word for word (case and a full stop are ignored).
 Accuracy is the mean over the question types. Beside it stand
@@ -10,7 +10,14 @@ Accuracy is the mean over the question types. Beside it stand
 Answers are appended to OUT/answers.jsonl under a hash of weights, code, scenes and settings, so a run that was stopped
 continues where it was. Dynamic budgets have the fixed ones' mean on the evaluated pictures.
 
+With --data, rows of your own are asked in their place: a CSV, TSV or JSONL file with `image` (a path beside the file,
+or a URL), `question` and `answer` (`yes|yeah` where several are right), or a folder that holds one. Any supported
+model answers them: the stock class, ours switched off, and the methods at the budgets, by default a third, two ninths
+and a ninth of the tokens. It says which budget costs nothing that these rows can measure.
+
 Examples:
+    prunesid evaluate --out out/mine --data rows.csv --model Qwen/Qwen2.5-VL-3B-Instruct
+    prunesid evaluate --out out/mine --data rows.csv --model out/llava-64 --methods prunesid-spread --budgets 192 64
     prunesid evaluate --out out/quick --quick                    # 200 questions, a few minutes
     prunesid evaluate --out out/some --methods prunesid-auto visionzip divprune --budgets 64 16
     prunesid evaluate --out out/ablations --page ablations --ablations
@@ -34,10 +41,12 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
+from modeling_prunesid.question import QuestionReader
 from modeling_prunesid.selection import redundancy
 from prunesid_cli.ablations import ablations
 from prunesid_cli.answer_statistics import fit_prior, summarise
 from prunesid_cli.baselines import METHODS, applied
+from prunesid_cli.convert import parse_budget
 from prunesid_cli.evaluation_pages import table, write_pages
 from prunesid_cli.lines import append_to, read_lines
 from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
@@ -63,12 +72,16 @@ METHOD_CODE = (  # all that can change an answer to given inputs
     "modeling_prunesid/selection.py", "modeling_prunesid/components.py", "modeling_prunesid/similarity.py",
     "modeling_prunesid/exact.py", "modeling_prunesid/single_views.py", "modeling_prunesid/method*.py",
     "modeling_prunesid/tower.py", "modeling_prunesid/upstream.py", "modeling_prunesid/budgets.py",
-    "modeling_prunesid/encoding.py",
+    "modeling_prunesid/encoding.py", "modeling_prunesid/question.py",
     "modeling_prunesid/generation.py", "modeling_prunesid/prompts.py",
     "modeling_prunesid/family.py", "modeling_prunesid/vitcop.py", "modeling_prunesid/checks.py",
     "modeling_prunesid/context.py", "modeling_prunesid/grouping.py", "modeling_prunesid/attention.py",
     "prunesid_cli/baselines/*.py", "prunesid_cli/towers.py", "prunesid_cli/ablations.py", "prunesid_cli/evaluate.py",
     "prunesid_cli/tower_memo.py",
+)  # fmt: skip
+ROWS_CODE = (  # the same for rows of any family
+    "modeling_prunesid/*.py", "prunesid_cli/baselines/*.py", "prunesid_cli/own_rows.py", "prunesid_cli/generate.py",
+    "prunesid_cli/images.py",
 )  # fmt: skip
 
 
@@ -141,6 +154,9 @@ def answer(model, processor, chunk: Chunk, reads_question: bool = False) -> list
     pixel_values = chunk.inputs["pixel_values"]
     if reads_question:
         visual = {"pixel_values": pixel_values[chunk.rows]}
+        if model.model.reads_question:
+            mask = QuestionReader(processor).mask(processor, prompt["input_ids"].tolist())
+            visual["question_mask"] = torch.tensor(mask, device=model.device)
     else:
         encoded = model.get_image_features(pixel_values=pixel_values, return_dict=True)
         visual = {"mm_encoder_outputs": {"image": repeat_views(encoded, chunk.rows)}}
@@ -195,12 +211,12 @@ def is_dynamic(method: str) -> bool:
     return method.endswith("-dyn")
 
 
-def basis_of(model) -> str:
+def basis_of(model, code: Iterable[str] = METHOD_CODE) -> str:
     """A hash of the model's weights and settings and of the code that the methods are made of."""
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.flatten().view(torch.uint8).cpu().numpy().tobytes())
-    for pattern in METHOD_CODE:
+    for pattern in code:
         for path in sorted(Path(__file__).parents[1].glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -292,7 +308,7 @@ def list_cases(methods: Iterable[str], budgets: Iterable[int], patches: int) -> 
         if method not in METHODS:
             raise ValueError(f"--methods must be among {', '.join(METHODS)}, got {method!r}. Correct the name.")
     for budget in budgets:
-        if not 0 < budget < patches:
+        if not isinstance(budget, int) or not 0 < budget < patches:
             raise ValueError(f"--budgets must be between 1 and {patches - 1} tokens, got {budget}. Ask for fewer.")
     others = [method for method in dict.fromkeys(methods) if method != "full"]
     if not others:
@@ -327,8 +343,6 @@ def evaluate(arguments: argparse.Namespace, model, processor) -> dict:
     for name in ("scenes", "questions"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}. Ask for more.")
-    if not re.fullmatch(r"\w[\w-]*", arguments.page):
-        raise ValueError(f"--page must be a name such as accuracy, got {arguments.page!r}. Give folders by --out.")
     cases = list_cases(methods, arguments.budgets, num_patches(model))
     arguments.out.mkdir(parents=True, exist_ok=True)
     basis, reference = basis_of(model), None
@@ -352,15 +366,30 @@ def evaluate(arguments: argparse.Namespace, model, processor) -> dict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for answers and pages")
     parser.add_argument("--page", default="accuracy", help="name and title of the pages (default: %(default)s)")
-    parser.add_argument("--model", help="a LLaVA folder or Hub name with a processor; default: the embedded model")
+    parser.add_argument(
+        "--model",
+        help="a folder or Hub name with a processor: LLaVA, or with --data any family (default: the embedded model)",
+    )
     parser.add_argument("--methods", nargs="+", help=f"of {', '.join(METHODS)} (default: {' '.join(COMPARED)})")
-    parser.add_argument("--budgets", nargs="+", type=int, help=f"default: {' '.join(map(str, BUDGETS))}")
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=parse_budget,
+        help=f"default: {' '.join(map(str, BUDGETS))}; with --data shares too",
+    )
     parser.add_argument("--split", choices=SPLITS, help="default: test; val with --ablations")
     parser.add_argument("--scenes", type=int, help="default: 400")
     parser.add_argument("--questions", type=int, help="at most so many of a scene (default: 6)")
     parser.add_argument("--all", action="store_true", help="every method")
-    parser.add_argument("--quick", action="store_true", help="200 fixed questions, two budgets, three methods")
+    parser.add_argument(
+        "--quick", action="store_true", help="200 fixed questions, two budgets, three methods; times are left out"
+    )
     parser.add_argument("--ablations", action="store_true", help="PruneSID with one setting changed at a time")
+    rows = parser.add_argument_group("rows of your own")
+    rows.add_argument("--data", type=Path, help="a CSV, TSV or JSONL file of image, question, answer, or its folder")
+    rows.add_argument("--contains", action="store_true", help="an answer is right if it has the true one in it")
+    rows.add_argument("--batch-size", type=int, default=1, help="rows answered at once (default: %(default)s)")
+    rows.add_argument("--max-new-tokens", type=int, default=16, help="of an answer (default: %(default)s)")
 
 
 def set_defaults(arguments: argparse.Namespace) -> None:
@@ -379,6 +408,15 @@ def set_defaults(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
+    if not re.fullmatch(r"\w[\w-]*", arguments.page):
+        raise ValueError(f"--page must be a name such as accuracy, got {arguments.page!r}. Give folders by --out.")
+    if arguments.data is not None:
+        from prunesid_cli.own_rows import evaluate_rows
+
+        for name in ("split", "scenes", "questions", "all", "ablations"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name} is of the scenes, and --data asks rows of your own. Leave it out.")
+        return evaluate_rows(arguments, partial(basis_of, code=ROWS_CODE))
     set_defaults(arguments)
     result = evaluate(arguments, *load_model(arguments.model))
     print("\n".join(table(result)))

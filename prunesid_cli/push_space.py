@@ -20,6 +20,7 @@ GRADIO = "6.31.0"  # the page was tested with it
 # Of the Space: what setup.cfg has for the package and its extra `app`. The Space brings Gradio itself.
 REQUIREMENTS = (
     "accelerate>=1.1",
+    "av>=13",
     "huggingface-hub>=1.0",
     "numpy>=1.17",
     "onnx>=1.15",

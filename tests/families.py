@@ -73,7 +73,6 @@ class Row:
         static_cache (`bool`): False where the stock class cannot use one.
         stock_encodes_as_images (`bool`): the stock class has no `get_video_features`, and encodes videos as images.
         needs (`tuple[str, ...]`): further packages, without which there is no row.
-        broken_in (`tuple[str, ...]`): releases in which the stock class's own `forward` raises.
         checks_loading (`bool`): False where the stock class itself does not load its own checkpoint.
     """
 
@@ -107,7 +106,6 @@ class Row:
     static_cache: bool = True
     stock_encodes_as_images: bool = False
     needs: tuple[str, ...] = ()
-    broken_in: tuple[str, ...] = ()
     checks_loading: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -121,7 +119,7 @@ class Row:
         version = tuple(map(int, transformers.__version__.split(".")[:2]))
         has_family = version >= tuple(map(int, self.since.split(".")[:2])) and release_with(self.family) is None
         has_packages = all(importlib.util.find_spec(package) is not None for package in self.needs)
-        return has_family and has_packages and transformers.__version__ not in self.broken_in
+        return has_family and has_packages
 
     @property
     def module(self):
@@ -897,8 +895,9 @@ def put_pairs(encoded, output, choose):
     encoded.deepstack_features = [(layer, choose(features)) for layer, features in output.deepstack_features]
 
 
-def spread_weights(model):
-    """Llama 4 leaves some of its weights as they were allocated."""
+def mend_llama4(model):
+    """Llama 4 leaves some of its weights as they were allocated, and its `forward` raises in 5.24.0 without this."""
+    model.language_model.register_forward_hook(lambda module, args, output: setattr(output, "image_outputs", None))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.copy_(
@@ -941,9 +940,8 @@ add(
     write=runs(16),
     features=lambda output: output.last_hidden_state.flatten(0, -2),
     put_features=put_before_projector,
-    prepare=spread_weights,
+    prepare=mend_llama4,
     ours=BOTH_TILES,
-    broken_in=("5.24.0",),
 )
 add(
     "deepseek_vl",
@@ -1456,6 +1454,13 @@ add(
     needs=("timm",),
     stock_encodes_as_images=True,
 )
+
+
+def end_without_relu(model):
+    """Upstream scales the tower's output in place, of which a ResNet's last ReLU would need the values."""
+    getattr(model, "model", model).vision_tower.timm_model.layer4[-1].act2 = torch.nn.GELU()
+
+
 add(
     "gemma3n",
     {
@@ -1502,6 +1507,7 @@ add(
     tokens=(16,) * 3,
     kept=(5,) * 3,
     token=113,
+    prepare=end_without_relu,
     needs=("timm",),
 )
 

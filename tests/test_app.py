@@ -5,6 +5,7 @@ a folder outside the checkout to look at what was seen.
 
 import concurrent.futures
 import contextlib
+import html
 import io
 import json
 import os
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from prunesid_cli import baselines
 
 
 # Gradio's own warnings are not ours to mend, and its server runs in this process.
@@ -296,10 +299,16 @@ def test_every_method_is_shown(page):
 
     [show] = {block.fn for block in page[1].fns.values() if block.name == "show"}
     picture = app_page.example_pictures()[1]
-    assert set(app_page.BASELINES) < set(app_page.METHODS)
-    for method in app_page.METHODS:
-        status, drawn, sentences, code = show(picture, "what word is printed?", 40, method, False)
-        assert re.search(r">(40|39) of 576 squares are kept", status) and app_page.name_of(method)[:8] in status
+    [dropdown] = [block for block in page[1].blocks.values() if getattr(block, "elem_id", None) == "method"]
+    offered = {method for _, method in dropdown.choices}
+    others = {"full", "downsample-enlarged", "visionzip-dyn", "prunesid-paper", "prunesid-release", "prunesid-spread"}
+    assert offered >= {"paper", "release", "spread"} | set(baselines.METHODS) - others - {"prunesid-dyn"}
+    for method in offered:
+        status, drawn, sentences, code, *_ = show(picture, "what word is printed?", 40, method, False)
+        number = int(re.search(r">(\d+) of 576 squares (are kept|reach the last layer)", status)[1])
+        is_inside = baselines.METHODS[method].place in ("llm", "both") if method in baselines.METHODS else False
+        assert number <= 42 if is_inside else 36 <= number <= 40, method
+        assert html.escape(app_page.name_of(method)[:8]) in status
         assert drawn.count("<title>") == SQUARES and "&tau;" in sentences
         compile(code, method, "exec")
     status, *_ = show(picture, "", 40, "no_such_method", False)

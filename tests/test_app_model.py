@@ -12,12 +12,16 @@ from transformers import AutoProcessor
 
 from modeling_prunesid import PruneSIDForImageTextToText
 from modeling_prunesid.methods import METHODS
+from prunesid_cli import baselines
 from prunesid_cli.app_model import MAX_NEW_TOKENS, AppModel, Choice, cache_bytes
 from prunesid_cli.app_picture import COLOURS, describe, draw, draw_pair, draw_small, draw_whole, explain_numbers
+from prunesid_cli.baselines import applied
 from prunesid_cli.generate import ask
 
 
 QUESTION = "what is it?"
+COMPARED = [name for name in baselines.METHODS if name not in ("full", "downsample-enlarged", "visionzip-dyn")]
+COMPARED = [name for name in COMPARED if not name.startswith("prunesid-") or name in ("prunesid-auto", "prunesid-llm")]
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +55,58 @@ def test_an_answer_is_that_of_the_model_and_its_numbers_are_counted(model, folde
 
 
 def test_settings_are_as_before_after_each_call(model):
-    before = model.model.config.prunesid_config.to_dict()
+    before, own_class = model.model.config.prunesid_config.to_dict(), type(model.model)
     for method in METHODS:
         model.look(picture(), Choice(5, method, True))
         list(model.answer(picture(), QUESTION, Choice(5, method)))
+    for method in ("hired", "prumerge+", "tome", "cdpruner", "fastv", "vitcop"):
+        model.look(picture(), Choice(12, method), QUESTION)
+        with pytest.raises(ValueError, match="keeps as many squares of every picture"):
+            model.look(picture(), Choice(12, method, True), QUESTION)
+        assert type(model.model) is own_class and set(vars(model.model.model)).isdisjoint({"get_image_features"})
     with pytest.raises(ValueError, match="Nothing is dropped"):
         model.look(picture(), Choice(None))
     assert model.model.config.prunesid_config.to_dict() == before
+
+
+@pytest.mark.parametrize("method", COMPARED)
+def test_a_compared_method_keeps_what_it_keeps_elsewhere(model, method):
+    """What is drawn and counted is what `applied` measures."""
+    [seen] = model.look(picture(), Choice(12, method), QUESTION)
+    *_, last = model.answer(picture(), QUESTION, Choice(12, method))
+    assert 0 < len(seen.kept) <= NUM_PATCHES and seen.kept.max() < NUM_PATCHES
+    with applied(model.model, method, 12) as run:
+        output = model.model.generate(
+            **ask(model.processor, picture(), QUESTION), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )
+    answer = model.processor.decode(output[0], skip_special_tokens=True)
+    assert answer.endswith(last.text) and last.visual_tokens == round(run.measured_tokens)
+    if baselines.METHODS[method].place == "encoder" and method not in ("visionzip", "prumerge", "prumerge+"):
+        assert len(seen.kept) == last.visual_tokens
+    assert len(describe(seen)) == NUM_PATCHES and "kept" in draw(picture(), seen)
+
+
+def test_what_is_left_in_the_last_layer_is_drawn_for_a_method_inside_the_language_model(model):
+    """FastV's rule, from the attentions of the stock model's first layer."""
+    [seen] = model.look(picture(), Choice(12, "fastv"), QUESTION)
+    inputs = ask(model.processor, picture(), QUESTION)
+    model.model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad(), model._settled(Choice(None)):
+            attention = model.model(**inputs, output_attentions=True).attentions[0][0].mean(0)[-1]
+    finally:
+        model.model.set_attn_implementation("sdpa")
+    attention = attention[inputs["input_ids"][0] == model.model.config.image_token_id]
+    assert seen.kept.tolist() == sorted(attention.topk(len(seen.kept)).indices.tolist())
+
+
+def test_another_question_is_another_choice_where_the_method_reads_it(model):
+    for method, is_read in (("paper", False), ("hired", False), ("cdpruner", True), ("fastv", True)):
+        assert Choice(9, method).reads_question == is_read
+        before = len(model._seen)
+        for question in ("word7 word8", "word9 word10"):
+            model.look(picture(5), Choice(9, method), question)
+        assert len(model._seen) == before + 1 + is_read
 
 
 def test_an_answer_that_its_visitor_left_is_stopped(model):
@@ -79,7 +128,7 @@ def test_an_error_of_the_model_reaches_its_visitor_alone(model, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_drawing_has_a_sentence_for_every_square_and_is_well_formed(model, method):
-    seen = model.look(picture(), Choice(9, method))
+    seen = model.look(picture(), Choice(9, method))[0]
     kept = len(seen.kept)
     svg = re.search("<svg.*</svg>", draw(picture(), seen), re.DOTALL)[0]
     cells = [cell for cell in ElementTree.fromstring(svg).iter("rect")]
@@ -98,7 +147,7 @@ def test_the_drawing_has_a_sentence_for_every_square_and_is_well_formed(model, m
 
 
 def test_two_methods_are_compared_square_by_square(model):
-    first, second = (model.look(picture(), Choice(9, method)) for method in ("paper", "spread"))
+    first, second = (model.look(picture(), Choice(9, method))[0] for method in ("paper", "spread"))
     both = len(set(first.kept.tolist()) & set(second.kept.tolist()))
     text = draw_pair(picture(), first, second, ("A", "B"))
     assert f"{both} kept by both" in text and f"{9 - both} only by A" in text and f"{9 - both} only by B" in text

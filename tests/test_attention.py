@@ -15,19 +15,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_prunesid import attention
 from modeling_prunesid.attention import encode_with_attention, received_attention, tower_of, watch_attention
+from modeling_prunesid.budgets import View
 from modeling_prunesid.encoding import as_views
 from modeling_prunesid.family import PrunedModelMixin
-from modeling_prunesid.grids import GridModelMixin
 from modeling_prunesid.tower import layers_of
 
 
-GRID_ROWS = [
-    pytest.param(name, id=name.replace(" ", "-"))
+# Families whose towers have no attention to read, or whose tokens are queries, which stand for no patches.
+WITHOUT = {
+    "aria",
+    "deepseek_ocr2",
+    "fast_vlm",
+    "gemma3n",
+    "gemma4_unified",
+    "got_ocr2",
+    "granite4_vision",
+    "idefics2",
+    "inkling_mm_model",
+    "perception_lm",
+    "pp_chart2table",
+}
+BEHIND = [
+    name
     for name, row in ROWS.items()
-    if row.is_installed and f"{row.modality}_grid_thw" in row.inputs([[0]])
-    if issubclass(getattr(row.head, "model_class", object), GridModelMixin)
+    if row.is_installed and getattr(row.head, "model_class", row.head).projector_name is None
 ]
-every_grid = pytest.mark.parametrize("name", GRID_ROWS)
+every_tower = pytest.mark.parametrize(
+    "name", [pytest.param(name, id=name.replace(" ", "-")) for name in BEHIND if ROWS[name].family not in WITHOUT]
+)
 
 
 def weights_of(queries, keys, scaling, mask=None):
@@ -81,25 +96,29 @@ def eager_weights(layer):
     """
     module = attention._attention_of(layer)
     file, found = sys.modules[type(module).__module__], []
-    own, implementation = file.eager_attention_forward, module.config._attn_implementation
+    name = "vision_eager_attention_forward" if "llama4" in file.__name__ else "eager_attention_forward"
+    own, implementation = getattr(file, name), module.config._attn_implementation
 
     def record(watched, query, key, value, attention_mask=None, **kwargs):
         output = own(watched, query, key, value, attention_mask, **kwargs)
         if watched is module:
-            weights = weights_of(query.double(), key.double(), kwargs["scaling"])
+            scaling = kwargs["scaling"] or query.shape[-1] ** -0.5
+            weights = weights_of(query.double(), key.double(), scaling, attention_mask)
             found.append((weights.mean((1, 2)).flatten(), output[1].double().mean((1, 2)).flatten()))
         return output
 
-    file.eager_attention_forward, module.config._attn_implementation = record, "eager"
+    setattr(file, name, record)
+    module.config._attn_implementation = "eager"
     try:
         yield found
     finally:
-        file.eager_attention_forward, module.config._attn_implementation = own, implementation
+        setattr(file, name, own)
+        module.config._attn_implementation = implementation
 
 
 def last_layer_of(ours):
     """A layer that attends to whole images, and its index among hidden states."""
-    layers = layers_of(tower_of(ours.model))
+    layers = layers_of(tower_of(ours))
     return layers[-1], len(layers)
 
 
@@ -116,87 +135,155 @@ def settings_of(model, **changes):
             setattr(settings, name, value)
 
 
-def encoder_of(model, row):
-    return getattr(model.model, f"get_{row.modality}_features")
+def arguments_of(row):
+    return {**row.inputs(contract.rows_of(row)), "return_dict": True}
 
 
-@every_grid
+def read_last_layer(ours, row):
+    """The attention that the patches of our own model receive in its last layer, and what the tower is given there."""
+    layer, index = last_layer_of(ours.model)
+    encode = getattr(super(PrunedModelMixin, ours.model), f"get_{row.modality}_features")
+    inputs = contract.for_stock(row, arguments_of(row))
+    inputs.pop("video_compression_mask", None)
+    # Off, because upstream's encoder of videos may call that of images, which is ours.
+    with settings_of(ours, budget=None):
+        with watch_attention(layer) as received:
+            encode(**inputs)
+        with settings_of(ours, layer=index):
+            _, patches = encode_with_attention(ours.model, row.modality, encode, inputs)
+    return patches, received
+
+
+def views_of(ours, row, output):
+    """The rows of each view of all inputs, among upstream's features of them."""
+    sizes = [len(own) for own in ours.model.features_of(output)]
+    given = ours.model.views(row.modality, row.inputs(contract.rows_of(row)), sizes)
+    if not isinstance(given[0][0], View):
+        sizes = [sum(own) for own in given]
+    starts = itertools.accumulate(sizes, initial=0)
+    return [[view.rows + start for view in as_views(own)] for own, start in zip(given, starts)]
+
+
+@every_tower
 @torch.no_grad()
 def test_patches_receive_what_upstream_s_weights_say(name):
     ours, reference, row = contract.build(name)
-    inputs = {**row.inputs(contract.rows_of(row)), "return_dict": True}
-    _, index = last_layer_of(ours)
-    with eager_weights(last_layer_of(reference)[0]) as weights:
-        encoder_of(reference, row)(**inputs)
-    expected, of_upstream = (torch.cat(parts) for parts in zip(*weights))
-    torch.testing.assert_close(of_upstream, expected, rtol=1e-5, atol=1e-7)
-    encode = getattr(super(PrunedModelMixin, ours.model), f"get_{row.modality}_features")
-    # Off, because upstream's encoder of videos may call that of images, which is ours. Eager as the other: otherwise
-    # the layers before it round differently.
-    with settings_of(ours, layer=index, budget=None), eager_weights(last_layer_of(ours)[0]):
-        _, got = encode_with_attention(ours.model, row.modality, encode, inputs)
+    tower = reference_tower(ours, reference)
+    with eager_weights(layers_of(tower)[-1]) as weights:
+        contract.encode(reference, row)
+    expected, of_upstream = zip(*weights)
+    torch.testing.assert_close(torch.cat(of_upstream), torch.cat(expected), rtol=1e-5, atol=1e-7)
+    # Eager as the other: otherwise the layers before it round differently.
+    with eager_weights(last_layer_of(ours.model)[0]):
+        got, received = read_last_layer(ours, row)
+    shapes = [part.shape for part in received]
+    expected = [part.view(shape) for part, shape in zip(expected, shapes, strict=True)]
+    expected = torch.cat([ours.model.patches_of(part).flatten() for part in expected])
     if got.dtype == torch.float64:
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-14)
     else:  # upstream rotates in float32
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-@every_grid
+def reference_tower(ours, reference):
+    """The stock model's tower, which is where ours has it."""
+    base = contract.base_of(reference)
+    paths = {id(module): path for path, module in ours.model.named_modules()}
+    return base.get_submodule(paths[id(tower_of(ours.model))])
+
+
+@contextlib.contextmanager
+def one_patch_is_another(layers, place):
+    """The first of some layers of a tower changes the token `place`, and the others return what they are given."""
+    seen = 0
+
+    def replace(layer):
+        run = layer.forward
+
+        def forward(*args, **kwargs):
+            nonlocal seen
+            output = run(*args, **kwargs)
+            hidden = args[0] if args else kwargs.get("hidden_states", kwargs.get("hidden_state"))
+            if layer is layers[0]:
+                hidden = (output[0] if isinstance(output, tuple) else output).clone(
+                    memory_format=torch.contiguous_format
+                )
+                tokens = hidden.view(-1, hidden.shape[-1])
+                if 0 <= place - seen < len(tokens):
+                    tokens[place - seen] += torch.linspace(1, -2, tokens.shape[1], dtype=tokens.dtype)
+                seen += len(tokens)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        layer.forward = forward
+
+    for layer in layers:
+        replace(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@every_tower
 @torch.no_grad()
 def test_a_token_receives_the_mean_of_the_patches_that_it_is_merged_from(name):
-    """A patch that is not a number behind the last layer spoils the token that it is merged into, and no other."""
+    """A patch that is another one changes the tokens that it is merged into, and no others."""
     ours, reference, row = contract.build(name)
-    inputs = {**row.inputs(contract.rows_of(row)), "return_dict": True}
-    layer, sizes = last_layer_of(reference)[0], list(row.tokens[: row.num_inputs])
-    spoiled, of_tokens = [], []  # which patches, and how many there are
+    _, received = read_last_layer(ours, row)
+    layers = layers_of(reference_tower(ours, reference))
+    layers = (
+        list(layers)[-1:] if row.family.startswith("minicpm") else list(layers)
+    )  # whose tower merges in its middle
+    places = torch.arange(sum(part.numel() for part in received)).split([part.numel() for part in received])
+    places = [ours.model.patches_of(own.view(part.shape)).flatten() for own, part in zip(places, received)]
+    places = torch.cat(places).tolist()  # of the patches among all tokens of a layer
+    with one_patch_is_another(layers, -1):
+        output = contract.encode(reference, row)
+    before, rows = row.features(output), torch.cat(list(itertools.chain(*views_of(ours, row, output))))
+    inputs = row.inputs(contract.rows_of(row))
 
-    def spoil(module, args, output):
-        hidden = (output[0] if isinstance(output, tuple) else output).clone()
-        patches = hidden.view(-1, hidden.shape[-1])
-        patches[spoiled] = torch.nan
-        of_tokens.append(len(patches))
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    def pool(patches):
+        return ours.model.pool_attention(patches, row.modality, inputs, len(rows))
 
-    handle = layer.register_forward_hook(spoil)
-    try:
-        encoder_of(reference, row)(**inputs)
-        num_patches, into = of_tokens[0], []
-        for patch in range(0, num_patches, 3):
-            spoiled[:] = [patch]
-            features = row.features(encoder_of(reference, row)(**inputs))
-            into.append(int(features.isnan().any(-1).nonzero()))
-    finally:
-        handle.remove()
-
-    views = [as_views(own) for own in ours.model.views(row.modality, inputs, sizes)]
-    starts = itertools.accumulate(sizes, initial=0)
-    tokens = torch.cat([view.rows + start for own, start in zip(views, starts) for view in own]).tolist()
-    for patch, token in zip(range(0, num_patches, 3), into):
-        only = torch.zeros(num_patches, dtype=torch.float64)
+    for patch in range(0, len(places), max(len(places) // 24, 1) | 1):
+        with one_patch_is_another(layers, places[patch]):
+            changed = (row.features(contract.encode(reference, row)) - before).abs().amax(1) > 1e-9
+        only = torch.zeros(len(places), dtype=torch.float64)
         only[patch] = 1
-        pooled = ours.model.pool_attention(only, row.modality, inputs, len(tokens))
-        assert [tokens[place] for place in pooled.nonzero()[:, 0]] == [token]
-        assert float(pooled.sum()) == pytest.approx(len(tokens) / num_patches)
+        got = rows[pool(only).nonzero()[:, 0]].sort().values.tolist()
+        assert got == [token for token in changed.nonzero()[:, 0].tolist() if token in rows]
+    ones = torch.ones(len(places), dtype=torch.float64)
+    torch.testing.assert_close(pool(ones), torch.ones(len(rows), dtype=torch.float64))
 
 
-@every_grid
+@every_tower
 @torch.no_grad()
 def test_the_token_of_most_attention_is_kept_first(name):
-    ours, _, row = contract.build(name)
-    inputs = {**row.inputs(contract.rows_of(row)), "return_dict": True}
-    _, index = last_layer_of(ours)
-    encode = getattr(super(PrunedModelMixin, ours.model), f"get_{row.modality}_features")
-    with settings_of(ours, layer=index, budget=None):
-        _, patches = encode_with_attention(ours.model, row.modality, encode, inputs)
-    views = [as_views(own) for own in ours.model.views(row.modality, inputs, list(row.tokens[: row.num_inputs]))]
-    lengths = [len(view.rows) for own in views for view in own]
+    ours, reference, row = contract.build(name)
+    patches, _ = read_last_layer(ours, row)
+    views = views_of(ours, row, contract.encode(reference, row))
+    lengths = [len(view) for own in views for view in own]
+    inputs = row.inputs(contract.rows_of(row))
     scores = iter(ours.model.pool_attention(patches, row.modality, inputs, sum(lengths)).split(lengths))
-    best = [[int(view.rows[next(scores).argmax()]) for view in own] for own in views]
+    starts = list(itertools.accumulate(row.tokens[: row.num_inputs], initial=0))
+    best = [int(view[next(scores).argmax()]) for own in views for view in own]
+    best = [sorted(place - first for place in best if first <= place < end) for first, end in zip(starts, starts[1:])]
+    _, index = last_layer_of(ours.model)
     for method in ("spread", "release"):
         options = {"score": "attention", "keep_cls": False}
         with settings_of(ours, layer=index, budget=1, method=method, method_settings=options):
-            kept = encoder_of(ours, row)(**inputs)["keep_indices"]
+            kept = contract.encode_ours(ours, row)["keep_indices"]
         assert [own.tolist() for own in kept] == best
+
+
+@pytest.mark.parametrize("name", [name for name in BEHIND if ROWS[name].family in WITHOUT])
+@torch.no_grad()
+def test_a_tower_without_attention_of_patches_is_refused(name):
+    ours, _, row = contract.build(name)
+    settings = settings_of(ours, layer=-1, method="spread", method_settings={"score": "attention"})
+    with settings, pytest.raises(ValueError, match="score='attention'.*Use score='component'"):
+        contract.encode_ours(ours, row)
 
 
 def test_a_layer_that_attends_within_windows_is_refused():
@@ -207,16 +294,6 @@ def test_a_layer_that_attends_within_windows_is_refused():
         settings = settings_of(ours, layer=layer, method="spread", method_settings={"score": "attention"})
         with settings, pytest.raises(ValueError, match=message):
             ours.model.get_image_features(**inputs)
-
-
-def test_a_family_whose_merger_is_not_declared_is_refused():
-    ours, _, row = contract.build("gemma3")
-    settings = settings_of(ours, method="spread", method_settings={"score": "attention"})
-    with (
-        settings,
-        pytest.raises(ValueError, match="not declared for PruneSIDGemma3Model, which merges 256 patches into 64"),
-    ):
-        contract.encode(ours, row)
 
 
 @torch.no_grad()
@@ -251,7 +328,7 @@ def test_a_tower_that_tokens_are_compared_in(tower, layer):
 
 def test_the_configuration_is_the_module_s_own_again():
     ours, _, row = contract.build("qwen3_vl")
-    layer, _ = last_layer_of(ours)
+    layer, _ = last_layer_of(ours.model)
     module = attention._attention_of(layer)
     own = module.config
     with pytest.raises(RuntimeError), watch_attention(layer):
@@ -262,7 +339,7 @@ def test_the_configuration_is_the_module_s_own_again():
 
 def test_threads_read_their_own_images():
     ours, _, row = contract.build("qwen3_vl")
-    _, index = last_layer_of(ours)
+    _, index = last_layer_of(ours.model)
     encode = super(PrunedModelMixin, ours.model).get_image_features
     results = {}
 

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from modeling_prunesid.prompts import ShortPrompt, mark_kept_placeholders
+from modeling_prunesid.plans import mark_kept_placeholders
+from modeling_prunesid.prompts import ShortPrompt
 from modeling_prunesid.upstream import like_upstream
 
 

@@ -90,6 +90,17 @@ PROCESSORS = {
         "<image>",
         False,
     ),
+    "idefics2": (
+        lambda: {
+            "image_processor": pil(
+                "Idefics2ImageProcessor", size={"longest_edge": 32, "shortest_edge": 24}, do_image_splitting=True
+            ),
+            "tokenizer": tokenizer({IMAGE: "<image>", 50: "<fake_token_around_image>", 51: "<end_of_utterance>"}),
+            "image_seq_len": 8,
+        },
+        "<image>",
+        False,
+    ),
     "smolvlm": (
         lambda: {
             "image_processor": pil(

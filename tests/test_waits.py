@@ -11,8 +11,6 @@ from transformers import DynamicCache
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ANSWER = {"max_new_tokens": 1, "do_sample": False}
-# Positions of Qwen-VL are upstream's own in the full prompt: its grids are read twice more, and its longest row once.
-MORE = {"Qwen2_5_VL": 5}
 
 
 def put(values):
@@ -87,7 +85,7 @@ def test_full_prompts_wait_no_oftener_than_the_stock_class(name, call, count):
         found, expected = (
             waits(lambda model=model: model.generate(**put(inputs), **ANSWER)) for model in (ours, stock)
         )
-    assert found.total() <= expected.total() + MORE.get(name, 0), found - expected
+    assert found.total() <= expected.total(), found - expected
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -124,4 +122,4 @@ def test_the_prompt_is_checked_before_the_tower_runs():
     ours.model.vision_tower.register_forward_pre_hook(lambda *args: ran.append(dict(Pretended.current.waits)))
     waits(lambda: ours(**put(batch_of(family, 3))))
     (before,) = ran
-    assert [wait.rsplit(" ", 1)[1] for wait in before] == ["_to_host"]
+    assert [wait.rsplit(" ", 1)[1] for wait in before] == ["to_host"]

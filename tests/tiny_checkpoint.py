@@ -20,6 +20,7 @@ CARD = "---\nlicense: llama2\npipeline_tag: image-text-to-text\n---\n# The base\
 def build_processor() -> LlavaProcessor:
     words = [f"word{index}" for index in range(120)]
     words[PAD], words[BOS], words[EOS], words[3], words[IMAGE] = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+    words[118], words[119] = "USER:", "ASSISTANT:"
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(

@@ -39,6 +39,7 @@ from . import (
     vispruner,
     vitcop,
 )
+from .asked import asking
 from .encoder import encoder_method, question_method, replaced
 from .llm import llm_method
 from .seam import preset
@@ -163,6 +164,13 @@ METHODS: dict[str, Method] = {
     "prunesid-paper": _seam("PruneSID (paper)"),
     "prunesid-release": _seam("PruneSID (release)", method="release"),
     "prunesid-spread": _seam("PruneSID (spread)", method="spread"),
+    "prunesid-question": Method(
+        "PruneSID (spread, by the question)",
+        "encoder",
+        asking(preset(method="spread", method_settings={"question": True})),
+        reads_question=True,
+        any_family=True,
+    ),
     "prunesid-auto": _seam("PruneSID (auto)", nms_lambda="auto"),
     "prunesid-dyn": _seam("PruneSID-Dyn", dynamic=True),
     "prunesid-llm": Method("PruneSID (auto), and inside", "both", vitcop.prunesid),

@@ -1,0 +1,521 @@
+"""
+The plan for a prompt, made on the host: what its placeholders stand for, what of it a cache holds, and what goes.
+
+A prompt holds T placeholders of each input (image or clip), as the stock processor writes, or N, as ours does. Its ids
+are copied to the host once, before the tower is launched, and read there.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .budgets import largest_remainder
+from .prompts import ShortPrompt
+from .upstream import CACHE_NAME
+
+
+# Integers as wide as floats of so many bytes.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of any shapes and types, copied to the host at once, bit by bit."""
+    away = {name: tensor for name, tensor in tensors.items() if tensor.device.type != "cpu"}
+    if not away or torch.compiler.is_compiling():
+        return tensors
+    bits = {
+        name: tensor.view(_BITS[tensor.element_size()]) if tensor.is_floating_point() else tensor
+        for name, tensor in away.items()
+    }
+    device = next(iter(bits.values())).device
+    flat = torch.cat([tensor.to(device).long().flatten() for tensor in bits.values()]).cpu()
+    parts = flat.split([tensor.numel() for tensor in bits.values()])
+    found = {
+        name: part.view(tensor.shape).to(tensor.dtype).view(away[name].dtype)
+        for (name, tensor), part in zip(bits.items(), parts)
+    }
+    return {**tensors, **found}
+
+
+@dataclass
+class CachedPrompt:
+    """
+    The prompt that filled a cache: its caller's ids `(batch, full_length)`, if known, and how it was shortened.
+    Columns that another call put into the cache have the id -1.
+    """
+
+    input_ids: torch.LongTensor | None
+    prompt: ShortPrompt
+
+    def remember(self, cache: Any) -> None:
+        """Leave this on a cache, for the calls that go on with it, behind what the cache remembers already."""
+        if cache is not None:
+            cache._prunesid_prompt = self._behind(cache)
+
+    def _behind(self, cache: Any) -> "CachedPrompt":
+        held, batch, device = self.prompt.cached_before, len(self.prompt.source), self.prompt.source.device
+        if not held:
+            return self
+        earlier = CachedPrompt.recall(cache, batch)
+        if earlier is None:
+            nothing = torch.zeros(batch, 0, dtype=torch.long, device=device)
+            earlier = CachedPrompt(nothing, ShortPrompt.whole(batch, 0, device))
+        followed = held - earlier.prompt.length
+        if followed < 0:  # the cache was cropped
+            return self
+        input_ids = None
+        if self.input_ids is not None and earlier.input_ids is not None:
+            unknown = self.input_ids.new_full((batch, followed), -1)
+            input_ids = torch.cat([earlier.input_ids.to(unknown.device), unknown, self.input_ids], dim=1)
+        before = earlier.prompt.then(ShortPrompt.whole(batch, followed, device))
+        return CachedPrompt(input_ids, before.then(self.prompt))
+
+    @staticmethod
+    def recall(cache: Any, batch: int) -> "CachedPrompt | None":
+        """
+        What filled `cache`, for `batch` rows (beams repeat the rows of a cache); None where nothing was dropped.
+
+        Raises:
+            `ValueError`: if the rows of the cache are not those of the prompt that filled it.
+        """
+        cached = getattr(cache, "_prunesid_prompt", None)
+        if cached is None or cache.get_seq_length() == 0:
+            return None
+        rows = len(cached.prompt.source)
+        if batch % rows:
+            raise ValueError(
+                f"{CACHE_NAME} was filled by {rows} rows and is continued by {batch}, so that it is unknown what "
+                "was dropped from which. Pass a multiple of its rows, or start from an empty cache."
+            )
+        times = batch // rows
+        if times == 1:
+            return cached
+        input_ids = cached.input_ids if cached.input_ids is None else cached.input_ids.repeat_interleave(times, 0)
+        return CachedPrompt(input_ids, cached.prompt.repeat_rows(times))
+
+    def compare(self, input_ids: torch.LongTensor | None) -> dict[str, torch.BoolTensor]:
+        """Whether `input_ids` `(batch, length)` begin with this prompt (`starts`), or its short form (`follows`)."""
+        if self.input_ids is None or input_ids is None:
+            return {}
+        own = self.input_ids.to(input_ids.device)
+        flags = {}
+        for name, expected in (("starts", own), ("follows", self.prompt.take(own, fill=-1))):
+            length = expected.shape[1]
+            if input_ids.shape[1] >= length:
+                flags[name] = ((input_ids[:, :length] == expected) | (expected < 0)).all()
+        return flags
+
+
+@dataclass
+class Plan:
+    """
+    What is read of a prompt on the host.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*).
+        placeholders (`dict[str, torch.BoolTensor]`): of each modality, `(batch, length)`.
+        mask (`torch.BoolTensor` of shape `(batch, cached + length)`, *optional*): a flat attention mask.
+        labels (`dict[str, torch.BoolTensor]`): which columns of `labels` and `shift_labels` have one.
+        question (`torch.BoolTensor` of shape `(batch, length)`, *optional*): which columns are words of a question.
+        sizes (`dict[str, torch.Tensor]`): `image_grid_thw`, `video_grid_thw` and `image_sizes`, where they are given.
+        earlier ([`CachedPrompt`], *optional*), cached_length (`int`): what fills the cache.
+        repeats_cached (`bool`): `input_ids` begin with what the cache holds, as those of `generate` do.
+        start (`int`): how many columns were shortened with the cache.
+        seen (`int`): how many columns are in the cache. Those behind `start` are its answer, where the id of a
+            placeholder is a word.
+    """
+
+    input_ids: torch.LongTensor | None = None
+    placeholders: dict[str, torch.BoolTensor] = field(default_factory=dict)
+    mask: torch.BoolTensor | None = None
+    labels: dict[str, torch.BoolTensor] = field(default_factory=dict)
+    question: torch.BoolTensor | None = None
+    sizes: dict[str, torch.Tensor] = field(default_factory=dict)
+    earlier: CachedPrompt | None = None
+    cached_length: int = 0
+    repeats_cached: bool = False
+    start: int = 0
+    seen: int = 0
+    is_known: bool = True
+
+    @classmethod
+    def behind(cls, cached: CachedPrompt | None, cached_length: int, repeats_cached: bool, host: dict) -> "Plan":
+        """A plan from tensors on the `host`: `ids`, `mask`, `labels`, `shift_labels`, and those of `compare`."""
+        labels = {name: host[name] for name in ("labels", "shift_labels") if name in host}
+        plan = cls(host.get("ids"), {}, host.get("mask"), labels, host.get("question"))
+        plan.earlier, plan.cached_length, plan.repeats_cached = cached, cached_length, repeats_cached
+        plan.seen = cached_length if repeats_cached else 0
+        if cached is not None and repeats_cached:
+            starts = "starts" in host and bool(host["starts"])
+            is_compared = cached.input_ids is not None and plan.input_ids is not None
+            plan.is_known = not is_compared or starts or ("follows" in host and bool(host["follows"]))
+            if starts:
+                plan.start = cached.prompt.full_length
+                plan.seen = plan.start + max(cached_length - cached.prompt.length, 0)
+        return plan
+
+    def check_cache(self) -> None:
+        """Raise a `ValueError` if the whole conversation does not begin with what filled the cache."""
+        if not self.is_known:
+            raise ValueError(
+                f"{CACHE_NAME} was filled by another prompt than input_ids begin with. Pass the whole conversation "
+                "of the cache, or an empty cache."
+            )
+
+    @property
+    def current_mask(self) -> torch.BoolTensor | None:
+        """The mask `(batch, length)` of the prompt's own columns."""
+        length = next(iter(self.placeholders.values())).shape[1] if self.placeholders else 0
+        return self.mask[:, -length:] if self.mask is not None and length else self.mask
+
+    def of(self, modalities: Any) -> torch.BoolTensor:
+        """The placeholders `(batch, length)` of several modalities."""
+        return torch.stack([self.placeholders[name] for name in modalities]).any(0)
+
+    @property
+    def is_labelled(self) -> torch.BoolTensor | None:
+        """Which columns have a label or predict one: the loss counts padding that is labelled."""
+        is_labelled = None
+        for name, labels in self.labels.items():
+            own = torch.nn.functional.pad(labels[:, :-1], (1, 0)) if name == "shift_labels" else labels
+            own = own | torch.nn.functional.pad(own[:, 1:], (0, 1))
+            is_labelled = own if is_labelled is None else is_labelled | own
+        return is_labelled
+
+    @property
+    def is_right_padded(self) -> bool:
+        """Whether rows of the batch are padded on the right alone."""
+        mask = self.current_mask
+        return mask is not None and bool(mask[:, 0].all()) and not bool(mask[:, -1].all())
+
+    def padding(self, modalities: Any, leading_only: bool) -> torch.BoolTensor | None:
+        """
+        The columns `(batch, length)` before the first and after the last token of each row that give way to added
+        padding: no placeholders, and nothing that the loss counts. None where columns of the prompt are cached.
+        """
+        mask = self.current_mask
+        if mask is None or (self.repeats_cached and self.cached_length):
+            return None
+        padding = mask.cumsum(1) == 0
+        padding = padding if leading_only else padding | (mask.flip(1).cumsum(1) == 0).flip(1)
+        padding = padding & ~self.of(modalities)
+        return padding if self.is_labelled is None else padding & ~self.is_labelled
+
+    def without_answer(self, placeholders: torch.BoolTensor) -> torch.BoolTensor:
+        """
+        The placeholders but for ids in the answer to an earlier prompt, which are words: the columns from `start` to
+        `seen`, that are in its cache, and a last one that is not.
+        """
+        if not self.start:
+            return placeholders
+        is_answer = torch.zeros_like(placeholders)
+        is_answer[:, self.start : self.seen] = True
+        alone = placeholders & ~torch.nn.functional.pad(placeholders[:, 1:], (0, 1))
+        is_answer[:, self.seen : self.seen + 1] = alone[:, self.seen : self.seen + 1]
+        return placeholders & ~is_answer
+
+    def read(
+        self, modality: str, num_placeholders: list[int], num_kept: list[int], is_stated: bool
+    ) -> "Reading | None":
+        """
+        How the placeholders of `modality` are to be read: `read_placeholders`, behind a cache.
+
+        Raises:
+            `ValueError`: if columns would go that are in a cache, where they were not shortened.
+        """
+        placeholders, new = self.placeholders[modality], None
+        if self.seen:
+            placeholders = self.without_answer(placeholders)
+            # Either the views of the whole conversation are passed again, or the new ones alone.
+            new = placeholders & (torch.arange(placeholders.shape[1]) >= self.seen)
+        options = {"new": new, "is_token": self.current_mask, "is_stated": is_stated}
+        reading = read_placeholders(placeholders, num_placeholders, num_kept, modality, **options)
+        if reading is not None and reading.drops_between(self.start, self.seen, num_kept):
+            raise ValueError(
+                f"{CACHE_NAME} was filled by another prompt: input_ids have every placeholder of views in the "
+                "cache, which were not shortened there. Pass the cache that belongs to the conversation, or an "
+                "empty one."
+            )
+        return reading
+
+    def labels_of_placeholders(self, modalities: Any) -> dict[str, tuple[torch.BoolTensor, torch.BoolTensor]]:
+        """
+        Of each kind of labels, the columns `(batch, length)` whose labels are ignored because they are placeholders,
+        and those that have a label which a loss may count.
+        """
+        found: dict[str, tuple[torch.BoolTensor, torch.BoolTensor]] = {}
+        for name, given in self.labels.items():
+            placeholders = self.of(modalities)
+            if name == "shift_labels":
+                found[name] = torch.nn.functional.pad(placeholders[:, 1:], (0, 1), value=False), given
+            else:  # nothing predicts the first column, unless padding is added before it
+                is_first = torch.nn.functional.pad(torch.ones_like(given[:, :1]), (0, given.shape[1] - 1), value=False)
+                found[name] = placeholders | is_first, given & ~is_first
+        return found
+
+
+class Reading:
+    """
+    Placeholders `(batch, length)`, read as T of each view (`is_full`) or as N of each.
+
+    Args:
+        placeholders (`torch.BoolTensor` of shape `(batch, length)`): visual placeholders, in the order of the views.
+        num_placeholders, num_kept (`list[int]`): T and N of each view.
+        is_full (`bool`).
+        row_ends (`list[int]`, *optional*):
+            Where the rows end, counted in placeholders. A traced graph cannot count them.
+    """
+
+    def __init__(
+        self,
+        placeholders: torch.BoolTensor,
+        num_placeholders: list[int],
+        num_kept: list[int],
+        is_full: bool,
+        row_ends: list[int] | None = None,
+    ):
+        self.placeholders, self.is_full = placeholders, is_full
+        self.num_placeholders, self.counts = num_placeholders, num_placeholders if is_full else num_kept
+        self.view_ends = list(itertools.accumulate(self.counts, initial=0))
+        self.row_ends = placeholders.sum(1).cumsum(0).tolist() if row_ends is None else row_ends
+
+    @property
+    def fits(self) -> bool:
+        """Whether the rows hold whole views, and all of them."""
+        return self.row_ends[-1] == self.view_ends[-1] and set(self.row_ends) <= set(self.view_ends)
+
+    @property
+    def places(self) -> torch.LongTensor:
+        """Where the placeholders are, counted through the columns of all rows."""
+        flat = self.placeholders.flatten()
+        if torch.compiler.is_compiling():
+            return (~flat).to(torch.uint8).argsort(stable=True)[: self.row_ends[-1]]
+        return flat.nonzero()[:, 0]
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Where the runs of adjacent placeholders start and end, counted in placeholders."""
+        flat = torch.nn.functional.pad(self.placeholders, (1, 1)).flatten()
+        counted, edges = flat.cumsum(0), flat.long().diff()
+        return list(zip(counted[:-1][edges == 1].tolist(), counted[:-1][edges == -1].tolist()))
+
+    @property
+    def ends_runs_with_views(self) -> bool:
+        return {end for _, end in self.runs()} <= set(self.view_ends)
+
+    def is_doubtful(self, is_token: torch.Tensor | None) -> bool:
+        """
+        Whether a prompt of T placeholders a view, with fewer views or cut at its end, has the same ids: a run of N of
+        several views that is as long as T of fewer of them, or the last token of a row is a placeholder.
+        """
+        if self.is_full or self.counts == self.num_placeholders:
+            return False
+        for start, end in self.runs():
+            inside = [view for view, last in enumerate(self.view_ends[1:]) if start < last <= end]
+            if end - start in itertools.accumulate(self.num_placeholders[view] for view in inside[:-1]):
+                return True
+        columns = torch.arange(self.placeholders.shape[1])
+        is_token = torch.ones_like(self.placeholders) if is_token is None else is_token.bool()
+        last = columns.masked_fill(~is_token, 0).amax(1, keepdim=True)
+        return bool((self.placeholders & is_token).gather(1, last).any())
+
+    def num_dropped(self, num_kept: list[int], first: int = 0) -> list[int]:
+        """How many columns each row loses, of views from column `first` on."""
+        length, places = self.placeholders.shape[1], self.places if first else None
+        lost = [0] * len(self.row_ends)
+        for start, total, kept in zip(self.view_ends, self.num_placeholders, num_kept):
+            if kept < total and (places is None or places[start] % length >= first):
+                lost[sum(end <= start for end in self.row_ends)] += total - kept
+        return lost
+
+    def drops_between(self, start: int, end: int, num_kept: list[int]) -> bool:
+        """Whether a view that loses tokens has placeholders in the columns from `start` to `end`."""
+        if start >= end:
+            return False
+        loses = [kept < total for kept, total in zip(num_kept, self.num_placeholders)]
+        loses = torch.tensor(loses).repeat_interleave(torch.tensor(self.num_placeholders))
+        columns = (self.places % self.placeholders.shape[1])[loses]
+        return bool(((columns >= start) & (columns < end)).any())
+
+    def mark_kept(
+        self,
+        keep_indices: list[torch.LongTensor],
+        device: torch.device,
+        views: list[list[int]] | None = None,
+        num_kept_of_views: list[list[int]] | None = None,
+    ) -> torch.BoolTensor:
+        """
+        The columns `(batch, length)` that remain of a prompt of T placeholders a view, on `device`, for which nothing
+        waits unless text stands between the placeholders of a view whose N is not known.
+
+        Args:
+            keep_indices (`list[torch.LongTensor]`):
+                The kept tokens of each input. -1 stands for a token that has no placeholder of its own (the CLS token)
+                and takes the input's first free one.
+            views, num_kept_of_views (`list[list[int]]`, *optional*):
+                T and N of each view of each input, one behind the other.
+        """
+        sizes, total, num_kept = self.num_placeholders, sum(self.num_placeholders), list(map(len, keep_indices))
+        starts = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+
+        def of_inputs(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
+            """A value of each input, for each of its `counts` tokens."""
+            spread = values.repeat_interleave(torch.tensor(counts), output_size=sum(counts))
+            return spread.to(device, non_blocking=True)
+
+        inputs, indices = torch.arange(len(sizes)), torch.cat([kept.to(device) for kept in keep_indices])
+        has_place = indices >= 0
+        # One place more takes what has none.
+        flags = torch.zeros(total + 1, dtype=torch.bool, device=device)
+        flags = flags.index_fill(0, torch.where(has_place, indices + of_inputs(starts, num_kept), total), True)[:-1]
+        missing = torch.zeros(len(sizes), dtype=torch.long, device=device)
+        missing = missing.index_add(0, of_inputs(inputs, num_kept), (~has_place).long())
+        free = torch.nn.functional.pad((~flags).cumsum(0), (1, 0))
+        rank = free[1:] - free.index_select(0, of_inputs(starts, sizes))
+        flags = flags | (~flags & (rank <= missing.index_select(0, of_inputs(inputs, sizes))))
+
+        places = self.places
+        if views is not None and not torch.compiler.is_compiling():
+            of_views = [None] * len(views) if num_kept_of_views is None else num_kept_of_views
+            for own, *arguments in zip(flags.split(sizes), places.split(sizes), views, of_views):
+                _level_runs(own, *arguments)
+        keep_mask = torch.ones(self.placeholders.numel(), dtype=torch.bool, device=device)
+        keep_mask = keep_mask.index_copy(0, places.to(device, non_blocking=True), flags)
+        return keep_mask.view(self.placeholders.shape)
+
+
+def read_placeholders(
+    placeholders: torch.BoolTensor,
+    num_placeholders: list[int],
+    num_kept: list[int],
+    modality: str = "image",
+    new: torch.BoolTensor | None = None,
+    is_token: torch.Tensor | None = None,
+    is_stated: bool = True,
+) -> Reading | None:
+    """
+    How a prompt is to be read; everything is on the host.
+
+    Args:
+        placeholders (`torch.BoolTensor` of shape `(batch, length)`): visual placeholders, in the order of the views.
+        num_placeholders (`list[int]`): T of each view, the placeholders that the stock processor writes for it.
+        num_kept (`list[int]`): N of each view.
+        modality (`str`): named in errors.
+        new (`torch.BoolTensor` of shape `(batch, length)`, *optional*):
+            The placeholders that are in no cache yet, if the views may be those of these alone.
+        is_token (`torch.Tensor` of shape `(batch, length)`, *optional*): what is no padding.
+        is_stated (`bool`): N was passed along with the prompt, as our processor does, which dispels any doubt.
+
+    Returns:
+        The reading with T placeholders of each view, or None if the prompt has N placeholders for each view already.
+
+    Raises:
+        `ValueError`: if the prompt has neither T nor N placeholders for each view, or may be read either way.
+    """
+    full, short = sum(num_placeholders), sum(num_kept)
+    if torch.compiler.is_compiling():
+        return _read_traced(placeholders, num_placeholders, num_kept, modality, is_stated)
+    candidates = [placeholders, *([] if new is None else [new])]
+    readings = [
+        Reading(candidate, num_placeholders, num_kept, is_full)
+        for candidate in candidates
+        for is_full in (True, False)
+    ]
+    readings = [reading for reading in readings if reading.fits]
+    label = modality.capitalize()
+    if not readings:
+        rows = candidates[-1].sum(1).tolist()
+        found = sum(rows)
+        if found not in (full, short):
+            raise ValueError(
+                f"{label} features and {modality} tokens do not match, tokens: {found}, features: {short}. A prompt "
+                f"holds either every placeholder that the stock processor writes ({full} for these "
+                f"{len(num_placeholders)} {modality}s) or one for each kept token ({short}); build it with the "
+                "model's processor."
+            )
+        counts = num_kept if found == short else num_placeholders
+        ends = set(itertools.accumulate(counts, initial=0))
+        row = next(row for row, end in enumerate(itertools.accumulate(rows)) if end not in ends)
+        raise ValueError(
+            f"{label} features and {modality} tokens do not match, tokens: {rows[row]} in row {row}, which is no "
+            f"whole number of {modality}s of {counts} tokens; build the prompt with the model's processor."
+        )
+    clear = readings if is_stated else [reading for reading in readings if not reading.is_doubtful(is_token)]
+    if not clear:
+        raise ValueError(
+            f"{label} features and {modality} tokens do not match for certain, tokens: {readings[0].row_ends[-1]}, "
+            f"features: {short}: the prompt may have one placeholder for each kept token, or be a full one with fewer "
+            f"{modality}s or cut at its end. Build it with the model's processor and pass its num_visual_tokens, or "
+            "pass the full prompt."
+        )
+    # The runs of a whole conversation tell apart what their sum does not.
+    reading = next((reading for reading in clear if reading.ends_runs_with_views), clear[0])
+    return reading if reading.is_full and full != short else None
+
+
+def _read_traced(
+    placeholders: torch.BoolTensor, num_placeholders: list[int], num_kept: list[int], modality: str, is_stated: bool
+) -> Reading | None:
+    """
+    As `read_placeholders`, in a graph, which cannot count: a prompt that comes with its N, or that is too short for T
+    placeholders, is short, and its placeholders are counted by upstream inside the graph. Any other has T of each view
+    and as many views in each row.
+    """
+    batch, length = placeholders.shape
+    if is_stated or batch * length < sum(num_placeholders):
+        return None
+    views = len(num_placeholders) // batch
+    problem = (
+        f"A full prompt of {len(num_placeholders)} {modality}s in {batch} rows cannot be traced by torch.compile or "
+        f"torch.export: each row must have as many {modality}s, of T tokens each. Pass short prompts with their "
+        "num_visual_tokens, as the model's processor writes them, or do not trace this batch."
+    )
+    if views * batch != len(num_placeholders):
+        raise ValueError(problem)
+    row_ends = list(itertools.accumulate(num_placeholders))[views - 1 :: views]
+    lost = [total - kept for total, kept in zip(num_placeholders, num_kept)]
+    if len({sum(lost[views * row : views * (row + 1)]) for row in range(batch)}) > 1:
+        raise ValueError(problem)
+    sizes = [end - start for start, end in zip([0, *row_ends], row_ends)]
+    is_right = placeholders.sum(1) == torch.tensor(sizes, device=placeholders.device)
+    torch._assert_async(is_right.all(), problem)
+    return Reading(placeholders, num_placeholders, num_kept, True, row_ends)
+
+
+def mark_kept_placeholders(
+    placeholders: torch.BoolTensor,
+    num_placeholders: list[int],
+    keep_indices: list[torch.LongTensor],
+    modality: str = "image",
+) -> torch.BoolTensor | None:
+    """The columns `(batch, length)` of a prompt that remain; see `read_placeholders` and `Reading.mark_kept`."""
+    reading = read_placeholders(placeholders, num_placeholders, list(map(len, keep_indices)), modality)
+    return None if reading is None else reading.mark_kept(keep_indices, placeholders.device)
+
+
+def run_lengths(placeholders: torch.BoolTensor) -> list[int]:
+    """The lengths of the runs of adjacent placeholders in the rows."""
+    edges = torch.nn.functional.pad(placeholders.long(), (1, 1)).diff(dim=1)
+    return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
+
+
+def _level_runs(
+    flags: torch.BoolTensor, columns: torch.LongTensor, views: list[int], num_kept: list[int] | None
+) -> None:
+    """
+    A processor cannot know which rows of a view keep tokens. Where text stands between the placeholders `columns` of a
+    view, they leave each run in equal shares, as in the prompts that it writes; what they hold stays in order. `flags`
+    `(tokens,)` of an input are changed in place.
+    """
+    starts = [0, *((columns.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(columns)]
+    first = 0
+    for view, length in enumerate(views if len(starts) > 2 else ()):
+        inside = [start for start in starts if first < start < first + length]
+        runs = torch.tensor([first, *inside, first + length]).diff().tolist()
+        if inside:
+            of_view = flags[first : first + length]
+            kept = largest_remainder(runs, int(of_view.sum()) if num_kept is None else num_kept[view])
+            levelled = [torch.arange(run) < count for run, count in zip(runs, kept)]
+            of_view.copy_(torch.cat(levelled).to(flags.device, non_blocking=True))
+        first += length
