@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .compression import CompressedModelMixin
+from .compression import CompressedModelMixin, generating
 from .plans import to_host
 from .prompts import ShortPrompt, is_flat
 from .upstream import CACHE_NAME, cache_of
@@ -56,10 +56,25 @@ class MRoPEModelMixin(CompressedModelMixin):
                 del cache._prunesid_rope_deltas
 
     def forward_compressed(self, forward, **inputs):
+        cache, is_eager = cache_of(inputs), not torch.compiler.is_compiling()
+        if is_eager and hasattr(cache, "_prunesid_upstreams_deltas") and not cache.get_seq_length():
+            del cache._prunesid_upstreams_deltas  # the cache was reset
         output = super().forward_compressed(forward, **inputs)
-        if not isinstance(output, tuple) and not torch.compiler.is_compiling():
+        if not isinstance(output, tuple) and is_eager:
             self.remember_deltas(cache_of(output))
+            self._remember_upstreams_deltas(cache_of(output), inputs)
         return output
+
+    def _remember_upstreams_deltas(self, cache: Any, inputs: dict[str, Any]) -> None:
+        """
+        Of a prompt whose views kept every token, which upstream places: those of a later part of its conversation may
+        lose some, and go on behind it.
+        """
+        views = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        has_views = any(inputs.get(name) is not None for name in views)
+        is_placed = generating.get() is self or inputs.get("position_ids") is None
+        if cache is not None and has_views and is_placed and self.rope_deltas is not self._short_rope_deltas:
+            cache._prunesid_upstreams_deltas = self.rope_deltas
 
     def remember_deltas(self, cache: Any) -> None:
         """A cache that views filled goes on with its own deltas, whatever else the model does in between."""
@@ -124,6 +139,8 @@ class MRoPEModelMixin(CompressedModelMixin):
         elif has_views:
             positions, deltas = self._positions_in_full_prompt(inputs, host, mask, is_generation)
             if (first or cached_length) and seen.any():
+                if not continues and getattr(cache, "_prunesid_upstreams_deltas", None) is not None:
+                    host["rope_deltas"], continues = cache._prunesid_upstreams_deltas.to(where), True
                 offset = seen + host["rope_deltas"] if continues else seen
                 positions, deltas = self._behind(positions, offset * (mask > 0)), deltas + offset - seen
         else:

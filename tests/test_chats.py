@@ -48,6 +48,36 @@ def test_a_picture_a_turn_at_the_default_share(family):
         ids = answer[0].tolist()
 
 
+@pytest.mark.parametrize("passes", ["all", "new", "ids"])
+@pytest.mark.parametrize("family", tiny_qwen.FAMILIES)
+def test_a_picture_that_loses_tokens_behind_one_that_loses_none(family, passes):
+    """Upstream places the first turn, and the second goes on behind it, whatever the model does in between."""
+    model, cache, small, large = tiny_qwen.build(family, budget=0.25).double(), DynamicCache(), (1, 4, 4), (1, 8, 12)
+
+    def inputs(*rows, grids, seeds):
+        ids = torch.tensor([[token for row in rows for token in row]])
+        return {
+            "input_ids": ids,
+            "mm_token_type_ids": (ids == tiny_qwen.IMAGE).int(),
+            "pixel_values": torch.cat([tiny_qwen.pixels([grid], seed) for grid, seed in zip(grids, seeds)]).double(),
+            "image_grid_thw": torch.tensor(grids),
+        }
+
+    first = inputs(tiny_qwen.prompt(family, 5, 7, ("image", small), 20, 21)[0], grids=[small], seeds=[0])
+    ids = model.generate(**first, **{CACHE_NAME: cache}, **GREEDY)[0].tolist()
+    model.generate(**inputs(tiny_qwen.prompt(family, 5, ("image", large), 9)[0], grids=[large], seeds=[3]), **GREEDY)
+    new = tiny_qwen.prompt(family, 6, ("image", large), 22)[0]
+    whole = inputs(ids, new, grids=[small, large], seeds=[0, 1])
+    given = {"all": whole, "new": {**whole, **inputs(new, grids=[large], seeds=[1]), "input_ids": whole["input_ids"]}}
+    given["new"]["mm_token_type_ids"] = whole["mm_token_type_ids"]
+    start = len(ids) - 1  # the last token of an answer is not in the cache
+    part = {name: whole[name][:, start:] for name in ("input_ids", "mm_token_type_ids")}
+    given["ids"] = {**given["new"], **part, "attention_mask": torch.ones_like(whole["input_ids"])}
+    expected = model.generate(**whole, **GREEDY)
+    answer = model.generate(**given[passes], **{CACHE_NAME: cache}, **GREEDY)
+    assert torch.equal(answer[0, -4:], expected[0, -4:])
+
+
 @pytest.mark.parametrize("second", [[6, *[IMAGE] * 36, 30, 31], [6, 7, 8, 9, 10, *[IMAGE] * 36, 30, 31, 32, 33]])
 def test_a_cache_of_another_conversation(second):
     model, cache = build(12, vision=SMALL), DynamicCache()

@@ -13,7 +13,7 @@ import torch
 import transformers
 from tiny import NUM_PATCHES as FULL
 from tiny import batch, build, pixels, prompt, stock_twin
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -35,24 +35,33 @@ STOCK = (
 )
 # Overridden, called or set, by its place.
 TOUCHED = [
+    "configuration_utils.PreTrainedConfig._attn_implementation",
+    "generation.GenerationMixin._expand_multimodal_outputs",
     "generation.GenerationMixin._get_candidate_generator",
     "generation.GenerationMixin._merge_criteria_processor_list",
+    "integrations.peft.PeftAdapterMixin._hf_peft_config_loaded",
     "modeling_utils.PreTrainedModel._from_config",
     "modeling_utils.PreTrainedModel.register_for_auto_class",
     "models.llava.processing_llava.LlavaProcessor._get_num_multimodal_tokens",
     "models.llava_next.processing_llava_next.LlavaNextProcessor._get_num_multimodal_tokens",
+    "processing_utils.ProcessorMixin._merge_kwargs",
     "processing_utils.ProcessorMixin._process_images",
     "processing_utils.ProcessorMixin._process_videos",
     "processing_utils.ProcessorMixin.replace_image_token",
     "processing_utils.ProcessorMixin.replace_video_token",
+    "processing_utils.ProcessorMixin.validate_init_kwargs",
     "cache_utils.Cache.get_mask_sizes",
     "models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "models.auto.modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
-    *(f"models.{name}Model.get_image_features" for name in STOCK),
+    *(f"models.{name}Model.{method}" for name in STOCK for method in ("get_image_features", "get_placeholder_mask")),
     *(f"models.{name}{kind}.forward" for name in STOCK for kind in ("Model", "ForConditionalGeneration")),
     *(f"models.{name}Model.compute_3d_position_ids" for name in QWEN),
     *(f"models.{name}Model.get_rope_index" for name in QWEN),
 ]
+# Set on an instance, where the class has none.
+OF_CONFIGURATIONS = ("_attn_implementation_internal",)
+# Private names of PyTorch, Accelerate and `typing`.
+OF_OTHERS = {"_defaults", "_mkl_linear", "_mkl_reorder_linear_weight", "_old_forward", "_orig_mod"}
 # What upstream takes the cache by.
 NAMES = sorted({"past_key_values", CACHE_NAME})
 # Arguments that we pass or read, by the function that takes them.
@@ -92,12 +101,37 @@ def imported(source):
             yield from (".".join([*place, name.name]) for name in node.names)
 
 
+def private(source):
+    """The private attributes that a file of ours uses, and the names that it defines or gives `self`."""
+    used, own = set(), set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            is_own = isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
+            (own if is_own else used).add(node.attr)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.arg):
+            own.add(node.arg)
+    return used, own
+
+
+def test_the_list_has_every_private_attribute_that_we_use():
+    found = [private(source) for source in SOURCES]
+    used, own = (set().union(*names) for names in zip(*found))
+    known = {path.rpartition(".")[2] for path in TOUCHED} | {*OF_CONFIGURATIONS} | OF_OTHERS | own
+    ours = {name for name in used if name.startswith("_prunesid")} | {"_says_what_it_keeps"}
+    assert used <= known | ours, f"add them to TOUCHED: {sorted(used - known - ours)}"
+
+
 def test_this_release_has_every_name_that_we_touch():
     names = {*TOUCHED, *(name for source in SOURCES for name in imported(source))}
     lacking = sorted(name for name in names if find(name) is None)
     for path, wanted in ARGUMENTS.items():
         parameters = inspect.signature(find(path)).parameters if find(path) is not None else {}
         lacking += [f"{path}({name}=)" for name in wanted if name not in parameters]
+    lacking += [f"PreTrainedConfig().{name}" for name in OF_CONFIGURATIONS if not hasattr(PreTrainedConfig(), name)]
     lacking += [f"conversion mapping of {name}" for name in CONVERSIONS if not get_checkpoint_conversion_mapping(name)]
     if CACHE_NAME not in {field.name for field in fields(CausalLMOutputWithPast)}:
         lacking.append("the cache of CausalLMOutputWithPast by a known name")
