@@ -27,6 +27,8 @@ from .prompts import largest_remainder
 OF_VIDEOS = "num_visual_tokens_of_videos"
 _TYPED_DICT: Any = TypedDict
 _BUDGET_ARGUMENTS = ("num_visual_tokens", "budget_scope", "min_budget", "dynamic", "mrope_positions")
+# What is returned as one number for each input, whatever its rows of pixels are.
+_OF_INPUTS = ("num_visual_tokens", "num_tiles", "num_video_tiles")
 _MOST_TOKENS = 1_000_000  # that a request can ask for: more than any input has
 
 
@@ -99,6 +101,7 @@ class VariantProcessorMixin:
             `ValueError`: if the base needs Python files of its own, or `processor_config.json` of the variant does not
                 hold what it should.
         """
+        check_request(kwargs.get("num_visual_tokens"))
         names = cls._budget_arguments()
         kwargs = {name: value for name, value in kwargs.items() if name not in names or value is not None}
         name, arguments, fields = _locate(pretrained_model_name_or_path, base_trust_remote_code, kwargs)
@@ -201,6 +204,13 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         """Upstream's, for the arguments in the signature; upstream reads them from code that only passes them on."""
         return super().validate_init_kwargs(processor_config, [*inspect.signature(cls.__init__).parameters][1:-1])
 
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict, **kwargs):
+        """Upstream's, with a caller's own parts (vLLM's `tokenizer=`) in place of those that were loaded."""
+        names = [*inspect.signature(cls.__init__).parameters][1 : 1 + len(args)]
+        args = [kwargs.pop(name, part) for name, part in zip(names, args)]
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
+
     def view_lengths(self, modality: str, inputs: dict, index: int, runs: list[int]) -> list[int]:
         """
         The tokens of each view of one input.
@@ -280,6 +290,12 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             )
         elif of_videos is not None:
             output["num_visual_tokens"] = of_videos
+        # vLLM, which asks where each input's text is, gives an input its rows of pixels of a tensor, and of a list its
+        # entry. Chats whose answers are marked ask for it too, with the offsets of their tokens.
+        if kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping"):
+            for name in _OF_INPUTS:
+                if isinstance(output.get(name), torch.Tensor):
+                    output[name] = list(output[name])
         return output
 
     def _get_num_multimodal_tokens(self, image_sizes=None, num_visual_tokens=None, **kwargs) -> MultiModalData:

@@ -57,6 +57,19 @@ def saved(model, folder) -> PrunedProcessorMixin:
     return PruneSIDLlavaProcessor.from_pretrained(folder)
 
 
+def test_an_engine_passes_its_own_tokenizer(tmp_path):
+    """As vLLM does, with the processor arguments of a server or a request."""
+    processor = saved(build(), tmp_path)
+    own = build_processor().tokenizer
+    loaded = PruneSIDLlavaProcessor.from_pretrained(tmp_path, tokenizer=own, num_visual_tokens=3, unknown=1)
+    assert loaded.tokenizer is own
+    assert count(ask(loaded)) == [3]
+    assert count(ask(PruneSIDLlavaProcessor.from_pretrained(tmp_path, tokenizer=own))) == count(ask(processor)) == [8]
+    with pytest.raises(ValueError, match="num_visual_tokens must be at most") as error:
+        PruneSIDLlavaProcessor.from_pretrained(tmp_path, tokenizer=own, num_visual_tokens=10**9)
+    assert one_sentence(error)
+
+
 def test_dynamic_budgets_of_views_are_refused_at_start(tmp_path):
     processor = saved(build(dynamic=True, reference_information=0.6), tmp_path)
     for value in (None, 8):
