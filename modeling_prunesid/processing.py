@@ -155,8 +155,9 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         `ValueError`: for an invalid budget.
     """
 
-    # Whether the family's model has three-dimensional positions. `register_family` says so.
-    has_mrope = False
+    # Whether the family's model has three-dimensional positions, and hands visual features to later layers of the
+    # language model too (deepstack). `register_family` says so.
+    has_mrope = has_deepstack = False
 
     _auto_class = "AutoProcessor"
 
@@ -308,6 +309,11 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         """
         check_request(num_visual_tokens)
         self._check_is_served(num_visual_tokens)
+        if not hasattr(super(), "_get_num_multimodal_tokens"):
+            raise ValueError(
+                "Engines that size prompts before they see an image cannot serve this model: the stock processor of "
+                f"{type(self).__name__} does not say how many tokens an image gets. Use `prunesid generate`."
+            )
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
         if data.num_image_tokens is not None:
             settings = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
@@ -323,6 +329,11 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             raise ValueError(
                 f"{self._thin_variant} is a thin variant, whose weights engines do not find. Make a full one of it: "
                 f"`prunesid convert {self._thin_variant} --output FOLDER`."
+            )
+        if self.has_deepstack:
+            raise ValueError(
+                "vLLM's Transformers backend cannot serve this model: it gives the language model what enters its "
+                "first layer alone, without the deepstack features of later ones. Use `transformers serve`."
             )
         advice = "Engines that size prompts before they see an image cannot serve this model"
         if self.dynamic:

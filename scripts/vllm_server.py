@@ -67,6 +67,7 @@ def serve(folder: Path, home: Path, *arguments: str, timeout: float = 900) -> It
     port = free_port()
     command = [make_environment(), "serve", folder, "--trust-remote-code", "--dtype", "float32", *arguments]
     command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--gpu-memory-utilization", "0.1"]  # of the machine's memory; it asks whether so much is free
     home.mkdir(parents=True, exist_ok=True)
     log = home / "log.txt"
     with log.open("w") as file:

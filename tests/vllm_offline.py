@@ -35,6 +35,8 @@ def ask(place: Path) -> list:
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=8,
+        max_num_batched_tokens=32,  # prompts in chunks, and no room to keep what was encoded
+        gpu_memory_utilization=0.1,
         limit_mm_per_prompt={"image": 3},
     )
     rounds = [engine.generate([prompt], greedy, use_tqdm=False)[0] for prompt in prompts]
