@@ -15,6 +15,7 @@ class PruneSIDGemma3Config(BehindConnectorConfig, Gemma3Config):
     """
 
     model_type = "prunesid_gemma3"
+    is_mm_prefix_lm = True  # placeholders see each other, which vLLM knows by the stock model type
 
 
 class PruneSIDGemma3Model(TiledModelMixin, Gemma3Model):

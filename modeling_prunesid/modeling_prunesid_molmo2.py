@@ -15,6 +15,7 @@ class PruneSIDMolmo2Config(BehindConnectorConfig, Molmo2Config):
     """
 
     model_type = "prunesid_molmo2"
+    is_mm_prefix_lm = True  # placeholders see each other, which vLLM knows by the stock model type
 
 
 class PruneSIDMolmo2Model(PrunedModelMixin, Molmo2Model):

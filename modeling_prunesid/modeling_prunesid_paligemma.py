@@ -17,6 +17,7 @@ class PruneSIDPaliGemmaConfig(BehindConnectorConfig, PaliGemmaConfig):
     """[`PaliGemmaConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each image."""
 
     model_type = "prunesid_paligemma"
+    is_mm_prefix_lm = True  # placeholders see each other, which vLLM knows by the stock model type
 
 
 class PruneSIDPaliGemmaModel(PrunedModelMixin, PaliGemmaModel):

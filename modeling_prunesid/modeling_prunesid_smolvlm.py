@@ -2,6 +2,7 @@
 
 from transformers import (
     GenerationMixin,
+    Idefics3Processor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMModel,
@@ -39,7 +40,13 @@ class PruneSIDSmolVLMForConditionalGeneration(PrunedGenerationMixin, SmolVLMForC
     model_class = PruneSIDSmolVLMModel
 
 
-class PruneSIDSmolVLMProcessor(TiledProcessorMixin, SmolVLMProcessor):
+class CountingSmolVLMProcessor(SmolVLMProcessor):
+    """[`SmolVLMProcessor`], which writes images as Idefics3 does and does not say how many tokens they get."""
+
+    _get_num_multimodal_tokens = Idefics3Processor._get_num_multimodal_tokens
+
+
+class PruneSIDSmolVLMProcessor(TiledProcessorMixin, CountingSmolVLMProcessor):
     """[`SmolVLMProcessor`] that writes short prompts; see [`TiledProcessorMixin`]."""
 
     _videos_are_images = True

@@ -29,6 +29,8 @@ OF_VIDEOS = "num_visual_tokens_of_videos"
 FULL_PROMPTS = "full"  # asks for them by name, in place of a budget
 _TYPED_DICT: Any = TypedDict
 _BUDGET_ARGUMENTS = ("num_visual_tokens", "budget_scope", "min_budget", "dynamic", "mrope_positions", "question")
+# What is returned as one number for each input, whatever its rows of pixels are.
+_OF_INPUTS = ("num_visual_tokens", "num_tiles", "num_video_tiles")
 _MOST_TOKENS = 1_000_000  # that a request can ask for: more than any input has
 
 
@@ -101,6 +103,7 @@ class VariantProcessorMixin:
             `ValueError`: if the base needs Python files of its own, or `processor_config.json` of the variant does not
                 hold what it should.
         """
+        check_request(kwargs.get("num_visual_tokens"))
         names = cls._budget_arguments()
         kwargs = {name: value for name, value in kwargs.items() if name not in names or value is not None}
         name, arguments, fields = _locate(pretrained_model_name_or_path, base_trust_remote_code, kwargs)
@@ -159,8 +162,9 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         `ValueError`: for an invalid budget, or a chat template in which questions cannot be found.
     """
 
-    # Whether the family's model has three-dimensional positions. `register_family` says so.
-    has_mrope = False
+    # Whether the family's model has three-dimensional positions, and hands visual features to later layers of the
+    # language model too (deepstack). `register_family` says so.
+    has_mrope = has_deepstack = False
     # Whether the model chooses tokens by the question, and what finds it.
     question = False
     _question_reader: Any = None
@@ -214,6 +218,13 @@ class PrunedProcessorMixin(VariantProcessorMixin):
     def validate_init_kwargs(cls, processor_config, valid_kwargs):
         """Upstream's, for the arguments in the signature; upstream reads them from code that only passes them on."""
         return super().validate_init_kwargs(processor_config, [*inspect.signature(cls.__init__).parameters][1:-1])
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict, **kwargs):
+        """Upstream's, with a caller's own parts (vLLM's `tokenizer=`) in place of those that were loaded."""
+        names = [*inspect.signature(cls.__init__).parameters][1 : 1 + len(args)]
+        args = [kwargs.pop(name, part) for name, part in zip(names, args)]
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     def view_lengths(self, modality: str, inputs: dict, index: int, runs: list[int]) -> list[int]:
         """
@@ -295,6 +306,12 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             )
         elif of_videos is not None:
             output["num_visual_tokens"] = of_videos
+        # vLLM, which asks where each input's text is, gives an input its rows of pixels of a tensor, and of a list its
+        # entry. Chats whose answers are marked ask for it too, with the offsets of their tokens.
+        if kwargs.get("return_text_replacement_offsets") and not kwargs.get("return_offsets_mapping"):
+            for name in _OF_INPUTS:
+                if isinstance(output.get(name), torch.Tensor):
+                    output[name] = list(output[name])
         return self._mark_question(output) if self.question and "input_ids" in output else output
 
     def _mark_question(self, output: Any) -> Any:
@@ -326,6 +343,11 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         """
         check_request(num_visual_tokens)
         self._check_is_served(num_visual_tokens)
+        if not hasattr(super(), "_get_num_multimodal_tokens"):
+            raise ValueError(
+                "Engines that size prompts before they see an image cannot serve this model: the stock processor of "
+                f"{type(self).__name__} does not say how many tokens an image gets. Use `prunesid generate`."
+            )
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
         if data.num_image_tokens is not None:
             settings = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]
@@ -341,6 +363,11 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             raise ValueError(
                 f"{self._thin_variant} is a thin variant, whose weights engines do not find. Make a full one of it: "
                 f"`prunesid convert {self._thin_variant} --output FOLDER`."
+            )
+        if self.has_deepstack:
+            raise ValueError(
+                "vLLM's Transformers backend cannot serve this model: it gives the language model what enters its "
+                "first layer alone, without the deepstack features of later ones. Use `transformers serve`."
             )
         advice = "Engines that size prompts before they see an image cannot serve this model"
         if self.dynamic:

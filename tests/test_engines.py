@@ -1,19 +1,26 @@
-"""`transformers serve` answers from a folder alone, streamed or not, as `generate` does: `pytest -m engines`."""
+"""
+Engines answer from a folder alone as `generate` does, and nothing that a client sends ends them: `pytest -m engines`.
+
+Installs `transformers serve` beside the tests, and vLLM for CPUs into `out/vllm`, and asks them on loopback.
+"""
 
 import base64
 import io
+import itertools
 import json
 import os
-import socket
+import pickle
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_checkpoint import picture, save_checkpoint
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
@@ -22,6 +29,11 @@ from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLla
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import vllm_server  # noqa: E402
+
+
+sys.path.remove(str(ROOT / "scripts"))
 # What `transformers[serving]` needs beside what the tests have, without torch.
 SERVING = (
     "fastapi==0.165.0",
@@ -73,9 +85,7 @@ def variant(request, tmp_path_factory) -> tuple[Path, list[list]]:
 @pytest.fixture
 def server(serving, variant, tmp_path):
     """The address of a server of the variant."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = vllm_server.free_port()
     place = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     environment = {**os.environ, "PYTHONPATH": str(serving), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     with (tmp_path / "log").open("w") as log:
@@ -165,3 +175,154 @@ def test_a_server_answers_as_generate_does(server, variant):
         with pytest.raises(urllib.error.HTTPError):  # a broken picture ends its own request alone
             request(server, folder, [part_of_data(b"no picture"), part_of("word7")], stream=False)
         assert request(server, folder, parts, stream=True)[0] == text
+
+
+# What vLLM is asked for that it must refuse, in one sentence and with a 4xx.
+BAD = {
+    "a budget of 0": {"mm_processor_kwargs": {"num_visual_tokens": 0}},
+    "a negative budget": {"mm_processor_kwargs": {"num_visual_tokens": -3}},
+    "a huge budget": {"mm_processor_kwargs": {"num_visual_tokens": 10**12}},
+    "a budget above 1": {"mm_processor_kwargs": {"num_visual_tokens": 1.5}},
+    "a budget that is a text": {"mm_processor_kwargs": {"num_visual_tokens": "64"}},
+    "a budget that is a list": {"mm_processor_kwargs": {"num_visual_tokens": [64]}},
+    "more tokens than fit": {"pictures": 3, "mm_processor_kwargs": {"num_visual_tokens": 1.0}},
+    "too many pictures": {"pictures": 4},
+    "no picture": {"data": b"no picture"},
+    "nothing": {"data": b""},
+    "half a picture": {"data": 0.5},
+    "a picture of one pixel": {"size": (1, 1)},
+}
+# Unusual, and answered.
+ODD = {
+    "no budget": {"mm_processor_kwargs": {"num_visual_tokens": None}},
+    "all tokens": {"mm_processor_kwargs": {"num_visual_tokens": 1_000_000}},
+    "a narrow picture": {"size": (2, 1500)},
+    "a huge picture": {"size": (5000, 5000)},
+    "CMYK": {"mode": "CMYK", "kind": "JPEG"},
+    "an animation": {"mode": "P", "kind": "GIF", "append_images": [Image.new("P", (40, 40), 1)], "save_all": True},
+    "a palette with an alpha channel": {"mode": "LA"},
+}
+
+
+def odd_parts(pictures=1, data=None, size=(40, 40), mode="RGB", kind="PNG", mm_processor_kwargs=None, **settings):
+    """The parts of a request of `BAD` or `ODD`."""
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, kind, **settings)
+    whole = buffer.getvalue()
+    whole = whole[: len(whole) // 2] if data == 0.5 else whole if data is None else data
+    return [*[part_of_data(whole)] * pictures, part_of("how many ?")]
+
+
+def ask_vllm(address: str, parts: list[dict], mm_processor_kwargs: dict | None = None) -> tuple[int, list | str]:
+    """The status, and the ids of prompt and answer, or the words of a refusal."""
+    body = {"model": "model", "messages": [{"role": "user", "content": parts}], "max_tokens": 6, "temperature": 0}
+    body |= {"add_special_tokens": True, "return_token_ids": True, "mm_processor_kwargs": mm_processor_kwargs}
+    sent = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(sent, timeout=600) as answer:
+            found = json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]["message"]
+    return 200, [found["usage"]["prompt_tokens"], found["choices"][0]["token_ids"]]
+
+
+def embedded_questions(number: int) -> list[tuple[list, int | float | None]]:
+    """Pictures and a text, or a text alone, and the budget of the request."""
+    from prunesid_cli.scenes import ask, make_scene
+
+    scenes = [make_scene("salient", "test", index) for index in range(12)]
+    texts = [[question.text for question in ask(scene)] for scene in scenes]
+    budgets = itertools.cycle([None, 32, None, 0.25, 128])
+    kinds = itertools.cycle([1, 1, 2, 1, 0, 3, 1])
+    found = []
+    for index, pictures, budget in zip(range(number), kinds, budgets):
+        chosen = [(index + place) % len(scenes) for place in range(pictures)]
+        asked = texts[index % len(scenes)]
+        images = [scenes[each].image for each in chosen]
+        found.append(([*images, asked[index // len(scenes) % len(asked)]], budget if pictures else None))
+    return found
+
+
+def embedded_answers(questions: list[tuple[list, int | float | None]]) -> list[list]:
+    """The length of the prompt and the new tokens of each."""
+    from prunesid_cli.embedded import complete
+
+    folder = complete()
+    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = PruneSIDLlavaProcessor.from_pretrained(folder)
+    answers = []
+    for (*images, text), budget in questions:
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(text=prompt, images=images or None, num_visual_tokens=budget, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, length:]
+        answers.append([length, ids.tolist()])
+    return answers
+
+
+@pytest.mark.timeout(3600)
+def test_vllm_answers_eight_clients_as_generate_does_with_bad_input_in_between(tmp_path):
+    """
+    `PRUNESID_REQUESTS` are as many requests as its value, of which one in ten is bad; `PRUNESID_VLLM` holds further
+    arguments of the server.
+    """
+    from prunesid_cli.embedded import complete
+
+    questions = embedded_questions(50)
+    expected = embedded_answers(questions)
+    assert len({str(ids) for _, ids in expected}) > 5
+    number = int(os.environ.get("PRUNESID_REQUESTS", 0))
+    good = [[question, answer] for question, answer in zip(questions, expected)]
+    good = list(itertools.islice(itertools.cycle(good), max(len(good), number - number // 10)))
+    odd = list(itertools.islice(itertools.cycle({**BAD, **ODD}), max(len(BAD) + len(ODD), number // 10)))
+    step = max(1, len(good) // len(odd))
+    jobs = [
+        job for index, job in enumerate(good) for job in ([job, odd.pop()] if odd and index % step == 0 else [job])
+    ]
+    jobs += odd
+
+    def do(job) -> str | None:
+        """What went wrong."""
+        if isinstance(job, str):
+            case = {**BAD, **ODD}[job]
+            status, said = ask_vllm(address, odd_parts(**case), case.get("mm_processor_kwargs"))
+            is_right = 400 <= status < 500 and "\n" not in said if job in BAD else status == 200
+            return None if is_right else f"{job}: {status} {said}"
+        ((*images, text), budget), answer = job
+        parts = [part_of(part) for part in [*images, text]]
+        kwargs = None if budget is None else {"num_visual_tokens": budget}
+        status, said = ask_vllm(address, parts, kwargs)
+        return None if [status, said] == [200, answer] else f"{text} ({budget}): {status} {said}, not {answer}"
+
+    arguments = ["--trust-request-mm-kwargs", "--max-model-len", "1024", "--limit-mm-per-prompt", '{"image": 3}']
+    arguments += os.environ.get("PRUNESID_VLLM", "").split()
+    with vllm_server.serve(complete(), tmp_path / "home", *arguments) as address:
+        with ThreadPoolExecutor(8) as clients:
+            wrong = [found for found in clients.map(do, jobs) if found]
+        assert not wrong
+        assert not [found for found in map(do, good[:7]) if found]
+
+
+FAMILIES = ["llava", "llava_next", "internvl", "mistral3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
+
+
+@pytest.mark.timeout(3600)
+def test_vllm_runs_families_as_generate_does(tmp_path):
+    """Tiny variants; one, two and three pictures and none, one by one and together, with its caches."""
+    python = vllm_server.make_environment().parent / "python"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "vision"]
+    subprocess.run([*install, "torchvision==0.28.0", "num2words==0.5.14", "docopt==0.6.2"], check=True)
+    here = ROOT / "tests"
+    environment = vllm_server.environment(tmp_path / "home")
+    save = [sys.executable, here / "engine_models.py", tmp_path / "vision", tmp_path, *FAMILIES]
+    subprocess.run(save, check=True, env={**environment, "PYTHONPATH": str(ROOT)})
+    assert len(pickle.loads((tmp_path / "llava.pickle").read_bytes())) == 7
+    ask = [python, here / "vllm_offline.py", tmp_path / "vision", tmp_path, *FAMILIES]
+    run = subprocess.run(ask, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    found = {
+        name: wrong for line in run.stdout.splitlines() if line[:1] == "{" for name, wrong in json.loads(line).items()
+    }
+    assert found == {name: [] for name in FAMILIES}, run.stderr[-4000:]

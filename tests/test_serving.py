@@ -57,6 +57,38 @@ def saved(model, folder) -> PrunedProcessorMixin:
     return PruneSIDLlavaProcessor.from_pretrained(folder)
 
 
+def test_an_engine_passes_its_own_tokenizer(tmp_path):
+    """As vLLM does, with the processor arguments of a server or a request."""
+    processor = saved(build(), tmp_path)
+    own = build_processor().tokenizer
+    loaded = PruneSIDLlavaProcessor.from_pretrained(tmp_path, tokenizer=own, num_visual_tokens=3, unknown=1)
+    assert loaded.tokenizer is own
+    assert count(ask(loaded)) == [3]
+    assert count(ask(PruneSIDLlavaProcessor.from_pretrained(tmp_path, tokenizer=own))) == count(ask(processor)) == [8]
+    with pytest.raises(ValueError, match="num_visual_tokens must be at most") as error:
+        PruneSIDLlavaProcessor.from_pretrained(tmp_path, tokenizer=own, num_visual_tokens=10**9)
+    assert one_sentence(error)
+
+
+def test_an_engine_gets_the_number_of_each_image_for_itself():
+    """vLLM cuts tensors by rows of pixels, of which a tiled image has several: it caches images one by one."""
+    processor = build_ours()
+    asked = ask(processor, num_images=2, return_text_replacement_offsets=True)
+    assert isinstance(asked["num_visual_tokens"], list)
+    assert [int(number) for number in asked["num_visual_tokens"]] == [8, 8]
+    chat = ask(processor, num_images=2, return_text_replacement_offsets=True, return_offsets_mapping=True)
+    assert chat["num_visual_tokens"].tolist() == [8, 8]  # of a chat whose answers are marked, for the model
+
+
+def test_placeholders_that_see_each_other_are_announced():
+    """vLLM knows them by stock model types alone, and would otherwise run our models causally without a word."""
+    for family, sees in (("Gemma3", True), ("PaliGemma", True), ("Molmo2", True), ("Llava", False)):
+        config = getattr(modeling_prunesid, f"PruneSID{family}Config", None)
+        if config is not None:  # Molmo 2 is not in every release
+            assert getattr(config(), "is_mm_prefix_lm", False) == sees
+            assert "is_mm_prefix_lm" not in config().to_dict()
+
+
 def test_dynamic_budgets_of_views_are_refused_at_start(tmp_path):
     processor = saved(build(dynamic=True, reference_information=0.6), tmp_path)
     for value in (None, 8):
@@ -68,7 +100,17 @@ def test_dynamic_budgets_of_views_are_refused_at_start(tmp_path):
     assert processor._get_num_multimodal_tokens(image_sizes=SIZES).num_image_tokens == count(ask(processor)) == [8]
 
 
-@pytest.mark.parametrize("family", QWEN)
+def test_deepstack_features_are_refused_at_start():
+    """vLLM 0.32 drops them, for stock Qwen3-VL on that backend as well."""
+    processor = modeling_prunesid.PruneSIDQwen3VLProcessor.__new__(modeling_prunesid.PruneSIDQwen3VLProcessor)
+    with pytest.raises(ValueError, match="without the deepstack features of later ones. Use `transformers") as error:
+        processor._get_num_multimodal_tokens(image_sizes=SIZES)
+    assert one_sentence(error)
+    assert not modeling_prunesid.PruneSIDQwen2VLProcessor.has_deepstack
+    assert not PruneSIDLlavaProcessor.has_deepstack
+
+
+@pytest.mark.parametrize("family", ("Qwen2VL", "Qwen2_5_VL"))
 def test_positions_of_the_full_prompt_are_refused_at_start(family):
     cls = getattr(modeling_prunesid, f"PruneSID{family}Processor")
     for positions, budget, request, is_refused in (
