@@ -383,6 +383,7 @@ def build(model: AppModel) -> gr.Blocks:
                 dynamic = gr.Checkbox(
                     label="More for busy pictures, fewer for plain ones",
                     info="The number above is then what a typical picture gets.",
+                    elem_id="dynamic",
                 )
                 method = gr.Dropdown(methods, value=model.own_method, label="How squares are chosen", elem_id="method")
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
