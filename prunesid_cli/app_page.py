@@ -364,7 +364,9 @@ def build(model: AppModel) -> gr.Blocks:
                 examples = [
                     gr.Button(label, icon=str(FILES / file), size="sm") for label, (file, _) in EXAMPLES.items()
                 ]
-                file = gr.File(label=f"Or your own (up to {MAX_BYTES // 2**20} MB)", height=130, elem_id="file")
+                file = gr.File(
+                    label=f"Or your own picture or clip (up to {MAX_BYTES // 2**20} MB)", height=130, elem_id="file"
+                )
                 address = gr.Textbox(
                     label="Or its address on the web, then Enter", placeholder="https://", max_lines=1
                 )
