@@ -214,7 +214,7 @@ class CompressedModelMixin:
                 whole conversation, and padding is added on the left.
 
         Returns:
-            The arguments to go on with, and what became of the prompt (None if nothing was dropped).
+            The arguments to go on with, and how the prompt was shortened (None if nothing was dropped).
 
         Raises:
             `ValueError`: if placeholders and views do not match.
@@ -410,7 +410,7 @@ class CompressedModelMixin:
         is_stated: bool,
     ) -> tuple[torch.BoolTensor | None, torch.LongTensor | None]:
         """
-        The columns that remain, None for all, and how many each row loses. Those before `start` were shortened with
+        The kept columns, None for all, and how many each row loses. Those before `start` were shortened with
         the cache, and those before `seen` are in it.
 
         Raises:
