@@ -104,7 +104,7 @@ def write_card(
         base_model=base if is_on_hub else None,
         base_model_relation=("adapter" if thin else "finetune") if is_on_hub else None,
         tags=[_TAG, "visual-token-pruning", *(tags or [])],
-        **(_licence(base, base_revision) if base is not None else {}),
+        **(_license(base, base_revision) if base is not None else {}),
     )
     repo = repo_id or str(folder)
     settings = config.prunesid_config.to_dict()
@@ -158,8 +158,8 @@ def _describe_budget(settings: PretrainedConfig) -> str:
 
 
 @functools.lru_cache
-def _licence(base: str, revision: str | None) -> dict[str, Any]:
-    """The licence fields in the card of the base; none where it has no card, or the card cannot be reached."""
+def _license(base: str, revision: str | None) -> dict[str, Any]:
+    """The license fields in the card of the base; none where it has no card, or the card cannot be reached."""
     try:
         path = cached_file(base, "README.md", revision=revision)
         data = ModelCard.load(path, ignore_metadata_errors=True).data

@@ -120,7 +120,7 @@ class CompressedModelMixin:
                 whole conversation, and padding is added on the left.
 
         Returns:
-            The arguments to go on with, and what became of the prompt (None if nothing was dropped).
+            The arguments to go on with, and how the prompt was shortened (None if nothing was dropped).
 
         Raises:
             `ValueError`: if placeholders and views do not match.

@@ -72,7 +72,7 @@ def bounded_quotas(
 
     Each group gets one token; the others follow by cumulative rounding of the survivors' shares, halves to the even
     number, up to 5 * ceil(N / 64) or the group's survivors. Where the groups cannot hold N so, every bound rises by
-    one token at a time up to the group's own tokens: a group then hands over suppressed tokens before another has
+    one token at a time up to the group's own tokens: a group then contributes suppressed tokens before another has
     handed over all of its survivors. What the bounds cut off goes to the groups with most survivors. One rule is ours:
     where the groups outnumber `total`, none is sure of a token (the release returns more than N, or drops groups).
 

@@ -270,7 +270,7 @@ def push_folder(
 ) -> CommitInfo:
     """
     Upload a saved variant in a single commit, which also removes weights of an earlier upload that it does not have.
-    An upload that is broken off leaves the repo as it was; the next one completes it.
+    An upload that is interrupted leaves the repo as it was; the next one completes it.
 
     Args:
         folder: a flat folder that `save_pretrained` wrote.

@@ -82,7 +82,7 @@ def select_tokens(
         return_details (`bool`): also return groups and scores.
 
     Raises:
-        ValueError: an argument is none of the above; the message names it, its value and the mend.
+        ValueError: an argument is none of the above; the message names it, its value and how to fix it.
     """
     _check_hidden_states(hidden_states)
     for name, value in {"score": score, "center": center, "quota": quota, "grouping": grouping}.items():

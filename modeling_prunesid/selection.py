@@ -5,7 +5,7 @@ The steps in the paper's order, each one function, for all views (images, crops,
 1. PSCA (section 3.2, equations 1-3): `principal_components` over the *token* axis; each token joins its strongest one.
 2. Redundancy (equations 4-5): `redundancy`, the mean cosine similarity over all pairs of tokens.
 3. NMS (section 3.3): `survivors`, in each group a token too similar to a better one is suppressed.
-4. Quotas (equation 6): `proportional_quotas`; each group hands over its best survivors.
+4. Quotas (equation 6): `proportional_quotas`; each group contributes its best survivors.
 5. Dynamic budgets (section 3.4, equation 7): `information_budgets`, more tokens for views with more information.
 
 It works on tensors and knows no model. Nothing is random, and the host waits for nothing: what it must know, the
@@ -118,7 +118,7 @@ def select_by_groups(
         views, counts, settings, context: as every method's.
         score (`"component"`, `"cls_attention"` or `"attention"`), center (`"tokens"` or `"features"`).
         share_out: function of survivors and of tokens of each group `(views, groups)`, N and the N of bounds
-            `(views, 1)` and T, that returns quotas. A group hands over its survivors before the others.
+            `(views, 1)` and T, that returns quotas. A group contributes its survivors before the others.
         grouping (`"psca"`, `"kmeans"` or `"random"`), seed (`int`).
     """
     tokens, most = views.shape[1], largest(context)

@@ -76,9 +76,10 @@ def explain_views(model: Any, processor: Any, image: Image.Image | Sequence[Imag
         image (`PIL.Image.Image` or a sequence of them): an image, or the frames of a clip.
     """
     is_clip = not isinstance(image, Image.Image)
+    frames: Any = image if is_clip else [image]
     if is_clip:
-        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in image])
-        inputs = processor.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
+        clip = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
+        inputs = processor.video_processor(videos=[clip], do_sample_frames=False, return_tensors="pt")
     else:
         inputs = processor.image_processor(images=image, return_tensors="pt")
     inputs = inputs.to(model.device, model.dtype)
@@ -101,14 +102,14 @@ def explain_views(model: Any, processor: Any, image: Image.Image | Sequence[Imag
             f"prunesid_config.budget={model.config.prunesid_config.budget}. Set a smaller budget."
         )
     explained = [one for call in found for one in _explain_call(call, model.config.prunesid_config)]
-    ratio = None if is_clip or len(explained) > 1 else image.width / image.height
+    ratio = None if is_clip or len(explained) > 1 else frames[0].width / frames[0].height
     pictures = _pictures_of(inputs, processor.video_processor if is_clip else processor.image_processor)
     for place, one in enumerate(explained):
         one.grid = _grid_of(inputs, one.grid[1], model, ratio)
         if len(explained) > 1 and len(pictures) == len(explained):
             one.picture = pictures[place]
         elif is_clip:
-            one.picture = image[place * len(image) // len(explained)]
+            one.picture = frames[place * len(frames) // len(explained)]
     explained[0].is_cropped = len(explained) == 1 and bool(getattr(processor.image_processor, "do_center_crop", False))
     return explained
 

@@ -3,7 +3,7 @@ ViTCoP (arXiv 2601.17818) on tensors: three stages that leave fewer and fewer vi
 
 Stage I, in the vision tower, keeps the tokens that the CLS token attends to most and clusters them. Stage II, in an
 early layer of the language model, keeps the best tokens of each cluster and merges the others. Stage III, in a late
-layer, keeps a fifth of what is left. Inside the language model a token is the more important the smaller the L2 norm
+layer, keeps a fifth of the others. Inside the language model a token is the more important the smaller the L2 norm
 of its key is, so that no attention weights are needed.
 """
 

@@ -249,8 +249,11 @@ class AppModel:
             settings.method_settings = own
 
     def _ask(self, picture: Picture, question: str) -> Any:
-        write = ask if isinstance(picture, Image.Image) else ask_about_clip
-        return write(self.processor, picture, question).to(self.model.device, self.model.dtype)
+        if isinstance(picture, Image.Image):
+            inputs = ask(self.processor, picture, question)
+        else:
+            inputs = ask_about_clip(self.processor, picture, question)
+        return inputs.to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
     def _generate(

@@ -129,6 +129,10 @@ def sentence_of(error: Exception) -> str:
     return "Something went wrong on the server. Try again, or another picture."
 
 
+def frames_of(picture: Picture) -> tuple[Image.Image, ...]:
+    return (picture,) if isinstance(picture, Image.Image) else picture
+
+
 class Page:
     """What the events of the page call. A picture is a visitor's own; the model is everybody's."""
 
@@ -172,7 +176,7 @@ class Page:
     def parts(self, picture: Picture, views: list[Explanation] | None, part: float) -> Any:
         """The slider for the frames of a clip, or the crops or tiles of a picture; hidden where there is one."""
         is_clip = not isinstance(picture, Image.Image)
-        count = len(picture) if is_clip and not self.model.reads_clips else len(views or [None])
+        count = len(frames_of(picture)) if is_clip and not self.model.reads_clips else len(views or [None])
         label = f"Frame of the clip, of {count}" if is_clip else f"Part of the picture that is shown, of {count}"
         return gr.update(maximum=max(count, 2), visible=count > 1, label=label, value=min(max(int(part), 1), count))
 
@@ -189,8 +193,7 @@ class Page:
                 limit = gr.update(maximum=total, value=min(int(budget), total), label=f"Squares to keep, of {total}")
             if (choice.budget or 0) >= total and not is_dynamic:
                 whole = f"All {total} squares are kept: nothing is dropped. Move the slider to the left."
-                first = subject[0] if is_clip else subject
-                drawn = draw_whole(first, (rows, columns), self.model.is_cropped and not is_clip)
+                drawn = draw_whole(frames_of(subject)[0], (rows, columns), self.model.is_cropped and not is_clip)
                 return say(whole), drawn, "", code, self.parts(picture, None, part), limit
             views = self.model.look(subject, choice, question)
         except Exception as error:
@@ -254,8 +257,7 @@ class Page:
                     if budget < rows * columns:
                         views = self.model.look(subject, self.choice(budget, method, False), question)
                         seen = views[min(max(int(part), 1), len(views)) - 1]
-                        shown = subject if isinstance(subject, Image.Image) else subject[0]
-                        figures.append(draw_small(shown, seen, f"{budget} squares"))
+                        figures.append(draw_small(frames_of(subject)[0], seen, f"{budget} squares"))
             return f'<div class="ps-strip">{"".join(figures)}</div>'
         except Exception as error:
             return say(sentence_of(error), True)
@@ -264,12 +266,11 @@ class Page:
         """Two methods beside each other."""
         try:
             subject = self.subject(picture, part)
-            pair = []
-            for method in (first, second):
-                views = self.model.look(subject, self.choice(budget, method, False), question)
-                pair.append(views[min(max(int(part), 1), len(views)) - 1])
-            shown = subject if isinstance(subject, Image.Image) else subject[0]
-            return draw_pair(shown, *pair, (name_of(first), name_of(second)))
+            one, other = (
+                self.model.look(subject, self.choice(budget, method, False), question) for method in (first, second)
+            )
+            place = min(max(int(part), 1), len(one), len(other)) - 1
+            return draw_pair(frames_of(subject)[0], one[place], other[place], (name_of(first), name_of(second)))
         except Exception as error:
             return say(sentence_of(error), True)
 
@@ -364,7 +365,9 @@ def build(model: AppModel) -> gr.Blocks:
                 examples = [
                     gr.Button(label, icon=str(FILES / file), size="sm") for label, (file, _) in EXAMPLES.items()
                 ]
-                file = gr.File(label=f"Or your own (up to {MAX_BYTES // 2**20} MB)", height=130, elem_id="file")
+                file = gr.File(
+                    label=f"Or your own picture or clip (up to {MAX_BYTES // 2**20} MB)", height=130, elem_id="file"
+                )
                 address = gr.Textbox(
                     label="Or its address on the web, then Enter", placeholder="https://", max_lines=1
                 )
@@ -383,6 +386,7 @@ def build(model: AppModel) -> gr.Blocks:
                 dynamic = gr.Checkbox(
                     label="More for busy pictures, fewer for plain ones",
                     info="The number above is then what a typical picture gets.",
+                    elem_id="dynamic",
                 )
                 method = gr.Dropdown(methods, value=model.own_method, label="How squares are chosen", elem_id="method")
                 button = gr.Button("Ask", variant="primary", elem_id="ask")

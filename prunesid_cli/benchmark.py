@@ -199,7 +199,7 @@ def time_stages(features: torch.Tensor, budget: int, rounds: int) -> dict[str, f
 
 def compare_selection(tokens: torch.Tensor, cases: list[tuple[int, int, int]], rounds: int) -> dict[str, float]:
     """a. Time and memory of both computations for `(batch, tokens, budget)` cases; the ratios by name."""
-    print("\na. Selection: ours against the way of the release")
+    print("\na. Selection: ours against the reference implementation")
     print(f"{'':16}{'release':>34}{'ours':>30}{'ratio':>8}{'peak MiB':>18}{'ratio':>8}")
     ratios = {}
     for batch, length, budget in cases:

@@ -10,6 +10,8 @@ called.
 import argparse
 import importlib
 import json
+import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -76,6 +78,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"prunesid {name}: this command needs the package {missing!r}, which is not installed. Install the extra "
             f"{extra!r} of the checkout or wheel that you have, for example: pip install -e '.[{extra}]'"
         )
+    except ImportError as error:
+        missing_backend = re.search(r"(\w+) requires the (\w+) library", str(error))
+        if missing_backend is None:
+            raise
+        wanted = missing_backend[2].lower()
+        fail(
+            f"prunesid {name}: {missing_backend[1]} of this checkpoint needs the package {wanted!r}, which is not "
+            f"installed. Install it: pip install {wanted}"
+        )
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, SafetensorError) as error:
         fail(f"prunesid {name}: {error}")
     if report is not None:
@@ -92,5 +105,9 @@ def entry_point() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # its reader, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

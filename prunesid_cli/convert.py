@@ -10,12 +10,17 @@ A preset is a name that `prunesid presets` lists, or a file that `prunesid calib
 budget. A preset of ViTCoP makes a variant of ViTCoP. A variant keeps its own settings where neither is given:
 so a thin one becomes one with weights, as engines need it.
 
+A published Mini-Gemini checkpoint (MGM) is brought into Transformers' layout, with the towers that it names. Without
+`--budget` and `--preset` that is the output, a checkpoint to make variants of, thin ones included.
+
 Examples:
     prunesid convert llava-hf/llava-1.5-7b-hf --budget 64 --thin --output out/llava-64
     prunesid convert llava-hf/llava-1.5-7b-hf --preset llava_1.5_128_release --output out/llava-128
     prunesid convert llava-hf/llava-1.5-7b-hf --preset out/calibrated.json --thin --output out/dynamic \\
         --push-to-hub my-name/llava-1.5-7b-prunesid-dynamic --private
     prunesid convert out/llava-64 --output out/llava-64-full                   # of a thin variant, for vLLM
+    prunesid convert MGM-7B --vision-tower clip-vit-large-patch14-336 \\
+        --high-res-vision-tower CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup --output out/mini-gemini-7b
 """
 
 import argparse
@@ -75,7 +80,7 @@ def find_family(checkpoint: str, revision: str | None = None, method: str | None
     if model_type.startswith("mgm"):
         raise ValueError(
             f"{checkpoint} is a published checkpoint of Mini-Gemini (model_type {model_type!r}). Bring it into "
-            "Transformers' layout first: scripts/convert_mini_gemini.py of the checkout."
+            f"Transformers' layout first: `prunesid convert {checkpoint} --vision-tower ... --output ...`."
         )
     try:
         return head_of(model_type)
@@ -141,10 +146,12 @@ def convert(
     push_to_hub: str | None = None,
     private: bool | None = None,
     method: str = "prunesid",
+    made_from: str | None = None,
 ) -> dict[str, Any]:
     """
     Write a variant to the folder `output`, verified, and push it where `push_to_hub` names a repo. Settings of None
-    are those of the checkpoint, which then is a variant; else they are of `method`, `"prunesid"` or `"vitcop"`.
+    are those of the checkpoint, which then is a variant; else they are of `method`, `"prunesid"` or `"vitcop"`. The
+    card says `made_from`, where the checkpoint is a temporary one.
 
     Returns:
         `dict`: what was written, for the last line of the script.
@@ -170,6 +177,8 @@ def convert(
         )
         if info["missing_keys"]:
             raise ValueError(f"{checkpoint} lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
+        if made_from is not None:
+            model.config.name_or_path = made_from
         model.save_pretrained(folder, thin=thin, repo_id=push_to_hub or str(output))
         has_processor = (folder / "processor_config.json").exists()
         processor = model_class._processor_class.from_pretrained(folder) if has_processor else None
@@ -184,7 +193,7 @@ def convert(
         target.chmod(0o755)
 
     report = {
-        "model": checkpoint,
+        "model": made_from or checkpoint,
         "class": model_class.__name__,
         "budget": budget,
         "thin": thin,
@@ -242,6 +251,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="publish the variant as this repo")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repo")
+    towers = parser.add_argument_group("published checkpoints of Mini-Gemini (MGM)")
+    towers.add_argument("--vision-tower", type=Path, help="folder of CLIP ViT-L/14-336")
+    towers.add_argument("--high-res-vision-tower", type=Path, help="folder of OpenCLIP's ConvNeXt, if MGM lacks it")
 
 
 def read_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, str]:
@@ -274,7 +286,58 @@ def read_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None,
     return settings, method
 
 
+def is_mini_gemini(arguments: argparse.Namespace) -> bool:
+    """
+    Whether the model is a published checkpoint of Mini-Gemini.
+
+    Raises:
+        `ValueError`: for arguments that such a checkpoint lacks, or that others do not have.
+    """
+    fields, _ = PretrainedConfig.get_config_dict(arguments.model, revision=arguments.revision)
+    if not str(fields.get("model_type")).startswith("mgm"):
+        if arguments.vision_tower is not None or arguments.high_res_vision_tower is not None:
+            raise ValueError(
+                f"--vision-tower and --high-res-vision-tower are for published checkpoints of Mini-Gemini, got "
+                f"{arguments.model} of model_type {fields.get('model_type')!r}. Leave them out."
+            )
+        return False
+    if not Path(arguments.model).is_dir() or arguments.vision_tower is None:
+        raise ValueError(
+            f"{arguments.model} is a published checkpoint of Mini-Gemini: it must be a folder, with --vision-tower "
+            "that of CLIP ViT-L/14-336, and --high-res-vision-tower that of OpenCLIP's ConvNeXt if the checkpoint "
+            "does not hold it. Download them with `hf download`."
+        )
+    if arguments.thin or arguments.push_to_hub:
+        raise ValueError(
+            f"{arguments.model} has no weights in Transformers' layout that a thin variant could take. Convert it "
+            "without --thin, --push-to-hub, --budget and --preset first, then convert the output."
+        )
+    return True
+
+
+def run_mini_gemini(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Bring a published checkpoint into Transformers' layout, and make a variant of it where settings are given."""
+    from prunesid_cli.mini_gemini_checkpoint import bring_into_layout
+
+    towers = arguments.vision_tower, arguments.high_res_vision_tower
+    target, existing = find_place(arguments.output)
+    with staging_folder(existing) as staging:
+        folder = staging / "mini_gemini"
+        bring_into_layout(Path(arguments.model), *towers, folder)
+        if arguments.budget is not None or arguments.preset is not None:
+            given = argparse.Namespace(**{**vars(arguments), "model": str(folder)})
+            settings, method = read_settings(given)
+            return convert(str(folder), arguments.output, settings, method=method, made_from=arguments.model)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, target)
+        target.chmod(0o755)
+    print(f"{arguments.output} holds the model and its processor in Transformers' layout. Make variants of it.")
+    return {"model": arguments.model, "class": "MiniGeminiForConditionalGeneration", "output": str(arguments.output)}
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    if is_mini_gemini(arguments):
+        return run_mini_gemini(arguments)
     settings, method = read_settings(arguments)
     report = convert(
         arguments.model,

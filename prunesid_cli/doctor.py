@@ -23,7 +23,9 @@ from prunesid_cli import embedded_folder
 NEWEST_TESTED = "5.24"
 # extra: the packages whose modules its commands import
 EXTRAS = {
+    "app": ("av", "gradio", "onnx"),
     "demo": ("av", "gguf", "matplotlib", "onnx", "skimage", "sklearn"),
+    "docs": ("mkdocs", "material", "mkdocstrings_handlers"),
     "lmms-eval": ("decord", "lmms_eval"),
     "test": ("cloudpickle", "datasets", "peft", "pytest"),
 }
@@ -51,7 +53,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             problems.append(f"Pruning fails on {device}: {type(error).__name__}: {error}")
     if torch.version.cuda is not None and not torch.cuda.is_available():
         problems.append("PyTorch is built for CUDA but finds no GPU. Check the driver with nvidia-smi.")
-    works["model families"] = ", ".join(sorted(modeling_prunesid.FAMILIES))
+    works["model families"] = f"{len(modeling_prunesid.FAMILIES)}, listed in docs/families.md"
+    works["clips"] = "torchvision is installed"
+    if importlib.util.find_spec("torchvision") is None:
+        works["clips"] = "processors of Qwen-VL, InternVL, Video-LLaVA and others need: pip install torchvision"
     for extra, modules in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         works[f"extra {extra}"] = f"not installed: {', '.join(missing)}" if missing else "installed"

@@ -280,7 +280,7 @@ def num_patches(model) -> int:
 
 
 def measure_cost(model, processor, cases: list[tuple[str, int]], split: str) -> dict[tuple[str, int], dict]:
-    """Median time to the first token and peak memory of one question about one picture, the cases by turns."""
+    """Median time to the first token and peak memory of one question about one picture, the cases interleaved."""
     inputs = build_chunk(processor, model.device, 0, [scene_of(split, 0)], 1).inputs
 
     def first_token(case):

@@ -1,4 +1,4 @@
-"""How the scripts measure: by turns, medians, and the tensors that PyTorch holds at its peak."""
+"""How the commands measure: interleaved, medians, and the tensors that PyTorch holds at its peak."""
 
 import json
 import os

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_clip import save_clip
 
 from prunesid_cli import baselines
 
 
 # Gradio's own warnings are not ours to mend, and its server runs in this process.
 pytestmark = [pytest.mark.app, pytest.mark.filterwarnings("default::DeprecationWarning")]
-SECONDS = 120  # until something must have appeared, on a busy machine
+SECONDS = 280  # until something must have appeared, on a busy machine
 SQUARES = 576
 
 
@@ -87,11 +88,18 @@ class Visitor:
         box.send_keys(Keys.CONTROL, "a")
         box.send_keys(Keys.BACKSPACE, question)
 
+    def picture(self):
+        return self.driver.execute_script("return document.querySelector('#picture image').outerHTML")
+
     def example(self, label):
-        before = self.driver.execute_script("return document.querySelector('#picture image').outerHTML")
+        before = self.picture()
         self.driver.find_element("xpath", f"//button[contains(., '{label}')]").click()
-        script = "return document.querySelector('#picture image').outerHTML"
-        self.wait(lambda: self.driver.execute_script(script) != before)
+        self.wait(lambda: self.picture() != before)
+
+    def upload(self, path):
+        before = self.picture()
+        self.find("#file input[type=file]").send_keys(str(path))
+        self.wait(lambda: self.picture() != before)
 
     def show(self, name):
         folder = os.environ.get("APP_SCREENSHOTS")
@@ -117,12 +125,12 @@ def visitor(page):
 def scene(variant, seed):
     from prunesid_cli.scenes import make_scene
 
-    return make_scene(variant, "test", seed).image
+    return make_scene(variant, "test", seed)
 
 
 def test_an_uploaded_picture_is_shown_and_asked_about(visitor, tmp_path):
     before = visitor.text("#sentences")
-    scene("salient", 1).save(tmp_path / "mine.png")
+    scene("salient", 1).image.save(tmp_path / "mine.png")
     visitor.find("#file input[type=file]").send_keys(str(tmp_path / "mine.png"))
     visitor.wait(lambda: visitor.text("#sentences") not in ("", before))
     full, kept = visitor.ask("what word is printed?")
@@ -157,6 +165,54 @@ def test_sliding_changes_the_picture_and_takes_back_the_answers(visitor):
     number.send_keys(Keys.CONTROL, "a")
     number.send_keys("64", Keys.TAB)
     visitor.wait(lambda: visitor.count("#picture .ps-kept") == 64)
+
+
+def test_a_dynamic_budget_gives_plain_pictures_less(visitor, tmp_path):
+    visitor.example("Balloons")
+    visitor.find("#dynamic input[type=checkbox]").click()
+    visitor.wait(lambda: visitor.count("#picture .ps-kept") not in (0, 64))
+    busy = visitor.count("#picture .ps-kept")
+    Image.new("RGB", (300, 300), (90, 140, 90)).save(tmp_path / "plain.png")
+    visitor.upload(tmp_path / "plain.png")
+    assert 1 <= visitor.count("#picture .ps-kept") < busy
+    visitor.show("dynamic")
+    visitor.find("#dynamic input[type=checkbox]").click()
+    visitor.wait(lambda: visitor.count("#picture .ps-kept") == 64)
+
+
+def test_a_clip_is_shown_frame_by_frame(visitor, tmp_path):
+    """The embedded model reads pictures, so that the frame that is shown is asked about."""
+    from selenium.webdriver.common.keys import Keys
+
+    save_clip(tmp_path / "clip.mp4", [scene("salient", seed).image for seed in range(1, 9)])
+    visitor.upload(tmp_path / "clip.mp4")
+    visitor.wait(lambda: visitor.count("#part input[type=range]") == 1)
+    visitor.wait(lambda: visitor.count("#picture .ps-kept") == 64)
+    first = visitor.ask("what word is printed?")[0]
+    picture = visitor.picture()
+    visitor.find("#part input[type=range]").send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    visitor.wait(lambda: visitor.picture() != picture)
+    visitor.wait(lambda: visitor.text("#full textarea") == "")
+    assert visitor.ask("what word is printed?")[0] != first == "sale"
+    visitor.show("clip")
+    visitor.example("Burgers")
+    visitor.wait(lambda: visitor.count("#part input") == 0)
+
+
+def test_a_method_that_reads_the_question_is_shown_in_the_page(visitor):
+    from selenium.webdriver.common.keys import Keys
+
+    box = visitor.find("#method input")
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys("FastV", Keys.ENTER)
+    visitor.wait(lambda: "reach the last layer" in visitor.text("#status"))
+    visitor.show("fastv")
+    full, kept = visitor.ask("how many times does the burger appear?")
+    assert full and kept
+    box = visitor.find("#method input")
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys("PruneSID, as the paper", Keys.ENTER)
+    visitor.wait(lambda: "64 of 576 squares are kept" in visitor.text("#status"))
 
 
 def test_pointing_at_a_square_tells_its_story_and_shows_what_suppressed_it(visitor):
@@ -338,7 +394,7 @@ def test_twenty_visitors_are_served_in_turn(page):
     def one(number):
         session = f"visitor{number:020}"
         assert call(page, "<lambda>", session)[0]
-        success, output = call(page, "show", session, None, "what word is printed?", 20 + number, "paper", False)
+        success, output = call(page, "show", session, None, "what word is printed?", 20 + number, "paper", False, 1)
         return success, json.dumps(output)
 
     assert Choice(20).budget == 20

@@ -8,9 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_clip import save_clip
 
 from prunesid_cli import app_upload
-from prunesid_cli.app_upload import MAX_BYTES, MAX_SIDE, is_public, read_address, read_picture, read_upload
+from prunesid_cli.app_upload import MAX_BYTES, MAX_SIDE, is_public, read_address, read_file, read_picture, read_upload
 
 
 def saved(image, kind, **options):
@@ -77,6 +78,51 @@ def test_what_is_no_picture_is_a_sentence(kind):
 )
 def test_odd_pictures_are_read(content):
     assert read_picture(content, "The file").mode == "RGB"
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "webm", "mkv", "avi"])
+def test_a_clip_is_eight_even_frames(tmp_path, suffix):
+    save_clip(tmp_path / f"clip.{suffix}", [Image.new("RGB", (64, 48), (6 * shade,) * 3) for shade in range(40)])
+    frames = read_upload(str(tmp_path / f"clip.{suffix}"))
+    assert isinstance(frames, tuple) and {frame.size for frame in frames} == {(64, 48)}
+    shades = [np.asarray(frame).mean() / 6 for frame in frames]
+    assert np.abs(np.array(shades) - np.arange(0, 40, 5)).max() < 1
+
+
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nSECRET\n#EXT-X-ENDLIST\n"
+ODD_CLIPS = {
+    "a playlist": (lambda clip, secret: PLAYLIST.replace(b"SECRET", secret), "cannot be read as a picture"),
+    "a list of files": (lambda clip, secret: b"ffconcat version 1.0\nfile " + secret, "cannot be read as a picture"),
+    "cut off": (lambda clip, secret: clip[: len(clip) // 3], "cannot be read as a clip. Choose an MP4"),
+    "a playlist that looks like MP4": (
+        lambda clip, secret: clip[:16] + PLAYLIST.replace(b"SECRET", secret),
+        "cannot be read as a clip",
+    ),
+    "sound": (lambda clip, secret: b"RIFF" + b"\0\0\0\0AVI " + b"\0" * 64, "cannot be read as a clip"),
+    "large": (lambda clip, secret: clip + b"\0" * MAX_BYTES, "is larger than 20 MB. Choose a smaller clip"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_CLIPS)
+def test_what_is_no_clip_is_a_sentence(kind, tmp_path):
+    """And no file of the server is opened because an upload names it."""
+    save_clip(tmp_path / "secret.mp4", [Image.new("RGB", (64, 48))] * 9)
+    change, sentence = ODD_CLIPS[kind]
+    content = change((tmp_path / "secret.mp4").read_bytes(), str(tmp_path / "secret.mp4").encode())
+    with pytest.raises(ValueError, match=sentence) as caught:
+        read_file(content, "The file")
+    assert "Choose" in str(caught.value) and str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "sentence"),
+    [("MAX_FRAME", 10, "has 64 x 48 pixels. Choose a smaller"), ("CLIP_SECONDS", 0.0, "Choose a shorter clip")],
+)
+def test_a_clip_above_a_limit_is_a_sentence(tmp_path, monkeypatch, limit, value, sentence):
+    save_clip(tmp_path / "clip.mp4", [Image.new("RGB", (64, 48))] * 9)
+    monkeypatch.setattr(app_upload, limit, value)
+    with pytest.raises(ValueError, match=f"“clip.mp4” .*{sentence}"):
+        read_upload(str(tmp_path / "clip.mp4"))
 
 
 def test_a_huge_picture_is_made_smaller():

@@ -1,6 +1,9 @@
 """The command `prunesid`: one parser, one way to fail, one line of JSON at the end."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from tiny_checkpoint import picture, save_checkpoint
@@ -52,7 +55,31 @@ def test_a_missing_package_names_the_extra_that_has_it(monkeypatch, capsys):
     assert message.startswith("prunesid presets: this command needs the package 'onnx'") and "'demo'" in message
 
 
-@pytest.mark.parametrize("error", [KeyError("a bug"), ModuleNotFoundError("a bug", name="prunesid_cli.pars")])
+def test_a_processor_that_lacks_a_package_names_it(monkeypatch, capsys):
+    """As Transformers refuses a video processor without torchvision."""
+    error = ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found.")
+    monkeypatch.setattr(command, "import_command", raises(error))
+    assert refusal(capsys, "generate").endswith(
+        "'torchvision', which is not installed. Install it: pip install torchvision"
+    )
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    script = "from prunesid_cli.command import entry_point; entry_point()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "presets"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("a bug"), ImportError("a bug"), ModuleNotFoundError("a bug", name="prunesid_cli.pars")]
+)
 def test_a_bug_is_not_hidden(monkeypatch, error):
     monkeypatch.setattr(command, "import_command", raises(error))
     with pytest.raises(type(error), match="a bug"):

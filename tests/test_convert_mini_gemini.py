@@ -1,9 +1,7 @@
-"""convert_mini_gemini.py on tiny checkpoints of exactly MGM's layout: names, shapes, dtypes and folders."""
+"""`prunesid convert` of Mini-Gemini, on tiny checkpoints of exactly MGM's layout: names, shapes, dtypes, folders."""
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +14,9 @@ from torch.nn.functional import linear as linear_map
 from transformers import CLIPVisionConfig
 
 from modeling_prunesid import MiniGeminiForConditionalGeneration, MiniGeminiProcessor
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import convert_mini_gemini  # noqa: E402
-
-from modeling_prunesid.presets import read_preset  # noqa: E402
-from prunesid_cli import convert  # noqa: E402
+from modeling_prunesid.presets import read_preset
+from prunesid_cli import convert, mini_gemini_checkpoint
+from prunesid_cli.command import main
 
 
 NUM_WORDS = 120
@@ -160,7 +154,7 @@ def towers(tmp_path_factory):
 def converted(towers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted")
     save_mgm(folder / "mgm")
-    convert_mini_gemini.convert(folder / "mgm", *towers, folder / "out")
+    mini_gemini_checkpoint.bring_into_layout(folder / "mgm", *towers, folder / "out")
     return folder
 
 
@@ -172,7 +166,7 @@ def load(folder):
 
 def test_every_weight_is_somewhere_and_every_place_is_filled(converted, towers):
     model = load(converted / "out")
-    given = convert_mini_gemini.gather(converted / "mgm", list(towers))
+    given = mini_gemini_checkpoint.gather(converted / "mgm", list(towers))
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     assert len(given) == len(parameters)
     assert model.dtype == torch.bfloat16
@@ -185,7 +179,9 @@ def test_every_weight_is_somewhere_and_every_place_is_filled(converted, towers):
 def test_the_convnext_computes_what_the_published_names_mean(converted, towers):
     """timm's forward, written out on the weights by their names in OpenCLIP's checkpoint."""
     model = load(converted / "out").float()
-    names = {name: tensor.bfloat16().float() for name, tensor in convert_mini_gemini.read_weights(towers[1]).items()}
+    names = {
+        name: tensor.bfloat16().float() for name, tensor in mini_gemini_checkpoint.read_weights(towers[1]).items()
+    }
 
     def of(name):
         return names[f"visual.trunk.{name}.weight"], names[f"visual.trunk.{name}.bias"]
@@ -244,7 +240,7 @@ def test_the_convnext_computes_what_the_published_names_mean(converted, towers):
     ],
 )
 def test_names(theirs, ours):
-    assert convert_mini_gemini.rename(theirs) == ours
+    assert mini_gemini_checkpoint.rename(theirs) == ours
 
 
 def test_the_configuration_is_the_checkpoints(converted):
@@ -285,6 +281,22 @@ def test_convert_goes_on_with_it(converted, tmp_path):
     assert report["processor"]
 
 
+@pytest.mark.parametrize("settings", [[], ["--preset", "mini_gemini_64", "--budget", "8"]], ids=["layout", "variant"])
+def test_one_command_converts_it(converted, towers, tmp_path, settings, capsys):
+    given = ["--vision-tower", str(towers[0]), "--high-res-vision-tower", str(towers[1])]
+    main(["convert", str(converted / "mgm"), *given, *settings, "--output", str(tmp_path / "out")])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["model"] == str(converted / "mgm")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    if settings:
+        assert report["class"] == "PruneSIDMiniGeminiForConditionalGeneration" and report["budget"] == 8
+        assert str(converted / "mgm") in (tmp_path / "out" / "README.md").read_text()
+        assert ".convert-" not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.[jm][sd]*"))
+    else:
+        stock, expected = load(tmp_path / "out"), load(converted / "out")
+        assert all(torch.equal(one, other) for one, other in zip(stock.parameters(), expected.parameters()))
+
+
 @pytest.mark.parametrize("budget", [192, 128, 64])
 def test_presets_are_the_papers(budget):
     assert read_preset(f"mini_gemini_{budget}").fields == {"budget": budget}
@@ -294,8 +306,8 @@ def test_towers_in_the_checkpoint_take_precedence_and_hd_is_a_setting(towers, tm
     own = clip_shapes("model.vision_tower.vision_tower.")
     own |= convnext_shapes("model.vision_tower_aux.vision_stem", "model.vision_tower_aux.vision_stages")
     save_mgm(tmp_path / "mgm", own, image_grid=2, image_global=True, image_size_aux=2 * HIGH)
-    convert_mini_gemini.convert(tmp_path / "mgm", towers[0], None, tmp_path / "out")
-    model, given = load(tmp_path / "out"), convert_mini_gemini.read_weights(tmp_path / "mgm")
+    mini_gemini_checkpoint.bring_into_layout(tmp_path / "mgm", towers[0], None, tmp_path / "out")
+    model, given = load(tmp_path / "out"), mini_gemini_checkpoint.read_weights(tmp_path / "mgm")
     weight = given["model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight"]
     assert torch.equal(model.model.vision_tower.embeddings.patch_embedding.weight, weight)
     stem = given["model.vision_tower_aux.vision_stem.0.weight"]
@@ -310,13 +322,13 @@ class TestErrors:
     def test_a_weight_without_a_place(self, towers, tmp_path):
         save_mgm(tmp_path / "mgm", {"model.unheard_of.weight": (3,)})
         with pytest.raises(ValueError, match="unexpected keys, for example model.unheard_of.weight"):
-            convert_mini_gemini.convert(tmp_path / "mgm", *towers, tmp_path / "out")
+            mini_gemini_checkpoint.bring_into_layout(tmp_path / "mgm", *towers, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
     def test_a_tower_that_is_nowhere(self, towers, tmp_path):
         save_mgm(tmp_path / "mgm")
         with pytest.raises(ValueError, match="--high-res-vision-tower"):
-            convert_mini_gemini.convert(tmp_path / "mgm", towers[0], None, tmp_path / "out")
+            mini_gemini_checkpoint.bring_into_layout(tmp_path / "mgm", towers[0], None, tmp_path / "out")
 
     @pytest.mark.parametrize(
         "fields",
@@ -325,12 +337,24 @@ class TestErrors:
     def test_another_architecture(self, towers, tmp_path, fields):
         save_mgm(tmp_path / "mgm", **fields)
         with pytest.raises(ValueError, match=next(iter(fields))):
-            convert_mini_gemini.convert(tmp_path / "mgm", *towers, tmp_path / "out")
+            mini_gemini_checkpoint.bring_into_layout(tmp_path / "mgm", *towers, tmp_path / "out")
 
     def test_a_folder_without_weights(self, tmp_path):
         with pytest.raises(ValueError, match="holds no weights"):
-            convert_mini_gemini.read_weights(tmp_path)
+            mini_gemini_checkpoint.read_weights(tmp_path)
 
-    def test_convert_names_the_script_for_a_published_checkpoint(self, converted):
-        with pytest.raises(ValueError, match="convert_mini_gemini.py"):
+    def test_arguments_that_do_not_fit(self, converted, towers, tmp_path, capsys):
+        tower = ["--vision-tower", towers[0]]
+        for arguments, message in (
+            ([converted / "mgm"], "it must be a folder, with --vision-tower"),
+            ([converted / "mgm", *tower, "--thin", "--budget", "8"], "Convert it without --thin"),
+            ([converted / "out", *tower, "--budget", "8"], "are for published checkpoints of Mini-Gemini, got"),
+        ):
+            with pytest.raises(SystemExit):
+                main(["convert", *map(str, arguments), "--output", str(tmp_path / "refused")])
+            assert message in capsys.readouterr().err
+        assert not (tmp_path / "refused").exists()
+
+    def test_other_commands_name_the_one_that_takes_it(self, converted):
+        with pytest.raises(ValueError, match="prunesid convert .*mgm --vision-tower"):
             convert.find_family(str(converted / "mgm"))

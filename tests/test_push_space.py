@@ -3,13 +3,16 @@
 import configparser
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from hub_server import TOKEN, Hub
+from test_app import SECONDS, visit
 
 from prunesid_cli.push_space import CPU_WHEELS, REQUIREMENTS
 
@@ -84,6 +87,47 @@ def test_a_space_is_complete_and_a_second_push_replaces_it(pushed):
 
     assert card(replaced)["models"] == ["owner/llava"] and b"model='owner/llava'" in replaced["app.py"]
     assert not any(name.startswith("embedded/") for name in replaced)
+
+
+@pytest.mark.app
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+def test_the_space_answers_a_question(pushed, tmp_path):
+    """Its files alone, as the Hub holds them, beside the packages of its requirements."""
+    hub, _ = pushed
+    _, files, _ = hub.repos["owner/page"].commits.values()
+    for name, content in files.items():
+        path = tmp_path / "space" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = files["app.py"].decode()
+    assert script.count("port=7860") == 1 and script.count('host="0.0.0.0"') == 1
+    script = script.replace("port=7860", f"port={port}").replace("0.0.0.0", "127.0.0.1")
+    (tmp_path / "space" / "app.py").write_text(script)
+    overlay = [path for path in sys.path if path and Path(path, "gradio").is_dir()]
+    with (tmp_path / "log").open("w") as log:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(overlay), "PYTHONSAFEPATH": ""}
+        process = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=tmp_path / "space", env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        end = time.monotonic() + SECONDS
+        while "The page is at" not in (tmp_path / "log").read_text():
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.5)
+        with visit((f"http://127.0.0.1:{port}/", None)) as visitor:
+            visitor.example("A sign")
+            assert visitor.ask("what word is printed?")[0] == "park"
+    finally:
+        process.terminate()
+        process.wait()
+    loaded = json.loads(subprocess.run(
+        [sys.executable, "-c", "import json, prunesid_cli; print(json.dumps(prunesid_cli.__file__))"],
+        cwd=tmp_path / "space", env=environment, stdout=subprocess.PIPE, text=True, check=True,
+    ).stdout)  # fmt: skip
+    assert Path(loaded).is_relative_to(tmp_path)
 
 
 def test_what_a_space_cannot_have_is_a_sentence(pushed):

@@ -27,7 +27,7 @@ _IMAGE, _IS_KEY, _NUM_FIELDS = 0, 1, 4
 @dataclass
 class Row:
     """
-    One prompt in front of a layer of the language model, with what is left of it.
+    One prompt in front of a layer of the language model, with the tokens that it kept.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(length, hidden_size)`).
@@ -93,7 +93,7 @@ def llm_method(plan: Plan, rule: Rule, encoder: Callable[..., AbstractContextMan
 
     Args:
         plan: where tokens are dropped. Of layers that fall together in a shallower model the last one remains.
-        rule: what is left. Tokens keep their original positions.
+        rule: what is kept. Tokens keep their original positions.
         encoder (*optional*): called with the model and the budget, the context that compresses in the tower before.
     """
 

@@ -3,7 +3,7 @@
 They run the package's published code on the modules of the given model, and are measured in the mean over the layers
 of the language model. S and D scale with its depth, V and p follow the budget (`default_shares`).
 
-With PruneSID N + N // 2 tokens enter the language model, or all T if these are fewer, and are thinned out inside to a
+With PruneSID N + N // 2 tokens enter the language model, or all T if these are fewer, and are pruned inside to a
 mean of N.
 """
 

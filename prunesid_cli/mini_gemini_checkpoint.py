@@ -1,4 +1,4 @@
-"""Make a Mini-Gemini checkpoint in Transformers' conventions from a published one, for `prunesid convert`.
+"""A published Mini-Gemini checkpoint in Transformers' layout, which `prunesid convert` goes on with.
 
 The published checkpoints (MGM) hold the language model, the projectors, and in some of them the towers as they were
 trained; the other towers come from the checkpoints that MGM names: OpenAI's CLIP, and OpenCLIP's ConvNeXt
@@ -7,17 +7,10 @@ written. The language models are those of Llama, Gemma and Mistral (Mixtral is n
 
 `<image>` becomes a token of the tokenizer, with the mean of all embeddings. A tokenizer without a chat template gets
 that of Vicuna, with `Image 1:`, `Image 2:` before the images of a chat that has several, as MGM writes it.
-
-Example:
-    python scripts/convert_mini_gemini.py MGM-7B --vision-tower clip-vit-large-patch14-336 \\
-        --high-res-vision-tower CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup --output out/mini-gemini-7b
-    prunesid convert out/mini-gemini-7b --preset mini_gemini_64 --output out/mini-gemini-7b-64
 """
 
-import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +19,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlavaImageProcessorPil
 
 from modeling_prunesid import MiniGeminiConfig, MiniGeminiForConditionalGeneration, MiniGeminiProcessor
-from prunesid_cli.convert import find_place
 
 
 LANGUAGE_MODELS = {"mgm": "llama", "mgm_gemma": "gemma", "mgm_mistral": "mistral"}
@@ -169,16 +161,14 @@ def add_image_token(tokenizer, weights: dict[str, torch.Tensor]) -> int:
     return token_id
 
 
-def convert(checkpoint: Path, vision_tower: Path, high_res_vision_tower: Path | None, output: Path) -> None:
+def bring_into_layout(checkpoint: Path, vision_tower: Path, high_res_vision_tower: Path | None, output: Path) -> None:
     """
     Write model and processor to the folder `output`.
 
     Raises:
-        `ValueError`: for an unsupported or incomplete checkpoint, weights without a place, or a folder that is not
-            empty.
+        `ValueError`: for an unsupported or incomplete checkpoint, or weights without a place.
         `OSError`: if a checkpoint cannot be read.
     """
-    find_place(output)
     fields = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     weights = gather(checkpoint, [tower for tower in (vision_tower, high_res_vision_tower) if tower is not None])
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -213,21 +203,3 @@ def convert(checkpoint: Path, vision_tower: Path, high_res_vision_tower: Path | 
     )
     model.save_pretrained(output)
     processor.save_pretrained(output)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="folder of a published checkpoint (MGM)")
-    parser.add_argument("--vision-tower", type=Path, required=True, help="folder of CLIP ViT-L/14-336")
-    parser.add_argument("--high-res-vision-tower", type=Path, help="folder of OpenCLIP's ConvNeXt, if MGM lacks it")
-    parser.add_argument("--output", type=Path, required=True, help="new folder")
-    arguments = parser.parse_args(argv)
-    try:
-        convert(arguments.checkpoint, arguments.vision_tower, arguments.high_res_vision_tower, arguments.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_mini_gemini.py: {error}")
-    print(f"{arguments.output} holds the model and its processor; go on with `prunesid convert`")
-
-
-if __name__ == "__main__":
-    main()
