@@ -53,6 +53,10 @@ class PruneSIDPerceptionLMForConditionalGeneration(
 class PruneSIDPerceptionLMProcessor(PrunedProcessorMixin, PerceptionLMProcessor):
     """[`PerceptionLMProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
+    def view_lengths(self, modality, inputs, index, runs):
+        tiles = len(inputs["pixel_values" if modality == "image" else "pixel_values_videos"][index])
+        return [sum(runs) // tiles] * tiles
+
 
 PruneSIDPerceptionLMAutoModel = register_family(
     PruneSIDPerceptionLMForConditionalGeneration, PruneSIDPerceptionLMProcessor

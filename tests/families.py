@@ -1456,9 +1456,15 @@ add(
 )
 
 
-def end_without_relu(model):
-    """Upstream scales the tower's output in place, of which a ResNet's last ReLU would need the values."""
-    getattr(model, "model", model).vision_tower.timm_model.layer4[-1].act2 = torch.nn.GELU()
+def give_gradients(model):
+    """
+    Upstream scales the tower's output in place, of which a ResNet's last ReLU would need the values, and takes the
+    root of the mean square of embeddings, which is zero for those of padding.
+    """
+    base = getattr(model, "model", model)
+    base.vision_tower.timm_model.layer4[-1].act2 = torch.nn.GELU()
+    for table in (base.language_model.embed_tokens, base.language_model.embed_tokens_per_layer):
+        table.weight.data[PAD] = 0.1
 
 
 add(
@@ -1507,7 +1513,7 @@ add(
     tokens=(16,) * 3,
     kept=(5,) * 3,
     token=113,
-    prepare=end_without_relu,
+    prepare=give_gradients,
     needs=("timm",),
 )
 
