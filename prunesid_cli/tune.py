@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,8 @@ def add_lora(model: Any, rank: int) -> Any:
 class Examples:
     """Batches of rows: short prompts with their answers, of which alone the labels are."""
 
-    def __init__(self, processor: Any, ends: Sequence[int]):
-        self.processor, self.tokenizer, self.ends = processor, processor.tokenizer, set(ends)
+    def __init__(self, processor: Any, ends: Sequence[int], dtype: torch.dtype = torch.float32):
+        self.processor, self.tokenizer, self.ends, self.dtype = processor, processor.tokenizer, set(ends), dtype
 
     def texts(self, row: Row) -> tuple[str, str]:
         """The prompt, and the prompt with the answer and what ends it."""
@@ -172,7 +173,8 @@ class Examples:
 
     def _process(self, rows: list[Row], texts: list[str], side: str) -> Any:
         images = [[open_image(row.source)] for row in rows]
-        return self.processor(images=images, text=texts, padding=True, padding_side=side, return_tensors="pt")
+        inputs = self.processor(images=images, text=texts, padding=True, padding_side=side, return_tensors="pt")
+        return inputs.to(self.dtype)
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         pairs = [self.texts(row) for row in rows]
@@ -192,14 +194,20 @@ class Examples:
         return self._process(rows, [self.texts(row)[0] for row in rows], "left")
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 @torch.inference_mode()
 def answers(model: Any, examples: Examples, rows: list[Row], batch_size: int, max_new_tokens: int) -> list[str]:
     """The model's greedy answers."""
     model.eval()
     told: list[str] = []
     for first in tqdm(range(0, len(rows), batch_size), desc="held out"):
-        inputs = examples.prompts(rows[first : first + batch_size]).to(model.device, model.dtype)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        inputs = examples.prompts(rows[first : first + batch_size]).to(model.device)
+        half = torch.autocast(model.device.type, examples.dtype) if is_half(examples.dtype) else nullcontext()
+        with half:
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
         told += [text.strip() for text in examples.processor.batch_decode(new, skip_special_tokens=True)]
     return told
@@ -300,7 +308,9 @@ def load(name: str, settings: dict[str, Any] | None) -> tuple[Any, Any]:
             setattr(processor, field, None)
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"The processor of {name} has no chat template, which writes prompts. Save it with one.")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    if torch.cuda.is_available():
+        return model.to("cuda"), processor
+    return (model.float() if model.dtype == torch.float16 else model), processor  # CPUs do not train in fp16
 
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -331,7 +341,11 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = choose_parameters(model, arguments.train)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    examples = Examples(processor, [end for end in ends if end is not None])
+    dtype = model.dtype
+    for own in model.parameters():
+        if own.requires_grad and is_half(dtype):
+            own.data = own.data.float()  # steps are smaller than what half precision tells apart
+    examples = Examples(processor, [end for end in ends if end is not None], dtype)
     before = _remember(folder / "before.json", lambda: _ask(model, examples, held, arguments))
     adapted = None if arguments.lora is None else add_lora(model, arguments.lora)
     trainer = Tuner(
@@ -353,6 +367,8 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
             label_names=["labels"],
             report_to=[],
             seed=arguments.seed,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
@@ -364,6 +380,9 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     model.requires_grad_(True)
     if adapted is not None:
         model = adapted.merge_and_unload()
+    scored = {} if not held else compare(held, before, _ask(model, examples, held, arguments))
+    for own_name, own in model.named_parameters():
+        own.data = own.data.to(dtype) if own_name in chosen else own.data
     report = {
         "output": str(arguments.output),
         "rows": len(train),
@@ -371,9 +390,8 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         "steps": done.global_step,
         "loss": round(done.training_loss, 4),
         "trained": len(chosen),
+        **scored,
     }
-    if held:
-        report |= compare(held, before, _ask(model, examples, held, arguments))
     with staging_folder(existing) as staging:
         variant = staging / "variant"
         model.save_pretrained(variant, repo_id=str(arguments.output))
