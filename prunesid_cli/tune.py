@@ -11,7 +11,6 @@ Examples:
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ from modeling_prunesid.presets import read_preset
 from prunesid_cli.answer_statistics import as_compared, resample
 from prunesid_cli.convert import find_family, find_place, parse_budget, staging_folder
 from prunesid_cli.images import open_image
+from prunesid_cli.own_rows import COLUMNS, ENDINGS, fields_of
 
 
 TRAINED, JOB, STATE = "trained.safetensors", "job.json", "trainer_state.json"
@@ -59,18 +59,12 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         `ValueError`: for another kind of file, one without rows, or a row that lacks something, by its number.
     """
-    if path.suffix.lower() not in (".csv", ".tsv", ".jsonl") or not path.is_file():
-        raise ValueError(f"The rows must be a .csv, .tsv or .jsonl file, got {path}.")
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".jsonl":
-        given = [_read_json(number, line) for number, line in enumerate(filter(str.strip, text.splitlines()), 1)]
-    else:
-        separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        given = [*csv.DictReader(text.splitlines(keepends=True), delimiter=separator)]
+    if path.suffix.lower() not in ENDINGS or not path.is_file():
+        raise ValueError(f"The rows must be a file ({', '.join(ENDINGS)}), got {path}.")
     rows = []
-    for number, fields in enumerate(given, 1):
-        values = [fields.get("image"), fields.get("question", fields.get("prompt")), fields.get("answer")]
-        for name, value in zip(("image", "question", "answer"), values):
+    for number, fields in fields_of(path):
+        values = [fields.get(name) for name in COLUMNS]
+        for name, value in zip(COLUMNS, values):
             if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value).strip():
                 raise ValueError(f"Row {number} of {path} must have some text as its {name}, got {value!r:.80}.")
         source, question, answer = (str(value).strip() for value in values)
@@ -79,16 +73,6 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} has no rows. Give some questions about images, with their answers.")
     return rows
-
-
-def _read_json(number: int, line: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"Row {number} is no JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"Row {number} must be a JSON object, got {line[:80]!r}.")
-    return fields
 
 
 def split_rows(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
