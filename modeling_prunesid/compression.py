@@ -135,7 +135,7 @@ class CompressedModelMixin:
             plan = self.look_at(inputs, is_generation)
             self._check_before_encoding(plan, requests, is_stated)
         if plan is not None and self.reads_question:
-            inputs = QUESTION.encode_views(self, inputs, plan)
+            inputs = QUESTION.encode_views(self, inputs, plan, cache_of(inputs))
         else:
             inputs = self.encode_views({name: value for name, value in inputs.items() if name != "question_mask"})
 
@@ -155,7 +155,7 @@ class CompressedModelMixin:
         if plan is None:  # later steps on a cache have no views to look for
             plan = self.look_at(inputs, is_generation, is_needed=bool(dropped) or is_generation or cache is None)
         if is_generation and plan.earlier is not None and self.reads_question:
-            QUESTION.check_kept(self.config.prunesid_config)
+            QUESTION.check_kept(self.config.prunesid_config, CACHE_NAME)
         inputs = self._go_on_with_cache(inputs, plan)
         self._check_not_forgotten(inputs, plan, is_generation)
         keep_mask, num_dropped = self._mark_kept(inputs, plan, is_stated)

@@ -15,7 +15,6 @@ import torch
 from .context import ASKED, VIEWS_AT_ONCE
 from .exact import cross, is_batched, mean_of_whole, squares, without_autocast
 from .similarity import RESOLUTION, inverse_lengths, within_one
-from .upstream import CACHE_NAME, cache_of
 
 
 @torch.no_grad()
@@ -159,7 +158,7 @@ def rows_of_inputs(sizes: list[int], counts: list[int]) -> list[int] | None:
 
 
 @torch.compiler.disable
-def encode_views_asked(model: Any, inputs: dict[str, Any], plan: Any) -> dict[str, Any]:
+def encode_views_asked(model: Any, inputs: dict[str, Any], plan: Any, cache: Any) -> dict[str, Any]:
     """
     `model.encode_views` of the arguments of `forward`, whose `question_mask` `(batch, length)` marks the words of each
     row's question.
@@ -168,6 +167,7 @@ def encode_views_asked(model: Any, inputs: dict[str, Any], plan: Any) -> dict[st
         model: a [`CompressedModelMixin`].
         inputs (`dict`): arguments of `forward`, by name.
         plan (`Plan`): what was read of them.
+        cache: that of keys and values among them, or None.
 
     Raises:
         `ValueError`: without a mask of that shape.
@@ -191,7 +191,7 @@ def encode_views_asked(model: Any, inputs: dict[str, Any], plan: Any) -> dict[st
     for placeholders in plan.placeholders.values():
         is_word = is_word & ~placeholders
     with torch.no_grad():
-        question = Question(_words_of(model, columns, is_word), _count(plan, cache_of(inputs)))
+        question = Question(_words_of(model, columns, is_word), _count(plan, cache))
     token = ASKED.set(question)
     try:
         encoded = model.encode_views(inputs)
@@ -227,14 +227,14 @@ def _count(plan: Any, cache: Any) -> dict[str, list[list[int]]]:
     return {name: [own[:, start:].sum(1).tolist() for start in starts] for name, own in plan.placeholders.items()}
 
 
-def check_kept(settings: Any) -> None:
+def check_kept(settings: Any, cache_name: str) -> None:
     """
     Raise a `ValueError` for a conversation that goes on, on a cache whose visual tokens were chosen for the question
     before, unless the settings say that these are kept.
     """
     if (settings.method_settings or {}).get("question") != "keep":
         raise ValueError(
-            f"{CACHE_NAME} holds visual tokens that were chosen for an earlier question. Pass the whole conversation "
+            f"{cache_name} holds visual tokens that were chosen for an earlier question. Pass the whole conversation "
             "with its images and without the cache, which chooses anew, or set method_settings['question']='keep', "
             "which goes on with the earlier choice."
         )

@@ -11,13 +11,13 @@ Examples:
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from modeling_prunesid.presets import read_preset
 from prunesid_cli.answer_statistics import as_compared, resample
 from prunesid_cli.convert import find_family, find_place, parse_budget, staging_folder
 from prunesid_cli.images import open_image
+from prunesid_cli.own_rows import COLUMNS, ENDINGS, fields_of
 
 
 TRAINED, JOB, STATE = "trained.safetensors", "job.json", "trainer_state.json"
@@ -58,18 +59,12 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         `ValueError`: for another kind of file, one without rows, or a row that lacks something, by its number.
     """
-    if path.suffix.lower() not in (".csv", ".tsv", ".jsonl") or not path.is_file():
-        raise ValueError(f"The rows must be a .csv, .tsv or .jsonl file, got {path}.")
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix.lower() == ".jsonl":
-        given = [_read_json(number, line) for number, line in enumerate(filter(str.strip, text.splitlines()), 1)]
-    else:
-        separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        given = [*csv.DictReader(text.splitlines(keepends=True), delimiter=separator)]
+    if path.suffix.lower() not in ENDINGS or not path.is_file():
+        raise ValueError(f"The rows must be a file ({', '.join(ENDINGS)}), got {path}.")
     rows = []
-    for number, fields in enumerate(given, 1):
-        values = [fields.get("image"), fields.get("question", fields.get("prompt")), fields.get("answer")]
-        for name, value in zip(("image", "question", "answer"), values):
+    for number, fields in fields_of(path):
+        values = [fields.get(name) for name in COLUMNS]
+        for name, value in zip(COLUMNS, values):
             if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value).strip():
                 raise ValueError(f"Row {number} of {path} must have some text as its {name}, got {value!r:.80}.")
         source, question, answer = (str(value).strip() for value in values)
@@ -78,16 +73,6 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} has no rows. Give some questions about images, with their answers.")
     return rows
-
-
-def _read_json(number: int, line: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"Row {number} is no JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"Row {number} must be a JSON object, got {line[:80]!r}.")
-    return fields
 
 
 def split_rows(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
@@ -155,8 +140,8 @@ def add_lora(model: Any, rank: int) -> Any:
 class Examples:
     """Batches of rows: short prompts with their answers, of which alone the labels are."""
 
-    def __init__(self, processor: Any, ends: Sequence[int]):
-        self.processor, self.tokenizer, self.ends = processor, processor.tokenizer, set(ends)
+    def __init__(self, processor: Any, ends: Sequence[int], dtype: torch.dtype = torch.float32):
+        self.processor, self.tokenizer, self.ends, self.dtype = processor, processor.tokenizer, set(ends), dtype
 
     def texts(self, row: Row) -> tuple[str, str]:
         """The prompt, and the prompt with the answer and what ends it."""
@@ -172,7 +157,8 @@ class Examples:
 
     def _process(self, rows: list[Row], texts: list[str], side: str) -> Any:
         images = [[open_image(row.source)] for row in rows]
-        return self.processor(images=images, text=texts, padding=True, padding_side=side, return_tensors="pt")
+        inputs = self.processor(images=images, text=texts, padding=True, padding_side=side, return_tensors="pt")
+        return inputs.to(self.dtype)
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         pairs = [self.texts(row) for row in rows]
@@ -192,14 +178,20 @@ class Examples:
         return self._process(rows, [self.texts(row)[0] for row in rows], "left")
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 @torch.inference_mode()
 def answers(model: Any, examples: Examples, rows: list[Row], batch_size: int, max_new_tokens: int) -> list[str]:
     """The model's greedy answers."""
     model.eval()
     told: list[str] = []
     for first in tqdm(range(0, len(rows), batch_size), desc="held out"):
-        inputs = examples.prompts(rows[first : first + batch_size]).to(model.device, model.dtype)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        inputs = examples.prompts(rows[first : first + batch_size]).to(model.device)
+        half = torch.autocast(model.device.type, examples.dtype) if is_half(examples.dtype) else nullcontext()
+        with half:
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
         told += [text.strip() for text in examples.processor.batch_decode(new, skip_special_tokens=True)]
     return told
@@ -300,7 +292,9 @@ def load(name: str, settings: dict[str, Any] | None) -> tuple[Any, Any]:
             setattr(processor, field, None)
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"The processor of {name} has no chat template, which writes prompts. Save it with one.")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    if torch.cuda.is_available():
+        return model.to("cuda"), processor
+    return (model.float() if model.dtype == torch.float16 else model), processor  # CPUs do not train in fp16
 
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -331,7 +325,11 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = choose_parameters(model, arguments.train)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    examples = Examples(processor, [end for end in ends if end is not None])
+    dtype = model.dtype
+    for own in model.parameters():
+        if own.requires_grad and is_half(dtype):
+            own.data = own.data.float()  # steps are smaller than what half precision tells apart
+    examples = Examples(processor, [end for end in ends if end is not None], dtype)
     before = _remember(folder / "before.json", lambda: _ask(model, examples, held, arguments))
     adapted = None if arguments.lora is None else add_lora(model, arguments.lora)
     trainer = Tuner(
@@ -353,6 +351,8 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
             label_names=["labels"],
             report_to=[],
             seed=arguments.seed,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
@@ -364,6 +364,9 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     model.requires_grad_(True)
     if adapted is not None:
         model = adapted.merge_and_unload()
+    scored = {} if not held else compare(held, before, _ask(model, examples, held, arguments))
+    for own_name, own in model.named_parameters():
+        own.data = own.data.to(dtype) if own_name in chosen else own.data
     report = {
         "output": str(arguments.output),
         "rows": len(train),
@@ -371,9 +374,8 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         "steps": done.global_step,
         "loss": round(done.training_loss, 4),
         "trained": len(chosen),
+        **scored,
     }
-    if held:
-        report |= compare(held, before, _ask(model, examples, held, arguments))
     with staging_folder(existing) as staging:
         variant = staging / "variant"
         model.save_pretrained(variant, repo_id=str(arguments.output))

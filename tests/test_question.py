@@ -11,7 +11,8 @@ from test_batched_selection import Settings, extreme_views, smooth
 from tiny import BUDGET, IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_twin
 from tiny_checkpoint import build_processor, picture, save_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, PreTrainedTokenizerFast
+from transformers import AutoProcessor, DynamicCache, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
 from modeling_prunesid.context import Context, counts_on
@@ -253,7 +254,7 @@ def test_without_a_mask_it_is_refused():
         with pytest.raises(ValueError, match="question_mask=None does not say"):
             call(**inputs)
         for wrong in (mask[:, 1:], mask[0], [1, 2]):
-            with pytest.raises(ValueError, match=r"question_mask must have the shape \(batch, length\) = \(3, 102\)"):
+            with pytest.raises(ValueError, match=r"question_mask must have the shape \(batch, length\) = \(3, 104\)"):
                 call(**inputs, question_mask=wrong)
     with pytest.raises(ValueError, match="images alone do not have"):
         model.get_image_features(inputs["pixel_values"])
@@ -263,7 +264,7 @@ def test_without_a_mask_it_is_refused():
 @torch.no_grad()
 def test_labels_do_not_choose_tokens():
     model, inputs = asking(), asked()
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == IMAGE) | (inputs["attention_mask"] == 0), -100)
     keep = model(**inputs, labels=labels).keep_mask
     assert torch.equal(keep, kept_of(model, inputs))
     with pytest.raises(ValueError, match="question_mask=None"):
@@ -458,7 +459,9 @@ def test_a_repo_carries_the_file_only_where_its_method_reads_the_question(tmp_pa
     model = PruneSIDLlavaForConditionalGeneration.from_pretrained(base, prunesid_config=prunesid_config).double()
     model.save_pretrained(tmp_path / "repo")
     assert (tmp_path / "repo" / "question.py").exists() is bool(settings)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "repo", trust_remote_code=True).double()
+    folder = str(tmp_path / "repo")
+    name = "PruneSIDLlavaForConditionalGeneration"
+    loaded = get_class_from_dynamic_module(f"modeling_prunesid_llava.{name}", folder).from_pretrained(folder).double()
     assert type(loaded).__module__.startswith("transformers_modules")
     inputs = asked()
     if not settings:
