@@ -310,7 +310,7 @@ class CompressedModelMixin:
         inputs: dict[str, Any],
         plan: Plan,
         keep_mask: torch.BoolTensor | None,
-        num_dropped: list[int] | None,
+        num_dropped: Any,
         is_generation: bool,
     ) -> ShortPrompt | None:
         """The short prompt, behind the one that is in the cache if `input_ids` repeat that."""
@@ -589,7 +589,7 @@ def _gather_logits(logits: torch.Tensor, columns: torch.LongTensor, keep: int | 
     return gather_columns(logits, columns)
 
 
-def _columns_of(inputs: dict[str, Any]) -> torch.Tensor | None:
+def _columns_of(inputs: dict[str, Any]) -> Any:
     """The ids `(batch, length)` of a prompt, or its embeddings `(batch, length, hidden_size)`."""
     return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
 
