@@ -125,8 +125,7 @@ class CompressedModelMixin:
         Raises:
             `ValueError`: if placeholders and views do not match.
         """
-        is_own_step = not torch.compiler.is_compiling() and generating.get() is self
-        if not torch.compiler.is_compiling() and not is_own_step:
+        if not torch.compiler.is_compiling() and generating.get() is not self:
             is_counted.set(False)
         stated = inputs.get("num_visual_tokens")
         is_stated, is_off = isinstance(stated, (list, tuple, torch.Tensor)), self.is_off(stated)
@@ -138,22 +137,14 @@ class CompressedModelMixin:
             inputs = QUESTION.encode_views(self, inputs, plan, cache_of(inputs))
         else:
             inputs = self.encode_views({name: value for name, value in inputs.items() if name != "question_mask"})
+        unchanged = self._pass_on(inputs, is_generation, is_off)
+        if unchanged is not None:
+            return unchanged, None
 
-        dropped, cache, columns = self._dropped_tokens(inputs), cache_of(inputs), _columns_of(inputs)
-        if not is_generation and not dropped and is_own_step:
-            return self.place(inputs, is_generation), None  # a step of our `generate`, on what it has shortened
-        # A compiled step has its mask in the form that attention takes, which fits the cache.
-        has_memory = hasattr(cache, "_prunesid_prompt") or hasattr(cache, "_prunesid_rope_deltas")
-        has_memory = has_memory and (is_flat(inputs.get("attention_mask")) or not torch.compiler.is_compiling())
-        # The common decoding step, eager or compiled: nothing to look at, and no wait for the device.
-        is_step = columns is not None and (columns.shape[1] == 1 or torch.compiler.is_compiling())
-        if columns is None or (is_step and not is_generation and not dropped and not has_memory):
-            return inputs, None
-        if is_off and not dropped and not has_memory:
-            return self.place(inputs, is_generation), None
-
+        dropped = self._dropped_tokens(inputs)
         if plan is None:  # later steps on a cache have no views to look for
-            plan = self.look_at(inputs, is_generation, is_needed=bool(dropped) or is_generation or cache is None)
+            is_needed = bool(dropped) or is_generation or cache_of(inputs) is None
+            plan = self.look_at(inputs, is_generation, is_needed)
         if is_generation and plan.earlier is not None and self.reads_question:
             QUESTION.check_kept(self.config.prunesid_config, CACHE_NAME)
         inputs = self._go_on_with_cache(inputs, plan)
@@ -164,11 +155,28 @@ class CompressedModelMixin:
         prompt = self._plan_prompt(inputs, plan, keep_mask, num_dropped, is_generation)
         if prompt is not None:
             inputs = self._shorten(inputs, prompt)
-        self._check_prompt_goes_on(plan, columns.shape[1] if prompt is None else prompt.length, dropped or prompt)
+        self._check_prompt_goes_on(plan, _columns_of(inputs).shape[1], dropped or prompt)
         inputs = self.place(inputs, is_generation)
         if not is_generation and plan.cached_length and (prompt is not None or plan.earlier is not None):
             inputs = self._place_behind_cache(inputs, plan, prompt)
         return self._settle(inputs, plan, sum(num_dropped or [])), prompt
+
+    def _pass_on(self, inputs: dict[str, Any], is_generation: bool, is_off: bool) -> dict[str, Any] | None:
+        """The arguments as they go on where there is nothing to shorten; None where there may be."""
+        columns, cache, is_traced = _columns_of(inputs), cache_of(inputs), torch.compiler.is_compiling()
+        if columns is None:
+            return inputs
+        if self._dropped_tokens(inputs):
+            return None
+        if not is_generation and not is_traced and generating.get() is self:
+            return self.place(inputs, is_generation)  # a step of our `generate`, on what it has shortened
+        # A compiled step has its mask in the form that attention takes, which fits the cache.
+        has_memory = hasattr(cache, "_prunesid_prompt") or hasattr(cache, "_prunesid_rope_deltas")
+        if has_memory and (is_flat(inputs.get("attention_mask")) or not is_traced):
+            return None
+        if not is_generation and (is_traced or columns.shape[1] == 1):
+            return inputs  # the common decoding step: nothing to look at, and no wait for the device
+        return self.place(inputs, is_generation) if is_off else None
 
     def requests(self, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """
@@ -315,7 +323,7 @@ class CompressedModelMixin:
         inputs: dict[str, Any],
         plan: Plan,
         keep_mask: torch.BoolTensor | None,
-        num_dropped: list[int] | None,
+        num_dropped: Any,
         is_generation: bool,
     ) -> ShortPrompt | None:
         """The short prompt, behind the one that is in the cache if `input_ids` repeat that."""
@@ -594,7 +602,7 @@ def _gather_logits(logits: torch.Tensor, columns: torch.LongTensor, keep: int | 
     return gather_columns(logits, columns)
 
 
-def _columns_of(inputs: dict[str, Any]) -> torch.Tensor | None:
+def _columns_of(inputs: dict[str, Any]) -> Any:
     """The ids `(batch, length)` of a prompt, or its embeddings `(batch, length, hidden_size)`."""
     return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
 

@@ -230,8 +230,9 @@ class Plan:
             placeholders = self.without_answer(placeholders)
             # Either the views of the whole conversation are passed again, or the new ones alone.
             new = placeholders & (torch.arange(placeholders.shape[1]) >= self.seen)
-        options = {"new": new, "is_token": self.current_mask, "is_stated": is_stated}
-        reading = read_placeholders(placeholders, num_placeholders, num_kept, modality, **options)
+        reading = read_placeholders(
+            placeholders, num_placeholders, num_kept, modality, new, self.current_mask, is_stated
+        )
         if reading is not None and reading.drops_between(self.start, self.seen, num_kept):
             raise ValueError(
                 f"{CACHE_NAME} was filled by another prompt: input_ids have every placeholder of views in the "

@@ -210,16 +210,10 @@ class ShortPrompt:
 
     def repeat_rows(self, times: int) -> "ShortPrompt":
         """Each row `times` times in succession, as `generate` repeats them for beams."""
-        tensors = (
-            self.source,
-            self.keep_mask,
-            self.dropped,
-            self.num_dropped,
-            self.first_ahead,
-            self.is_own,
-            self.moved,
-        )
-        return ShortPrompt(*(None if part is None else part.repeat_interleave(times, 0) for part in tensors))
+        parts: list[Any] = [self.source, self.keep_mask, self.dropped, self.num_dropped, self.first_ahead]
+        parts += [self.is_own, self.moved]
+        repeated: list[Any] = [None if part is None else part.repeat_interleave(times, 0) for part in parts]
+        return ShortPrompt(*repeated)
 
 
 def gather_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:
