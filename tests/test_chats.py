@@ -156,3 +156,18 @@ def test_masked_placeholders_stay_with_their_features(ours):
     mask = (ids != IMAGE).long()
     logits = ours(input_ids=ids, attention_mask=mask, pixel_values=pixels(1)).logits
     torch.testing.assert_close(logits[:, :5], stock_twin(ours)(input_ids=ids[:, :5]).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of_masked", ["ones", "zeros", "counted"])
+def test_positions_around_a_masked_picture_behind_one_word(ours, of_masked):
+    ids = torch.tensor([[7, *[IMAGE] * NUM_PATCHES, 8, 9, 10]])
+    mask = (ids != IMAGE).long()
+    positions = torch.arange(ids.shape[1])[None] if of_masked == "counted" else mask.cumsum(1) - 1
+    if of_masked != "counted":
+        positions = positions.masked_fill(mask == 0, int(of_masked == "ones"))
+    logits = ours(input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=pixels(1)).logits
+    words = mask[0].bool()
+    short = torch.tensor([[0, *range(1 + BUDGET, 4 + BUDGET)]]) if of_masked == "counted" else None
+    expected = stock_twin(ours)(input_ids=ids[:, words], position_ids=short).logits
+    torch.testing.assert_close(logits[:, words], expected)
