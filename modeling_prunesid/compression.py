@@ -372,7 +372,8 @@ class CompressedModelMixin:
                 "Pass the two-dimensional mask, or a prompt with one placeholder for each kept token."
             )
         if mask is None and prompt.has_added_padding:
-            mask = torch.ones_like(prompt.keep_mask, dtype=torch.long)
+            shape = len(prompt.keep_mask), prompt.cached_before + prompt.full_length
+            mask = torch.ones(shape, dtype=torch.long, device=prompt.keep_mask.device)
         if mask is not None:
             cached, current = mask[:, : -prompt.full_length], mask[:, -prompt.full_length :]
             inputs["attention_mask"] = torch.cat([cached, prompt.take(current, fill=0)], dim=1)

@@ -95,6 +95,7 @@ _RELEASES = {
     "dots3_note": "5.23.0",
     "gemma4": "5.23.0",  # its processor cannot be imported without torchvision before
     "gemma4_unified": "5.23.0",
+    "got_ocr2": "5.23.0",  # its processor does not know its number of tokens before
     "granite_docling": "5.23.0",
     "hunyuan_vl": "5.23.0",
     "hy_v4_vl": "5.24.0",

@@ -189,6 +189,7 @@ class ViTCoPLlavaModel(CoPrunedModelMixin, PrunedModelMixin, LlavaModel):
     towers = {"image": "vision_tower"}
     projector_name = "multi_modal_projector"
     encoding_class = _SalientEncoding
+    reads_question = False
     _first_rule = staticmethod(merge_clusters)
 
     def are_whole_views(self, run_lengths: list[int]) -> bool:

@@ -333,6 +333,10 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         output["question_mask"] = mask
         return output
 
+    def _merge_kwargs(self, ModelProcessorKwargs=None, *args, **kwargs):
+        """Upstream's. PaliGemma's processor of Transformers 5.18 names its own arguments, without ours."""
+        return super()._merge_kwargs(self.valid_processor_kwargs, *args, **kwargs)
+
     def _get_num_multimodal_tokens(self, image_sizes=None, num_visual_tokens=None, **kwargs) -> MultiModalData:
         """
         Upstream's counts of tokens for images of these sizes, less the placeholders that are not written. Engines call

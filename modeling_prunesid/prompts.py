@@ -155,8 +155,10 @@ class ShortPrompt:
         """1 for each dropped column that positions `(batch, full_length)` count, which masked ones may not."""
         dropped = self.dropped.to(position_ids.device)
         if is_token is not None:
-            rises = torch.nn.functional.pad(position_ids.diff(dim=1) == 1, (1, 0), value=False)
-            dropped = dropped & (is_token.to(dropped.device).bool() | rises)
+            rises = position_ids.diff(dim=1) == 1
+            # Masked columns may all have position 1, behind a token at 0.
+            goes_on = torch.nn.functional.pad(rises, (1, 0)) & torch.nn.functional.pad(rises, (0, 1), value=True)
+            dropped = dropped & (is_token.to(dropped.device).bool() | goes_on)
         return dropped.long()
 
     def _dropped_before(self, position_ids: torch.LongTensor, is_token: torch.Tensor | None) -> torch.LongTensor:

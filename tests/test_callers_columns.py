@@ -404,7 +404,9 @@ def run_generate(family, seed, turns=None):
     for turn in range(num_turns):
         new = [random_parts(rng, family) for _ in range(batch)]
         if turn == 0:
-            new = hide(rng, family, new) if rng.random() < 0.5 else new
+            # Upstream takes the grids of Qwen-VL in the order of the views that are shown, and none is the last here.
+            is_last = num_turns == 1 or not family.is_qwen
+            new = hide(rng, family, new) if rng.random() < 0.5 and is_last else new
             # What follows a masked column is not defined.
             new = [row[:-1] + [row[-1][1] if isinstance(row[-1], tuple) else row[-1]] for row in new]
         new = pad(rng, new, "left")

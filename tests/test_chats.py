@@ -156,3 +156,32 @@ def test_masked_placeholders_stay_with_their_features(ours):
     mask = (ids != IMAGE).long()
     logits = ours(input_ids=ids, attention_mask=mask, pixel_values=pixels(1)).logits
     torch.testing.assert_close(logits[:, :5], stock_twin(ours)(input_ids=ids[:, :5]).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of_masked", ["ones", "zeros", "counted"])
+def test_positions_around_a_masked_picture_behind_one_word(ours, of_masked):
+    ids = torch.tensor([[7, *[IMAGE] * NUM_PATCHES, 8, 9, 10]])
+    mask = (ids != IMAGE).long()
+    positions = torch.arange(ids.shape[1])[None] if of_masked == "counted" else mask.cumsum(1) - 1
+    if of_masked != "counted":
+        positions = positions.masked_fill(mask == 0, int(of_masked == "ones"))
+    logits = ours(input_ids=ids, attention_mask=mask, position_ids=positions, pixel_values=pixels(1)).logits
+    words = mask[0].bool()
+    short = torch.tensor([[0, *range(1 + BUDGET, 4 + BUDGET)]]) if of_masked == "counted" else None
+    expected = stock_twin(ours)(input_ids=ids[:, words], position_ids=short).logits
+    torch.testing.assert_close(logits[:, words], expected)
+
+
+@torch.no_grad()
+def test_rows_that_lose_unequally_behind_a_cache_without_a_mask(ours):
+    """Padding is added behind what the cache holds, which all rows see."""
+    start = torch.tensor([prompt([NUM_PATCHES], [7, 8]), prompt([NUM_PATCHES], [8, 9])])
+    more = torch.tensor([[5, *[IMAGE] * NUM_PATCHES, 11, 12], [6] * (NUM_PATCHES + 1) + [13, 14]])
+    pictures, cache = pixels(3), DynamicCache()
+    ours(input_ids=start, pixel_values=pictures[:2], **{CACHE_NAME: cache})
+    logits = ours(input_ids=more, pixel_values=pictures[2:], **{CACHE_NAME: cache}).logits
+    for row, images in enumerate(([0, 2], [1])):
+        alone = torch.cat([start[row], more[row]])[None]
+        expected = ours(input_ids=alone, pixel_values=pictures[images]).logits[0, -more.shape[1] :]
+        torch.testing.assert_close(logits[row], expected)

@@ -163,7 +163,9 @@ def test_metrics_and_predictions(name, tmp_path):
         trainer = trainer_of(family, model, tmp_path, collator, metrics=metrics)
         trainer.evaluate(ignore_keys=ignored)
         results.append(trainer.predict(Examples(family), ignore_keys=ignored))
-    assert seen[0].shape == seen[2].shape == results[0].predictions.shape
+    predicted = results[0].predictions  # in Transformers 5.18 with the deltas of positions of Qwen-VL
+    predicted = predicted[0] if isinstance(predicted, tuple) else predicted
+    assert seen[0].shape == seen[2].shape == predicted.shape
     assert seen[0].shape[:2] == results[0].label_ids.shape
     parts = Examples(family).parts
     for index, row in enumerate([*collator.rows(parts[:2]), *collator.rows(parts[2:])]):
