@@ -167,9 +167,9 @@ def save_base(name: str, folder: Path) -> Path:
     return folder
 
 
-def save_variant(name: str, base: Path, folder: Path, budget: int | float | None = 5, **settings) -> Path:
-    model = ROWS[name].head.from_pretrained(base, dtype=torch.float32, prunesid_config={"budget": budget, **settings})
-    model.save_pretrained(folder)
+def save_variant(name: str, base: Path, folder: Path, thin: bool = False, **settings) -> Path:
+    model = ROWS[name].head.from_pretrained(base, dtype=torch.float32, prunesid_config={"budget": 5, **settings})
+    model.save_pretrained(folder, thin=thin)
     return folder
 
 
