@@ -43,7 +43,6 @@ from prunesid_cli.measuring import machine
 
 
 BUDGETS = (1.0, 192, 128, 64)
-BLOCK = 16  # tokens of a KV-cache block
 
 
 def save_model(folder: Path) -> Path:
@@ -133,6 +132,7 @@ class Blocks(threading.Thread):
         super().__init__(daemon=True)
         self.address, self.most, self.is_done = address, 0.0, threading.Event()
         self.total = metric(address, "vllm:cache_config_info", "num_gpu_blocks")
+        self.size = metric(address, "vllm:cache_config_info", "block_size")  # in tokens
 
     def run(self):
         while not self.is_done.wait(0.05):
@@ -158,7 +158,7 @@ def load(address: str, budget: int | float, clients: int, requests: int, max_tok
         "rate": requests / seconds,
         "first": statistics.median(first for first, _ in found),
         "blocks": round(blocks.most),
-        "fits": int(blocks.total // math.ceil(tokens / BLOCK)),
+        "fits": int(blocks.total // math.ceil(tokens / blocks.size)),
     }
 
 
@@ -190,6 +190,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or save_model(Path(folder, "model"))
         options = ["--trust-request-mm-kwargs", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "32"]
+        options += ["--block-size", "32"]  # the smallest on CPUs
         with serve(model.resolve(), Path(folder, "home"), *options) as address:
             cells, seed = [], 0
             for budget in BUDGETS:

@@ -32,7 +32,7 @@ def make_environment(folder: Path = ROOT / "out/vllm") -> Path:
     if not made.exists() or made.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        install = [folder / "bin/python", "-m", "pip", "install", "-q", "--no-deps", "-r", REQUIREMENTS]
+        install = [str(folder / "bin/python"), "-m", "pip", "install", "-q", "--no-deps", "-r", str(REQUIREMENTS)]
         subprocess.run(install, check=True)
         packages = next(folder.glob("lib/python3*/site-packages"))
         stub = packages / "vllm-0.32.0+cpu.dist-info"
@@ -65,7 +65,7 @@ def serve(folder: Path, home: Path, *arguments: str, timeout: float = 900) -> It
         RuntimeError: with the log, if the server ends before it answers, or does not within `timeout` seconds.
     """
     port = free_port()
-    command = [make_environment(), "serve", folder, "--trust-remote-code", "--dtype", "float32", *arguments]
+    command = [str(make_environment()), "serve", str(folder), "--trust-remote-code", "--dtype", "float32", *arguments]
     command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--gpu-memory-utilization", "0.1"]  # of the machine's memory; it asks whether so much is free
     home.mkdir(parents=True, exist_ok=True)

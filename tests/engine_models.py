@@ -4,7 +4,7 @@ Full variants of tiny random checkpoints of the families that vLLM's Transformer
 
 Run as a script, since most of the processors need torchvision: with the folder that it was installed to, the folder to
 write to, and families. Each gets `<family>`, the variant, `<family>.pickle`, the questions, and `<family>.json`, the
-ids of their prompts and answers.
+ids of their prompts and answers; `<family>-<kind>` a variant of `KINDS` alone.
 """
 
 import json
@@ -30,6 +30,8 @@ import modeling_prunesid
 from modeling_prunesid.family import stock_class
 
 
+# What an engine cannot serve, as `<family>-<kind>`.
+KINDS = {"thin": {"thin": True}, "dynamic": {"dynamic": True, "reference_information": 0.6}, "original": {}}
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 GRID = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
 PIXELS = {"shortest_edge": 256, "longest_edge": 1024}
@@ -165,9 +167,9 @@ def save_base(name: str, folder: Path) -> Path:
     return folder
 
 
-def save_variant(name: str, base: Path, folder: Path, budget: int | float | None = 5, **settings) -> Path:
-    model = ROWS[name].head.from_pretrained(base, dtype=torch.float32, prunesid_config={"budget": budget, **settings})
-    model.save_pretrained(folder)
+def save_variant(name: str, base: Path, folder: Path, thin: bool = False, **settings) -> Path:
+    model = ROWS[name].head.from_pretrained(base, dtype=torch.float32, prunesid_config={"budget": 5, **settings})
+    model.save_pretrained(folder, thin=thin)
     return folder
 
 
@@ -188,9 +190,11 @@ def answers(folder: Path, asked: list[tuple[str, list]], max_new_tokens: int = 6
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for family in sys.argv[3:]:
-        place = Path(sys.argv[2], family)
-        positions = {"mrope_positions": "contiguous"} if ROWS[family].mrope else {}
-        save_variant(family, save_base(family, place.with_suffix(".base")), place, **positions)
-        place.with_suffix(".pickle").write_bytes(pickle.dumps(questions(family)))
-        place.with_suffix(".json").write_text(json.dumps(answers(place, questions(family))))
+    for variant in sys.argv[3:]:
+        family, _, kind = variant.partition("-")
+        place = Path(sys.argv[2], variant)
+        settings = KINDS.get(kind, {"mrope_positions": "contiguous"} if ROWS[family].mrope else {})
+        save_variant(family, save_base(family, place.with_suffix(".base")), place, **settings)
+        if not kind:
+            place.with_suffix(".pickle").write_bytes(pickle.dumps(questions(family)))
+            place.with_suffix(".json").write_text(json.dumps(answers(place, questions(family))))

@@ -22,13 +22,8 @@ from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa: E402
 
 
-def ask(place: Path) -> list:
-    """[question, expected, given] of each answer that is another."""
-    questions = pickle.loads(place.with_suffix(".pickle").read_bytes())
-    expected = json.loads(place.with_suffix(".json").read_text())
-    prompts = [{"prompt": text, "multi_modal_data": {"image": images} if images else {}} for text, images in questions]
-    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    engine = LLM(
+def start(place: Path) -> LLM:
+    return LLM(
         str(place),
         trust_remote_code=True,
         dtype="float32",
@@ -39,6 +34,15 @@ def ask(place: Path) -> list:
         gpu_memory_utilization=0.1,
         limit_mm_per_prompt={"image": 3},
     )
+
+
+def ask(place: Path) -> list:
+    """[question, expected, given] of each answer that is another."""
+    engine = start(place)
+    questions = pickle.loads(place.with_suffix(".pickle").read_bytes())
+    expected = json.loads(place.with_suffix(".json").read_text())
+    prompts = [{"prompt": text, "multi_modal_data": {"image": images} if images else {}} for text, images in questions]
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     rounds = [engine.generate([prompt], greedy, use_tqdm=False)[0] for prompt in prompts]
     rounds += engine.generate(prompts, greedy, use_tqdm=False)
     given = [[list(output.prompt_token_ids), list(output.outputs[0].token_ids)] for output in rounds]
@@ -49,7 +53,7 @@ for family in sys.argv[3:]:
     try:
         found = ask(Path(sys.argv[2], family))
     except Exception as error:  # reported beside the other families
-        found = [repr(error)]
+        found = [str(error)]
     print(json.dumps({family: found}), flush=True)
     gc.collect()
     cleanup_dist_env_and_memory()
