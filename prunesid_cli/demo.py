@@ -388,7 +388,7 @@ def run(arguments: argparse.Namespace) -> dict:
         small, large = count_weights(model) / 1e6, weights / 1e6
         print(
             f"\nAnswers: the embedded model, {small:.1f} M weights behind its vision tower, trained on such scenes."
-            f"\nFirst token, SmolLM2-135M: the same tower before a language model of {large:.0f} M weights and 30 layers."
+            f"\nFirst token, SmolLM2-135M: the same tower before a language model of {large:.0f} M weights, 30 layers."
             "\nIts projector is untrained, so it is timed and not asked. The embedded language model is too small for"
             "\npruning to show in its time. Times are those of the whole way to the first token, tower included."
         )

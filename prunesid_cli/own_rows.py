@@ -354,7 +354,8 @@ def conclusions(lines: list[dict], num_rows: int) -> list[str]:
         own = sorted((line for line in lines if line["method"] == method), key=lambda line: -line["tokens"])
         free = next((number for number, line in enumerate(own) if not is_level(line)), len(own))
         if not free:
-            said.append(f"{method}: every budget that was tried costs accuracy.")
+            lost, kept = -100 * own[0]["to_full"]["value"], own[0]["tokens"]
+            said.append(f"{method}: every budget that was tried costs accuracy, {kept:.0f} tokens {lost:.1f} points.")
             continue
         best = own[free - 1]
         hidden = max(-best["to_full"]["low"], 0)

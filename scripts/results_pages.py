@@ -149,9 +149,9 @@ def which_budget(result: dict) -> str:
             "# Which budget for which task",
             "",
             f"What pruning costs depends on the question. {WRITTEN}: {result['questions']:,} questions about "
-            f"{result['scenes']} synthetic scenes, asked to the embedded model (DINOv2-S/14 and a language model of 1.9 M "
-            "weights). **Take the order of the tasks from it, not the numbers**: on your model and your pictures, "
-            "measure with `prunesid evaluate --data`.",
+            f"{result['scenes']} synthetic scenes, asked to the embedded model (DINOv2-S/14 and a language model of "
+            "1.9 M weights). **Take the order of the tasks from it, not the numbers**: on your model and your "
+            "pictures, measure with `prunesid evaluate --data`.",
             "",
             "## The smallest budget without a measurable loss",
             "",
