@@ -5,6 +5,9 @@ With a dynamic budget an image keeps N' = N * phi / reference tokens, where phi 
 mean N' over them is the N that you ask for. The distributions of phi and N' are printed, and a histogram of phi is
 drawn (figure 5). Use some hundreds of images that are like those of your task, and --min-budget as a floor.
 
+It also says which lambda fits the tower (section 3.3): how many tokens survive tau = lambda * rho with the paper's
+lambda, and whether `nms_lambda="auto"` is called for.
+
 The images are a folder, a dataset that the datasets library saved to a folder, or the name of a dataset on the Hub.
 The settings are written as JSON for `prunesid convert --preset`.
 
@@ -19,10 +22,11 @@ import inspect
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 from unittest import mock
 
 import matplotlib
@@ -38,13 +42,17 @@ from tqdm import tqdm
 
 from modeling_prunesid import PruneSIDConfig
 from modeling_prunesid.checks import resolve_budget
+from modeling_prunesid.context import Context
 from modeling_prunesid.presets import read_preset
+from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import information_budgets, redundancy
+from modeling_prunesid.suppression import WITH_NMS, find_suppressors
 from prunesid_cli.convert import find_family, parse_budget
 from prunesid_cli.images import open_image
 
 
 FEW_VIEWS = 100
+LAMBDA_VIEWS = 100  # whose survivors are counted
 INK, MUTED, FILL = "#1f2430", "#6b7280", "#3b6fb6"
 
 
@@ -87,14 +95,62 @@ def _images_of_dataset(source: str, split: str, column: str | None) -> Iterator[
             yield open_image(image["bytes"] or image["path"], f"{column!r} in row {number} of {source}")
 
 
+class Survival(NamedTuple):
+    """What NMS with the paper's lambda leaves of a view of `tokens`, of which `count` are wanted."""
+
+    tau: float
+    survivors: int
+    count: int
+    tokens: int
+
+
+@torch.no_grad()
+def survival(view: torch.Tensor, budget: int | float, of_share: bool) -> Survival | None:
+    """
+    Args:
+        view (`torch.Tensor` of shape `(tokens, dim)`): the features that are compared.
+        budget: N, a count or a share; None is returned where it drops nothing.
+        of_share (`bool`): the paper's lambda is 18 N/T in place of N/32, as where T differs from image to image.
+    """
+    tokens = len(view)
+    count = resolve_budget(budget, tokens)
+    if count >= tokens:
+        return None
+    context = Context(counts=[count], lambda_of_share=of_share)
+    selection = select_tokens(view[None], count, return_details=True)
+    found = find_suppressors(view[None], selection, SimpleNamespace(method="paper", nms_lambda=None), context)
+    assert found is not None
+    return Survival(found[0], int((found[1] < 0).sum()), count, tokens)
+
+
+def judge_lambda(found: list[Survival]) -> tuple[str, str]:
+    """The rule that fits, `"N/32"` or `"auto"`, and a sentence that says why."""
+    idle = sum(own.survivors == own.tokens for own in found) / len(found)
+    short = sum(own.survivors < own.count for own in found) / len(found)
+    tau = float(np.median([own.tau for own in found]))
+    rule = "N/32" if 1 - idle - short >= 0.5 else "auto"
+    verdict = "it fits this tower" if rule == "N/32" else 'take nms_lambda="auto", or another method, on this tower'
+    return rule, (
+        f"The paper's lambda gives tau {tau:.3f} (median of {len(found)} views): it suppresses nothing in {idle:.0%} of "
+        f"the views, and leaves fewer than N in {short:.0%}; {verdict}."
+    )
+
+
 @contextmanager
-def recorded_views() -> Iterator[list[tuple[float, int]]]:
-    """The redundancy and the number of tokens of every view whose dynamic budget is computed meanwhile."""
+def recorded_views(watch: Callable[[torch.Tensor], None] | None = None) -> Iterator[list[tuple[float, int]]]:
+    """
+    The redundancy and the number of tokens of every view whose dynamic budget is computed meanwhile; each is shown to
+    `watch`.
+    """
     views: list[tuple[float, int]] = []
 
     def record(hidden_states: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
         rho = redundancy(hidden_states, lengths)
-        views.extend(zip(rho.tolist(), lengths or [hidden_states.shape[1]] * len(hidden_states)))
+        own = lengths or [hidden_states.shape[1]] * len(hidden_states)
+        views.extend(zip(rho.tolist(), own))
+        if watch is not None:
+            for view, length in zip(hidden_states, own):
+                watch(view[:length])
         return rho
 
     users = [
@@ -108,10 +164,15 @@ def recorded_views() -> Iterator[list[tuple[float, int]]]:
         yield views
 
 
-def measure(model: Any, image_processor: Any, images: Iterable[Image.Image]) -> list[tuple[float, int]]:
+def measure(
+    model: Any,
+    image_processor: Any,
+    images: Iterable[Image.Image],
+    watch: Callable[[torch.Tensor], None] | None = None,
+) -> list[tuple[float, int]]:
     """Redundancy and number of tokens of each view (image, crop or slice) that the model encodes."""
     wanted = inspect.signature(model.get_image_features).parameters
-    with recorded_views() as views, torch.no_grad():
+    with recorded_views(watch) as views, torch.no_grad():
         for image in tqdm(images, desc="images", unit=""):
             inputs = image_processor(images=image, return_tensors="pt").to(model.device, model.dtype)
             model.get_image_features(**{name: value for name, value in inputs.items() if name in wanted})
@@ -202,7 +263,15 @@ def calibrate(
     if model.config.prunesid_config.budget_scope == "image":
         raise ValueError("budget_scope='image' shares out a fixed total, which needs no calibration.")
     processor = model_class._processor_class.from_pretrained(checkpoint)
-    views = measure(model, processor.image_processor, images)
+    survived: list[Survival] = []
+
+    def watch(view: torch.Tensor) -> None:
+        own = model.config.prunesid_config
+        if own.method in WITH_NMS and len(survived) < LAMBDA_VIEWS:
+            found = survival(view, own.budget, of_share=not model.model.towers)
+            survived.extend([] if found is None else [found])
+
+    views = measure(model, processor.image_processor, images, watch)
     if not views:
         raise ValueError(
             "No view was compressed: there are no images, or none has more tokens than the budget of "
@@ -221,6 +290,9 @@ def calibrate(
     for share in (0, 5, 25, 50, 75, 95, 100):
         print(f"{f'{share}th centile':>12} {np.percentile(scores, share):8.4f} {np.percentile(budgets, share):8.1f}")
     print(f"{'mean':>12} {scores.mean():8.4f} {budgets.mean():8.1f}")
+    rule, said = judge_lambda(survived) if survived else (None, "")
+    if rule is not None:
+        print(f"\n{said}")
     if len(views) < FEW_VIEWS:
         print(f"{len(views)} views are few: take some hundreds that are like those of your task.", file=sys.stderr)
     if settings.min_budget is None and budgets.min() < budgets.mean() / 4:
@@ -235,6 +307,8 @@ def calibrate(
         "budget": settings.budget,
         "reference_information": reference,
         "mean_budget": round(float(budgets.mean()), 3),
+        "rho": round(float(1 - scores.mean()), 4),
+        "lambda": rule,
         "settings": str(output),
         "histogram": str(histogram),
     }

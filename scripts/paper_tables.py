@@ -6,7 +6,8 @@ makes the variants of the table, runs lmms-eval once for each of them and each b
 table (`OUT/table.md`), measured figures first and the paper's in brackets. Benchmarks that have their results are not
 run again, so a run that was stopped goes on where it was; one that failed is named, does not cost the others, and is
 tried again by the next run. The average is, as the paper's, the mean share of the uncompressed model over the
-benchmarks that both rows have. docs/lmms_eval.md says how lmms-eval is installed and which figures are not quite the paper's.
+benchmarks that both rows have. docs/lmms_eval.md says how lmms-eval is installed, and which figures are not quite the
+paper's.
 
     python scripts/paper_tables.py 1 --out out/table1 --rows vanilla 64 --columns POPE MME     # some of it
     python scripts/paper_tables.py 1 --out out/trial --base TINY --trial --device cpu          # without a network

@@ -30,6 +30,7 @@ from modeling_prunesid import (
     PruneSIDQwen2VLConfig,
     ViTCoPConfig,
     ViTCoPLlavaForConditionalGeneration,
+    explain,
 )
 from modeling_prunesid.presets import read_preset
 from modeling_prunesid.selection import information_budgets, redundancy
@@ -349,6 +350,27 @@ class TestCalibrate:
         assert drawn.shape[:2] == (600, 1050)
         blue = (np.abs(drawn[..., :3] - np.array([0x3B, 0x6F, 0xB6]) / 255) < 0.02).all(-1)
         assert blue.mean() > 0.02
+
+    def test_it_says_which_lambda_fits_the_tower(self, base, photographs, tmp_path, capsys):
+        """Survivors are counted as a saved `explain` of each image has them; rho is that of the images."""
+        run("calibrate", str(base), str(photographs), "--budget", "12", "--output", str(tmp_path / "calibrated.json"))
+        said = capsys.readouterr().out
+        report = json.loads(said.splitlines()[-1])
+        model = PruneSIDLlavaForConditionalGeneration.from_pretrained(base, prunesid_config={"budget": 12})
+        processor = model._processor_class.from_pretrained(base)
+        found = [explain(model, processor, image) for image in varied_images()]
+        assert report["rho"] == pytest.approx(np.mean([own.rho for own in found]), abs=1e-3)
+        survivors = [int((own.suppressors < 0).sum()) for own in found]
+        idle, short = (np.mean([test(count) for count in survivors]) for test in ((49).__eq__, (12).__gt__))
+        assert f"suppresses nothing in {idle:.0%} of the views, and leaves fewer than N in {short:.0%}" in said
+        assert report["lambda"] == ("N/32" if 1 - idle - short >= 0.5 else "auto")
+
+    @pytest.mark.parametrize(("scale", "rule"), [(0.05, "auto"), (3.0, "auto"), (0.9, "N/32")])
+    def test_the_lambda_that_fits_leaves_n_and_suppresses_some(self, scale, rule):
+        """At N of T tau is scale; similarities of all pairs are 0.5, but for the pairs of equal tokens."""
+        found = [calibrate.Survival(scale, {0.05: 3, 3.0: 49, 0.9: 30}[scale], 12, 49)] * 3
+        name, said = calibrate.judge_lambda(found)
+        assert name == rule and ("it fits this tower" in said) == (rule == "N/32")
 
     def test_a_limit_of_no_image_is_refused(self, base, tmp_path):
         message = refusal(base, tmp_path, "--budget", 12, "--limit", 0, "--output", "out.json", command="calibrate")
