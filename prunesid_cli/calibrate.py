@@ -131,8 +131,8 @@ def judge_lambda(found: list[Survival]) -> tuple[str, str]:
     rule = "N/32" if 1 - idle - short >= 0.5 else "auto"
     verdict = "it fits this tower" if rule == "N/32" else 'take nms_lambda="auto", or another method, on this tower'
     return rule, (
-        f"The paper's lambda gives tau {tau:.3f} (median of {len(found)} views): it suppresses nothing in {idle:.0%} of "
-        f"the views, and leaves fewer than N in {short:.0%}; {verdict}."
+        f"The paper's lambda gives tau {tau:.3f} (median of {len(found)} views): it suppresses nothing in {idle:.0%} "
+        f"of the views, and leaves fewer than N in {short:.0%}; {verdict}."
     )
 
 

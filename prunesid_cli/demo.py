@@ -254,6 +254,14 @@ def ask_scenes(model, processor, scenes: list, rows: list[dict]) -> list[dict]:
     return asked
 
 
+def mark_wrong(question: dict[str, str]) -> dict[str, str]:
+    """A question of `ask_scenes`, whose wrong answers say so."""
+    return {
+        name: f"{text} (x)" if name not in ("question", "true") and text != question["true"] else text
+        for name, text in question.items()
+    }
+
+
 def columns(row: dict) -> dict[str, str]:
     """What the table shows of a row of `measure`; of scenes, it has `right` answers and the larger model's time."""
     shown = {"": row["case"], "visual tokens": str(row["visual_tokens"])}
@@ -381,8 +389,8 @@ def run(arguments: argparse.Namespace) -> dict:
 
     print()
     if scenes:
-        print_rows(asked, left=list(asked[0]))
-        print()
+        print_rows([mark_wrong(question) for question in asked], left=list(asked[0]))
+        print("(x): not the true answer\n")
     print_rows([columns(row) for row in rows])
     if scenes:
         small, large = count_weights(model) / 1e6, weights / 1e6

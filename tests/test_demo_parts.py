@@ -202,6 +202,11 @@ def test_models_are_timed_beside_each_other(monkeypatch, capsys):
     }  # fmt: skip
 
 
+def test_wrong_answers_are_marked():
+    asked = {"question": "what?", "true": "cat", "PruneSID off": "cat", "PruneSID 8": "dog"}
+    assert demo.mark_wrong(asked) == {**asked, "PruneSID 8": "dog (x)"}
+
+
 def test_tables_keep_their_lines_whole_where_nobody_sees_them(capsys):
     print_rows([{"name": "[red]a[/red]", "n": "1"}, {"name": "b" * 200, "n": "22"}], title="of two")
     title, head, first, second = capsys.readouterr().out.splitlines()
