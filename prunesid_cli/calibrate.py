@@ -49,9 +49,11 @@ from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.suppression import WITH_NMS, find_suppressors
 from prunesid_cli.convert import find_family, parse_budget
 from prunesid_cli.images import open_image
+from prunesid_cli.tables import print_rows
 
 
 FEW_VIEWS = 100
+CENTILES = (0, 5, 25, 50, 75, 95, 100)
 LAMBDA_VIEWS = 100  # whose survivors are counted
 INK, MUTED, FILL = "#1f2430", "#6b7280", "#3b6fb6"
 
@@ -286,10 +288,9 @@ def calibrate(
     draw_histogram(scores, reference, title, histogram)
     fields = {name: value for name, value in settings.to_dict().items() if not name.startswith("base_model")}
     output.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    print(f"{'':12} {'phi':>8} {'N prime':>8}")
-    for share in (0, 5, 25, 50, 75, 95, 100):
-        print(f"{f'{share}th centile':>12} {np.percentile(scores, share):8.4f} {np.percentile(budgets, share):8.1f}")
-    print(f"{'mean':>12} {scores.mean():8.4f} {budgets.mean():8.1f}")
+    shown = {f"{share}th centile": [np.percentile(own, share) for own in (scores, budgets)] for share in CENTILES}
+    shown["mean"] = [scores.mean(), budgets.mean()]
+    print_rows([{"": name, "phi": f"{phi:.4f}", "N prime": f"{count:.1f}"} for name, (phi, count) in shown.items()])
     rule, said = judge_lambda(survived) if survived else (None, "")
     if rule is not None:
         print(f"\n{said}")

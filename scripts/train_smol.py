@@ -60,11 +60,11 @@ LAYERS, RANK, ALPHA = 12, 32, 64
 FREQUENT = 3000  # embeddings of the most frequent tokens, which no answer is to be
 BLOCK = 32  # weights of one scale, in 4 bits
 BEFORE, AFTER = "<|im_start|>", "\n{}\nAnswer:"
-CHAT_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{% if message['content'] is string %}\n{{ message['content'] }}"
+CHAT_TEMPLATE = (  # newlines in expressions: those behind a tag are cut off
+    "<|im_start|>{% for message in messages %}{% if message['content'] is string %}{{ '\n' + message['content'] }}"
     "{% else %}{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}\n{{ part['text'] }}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}\nAnswer:{% endif %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\nAnswer:' }}{% endif %}"
 )
 ALIGN_WEIGHT, DROPOUT, RATE, PROJECTOR_RATE = 0.05, 0.1, 4e-4, 1e-3
 STAGES = {"read": 0.1, "part": 0.4, "full": 0.5}  # shares of the time
