@@ -23,7 +23,7 @@ from prunesid_cli import embedded_folder
 NEWEST_TESTED = "5.24"
 # extra: the packages whose modules its commands import
 EXTRAS = {
-    "demo": ("av", "gguf", "matplotlib", "onnx", "skimage", "sklearn"),
+    "demo": ("av", "gguf", "matplotlib", "onnx", "rich", "skimage", "sklearn"),
     "lmms-eval": ("decord", "lmms_eval"),
     "test": ("cloudpickle", "datasets", "peft", "pytest"),
 }
