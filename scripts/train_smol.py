@@ -176,14 +176,12 @@ def pack(folder: Path) -> None:
         photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.LANCZOS)
         photo.save(photos / f"{name}.jpg", quality=88)
     source = Path(transformers.__file__).parent
-    models = {"auto", "clip", "dinov2", "llama", "llava", "llava_next", "qwen2", "qwen2_vl", "qwen2_5_vl", "mistral"}
     with tarfile.open(folder / "files.tar.xz", "w:xz") as archive, tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)
         archive.add(saved, "tokenizer")
         for path in sorted(source.rglob("*.py")):
-            inside = path.relative_to(source).parts
-            if inside[0] != "models" or len(inside) == 2 or inside[1] in models:
-                archive.add(path, Path("site", "transformers", *inside))
+            if not path.name.startswith(("modular_", "convert_")):
+                archive.add(path, Path("site", "transformers", path.relative_to(source)))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     print(json.dumps({"folder": str(folder), "mib": round(size, 1), "largest_error_of_4_bits": round(error, 5)}))
 
