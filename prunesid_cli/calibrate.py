@@ -98,11 +98,11 @@ def _images_of_dataset(source: str, split: str, column: str | None) -> Iterator[
 
 
 class Survival(NamedTuple):
-    """What NMS with the paper's lambda leaves of a view of `tokens`, of which `count` are wanted."""
+    """What NMS with the paper's lambda leaves of a view of `tokens`, of which `wanted` are to stay."""
 
     tau: float
     survivors: int
-    count: int
+    wanted: int
     tokens: int
 
 
@@ -128,7 +128,7 @@ def survival(view: torch.Tensor, budget: int | float, of_share: bool) -> Surviva
 def judge_lambda(found: list[Survival]) -> tuple[str, str]:
     """The rule that fits, `"N/32"` or `"auto"`, and a sentence that says why."""
     idle = sum(own.survivors == own.tokens for own in found) / len(found)
-    short = sum(own.survivors < own.count for own in found) / len(found)
+    short = sum(own.survivors < own.wanted for own in found) / len(found)
     tau = float(np.median([own.tau for own in found]))
     rule = "N/32" if 1 - idle - short >= 0.5 else "auto"
     verdict = "it fits this tower" if rule == "N/32" else 'take nms_lambda="auto", or another method, on this tower'

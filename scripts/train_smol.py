@@ -162,7 +162,7 @@ def pack(folder: Path) -> None:
     arrays = {f"llm/{name}": array for name, array in pack_state(kept, to_4_bits).items()}
     arrays |= {f"tower/{name}": array for name, array in pack_state(seen, to_8_bits).items()}
     arrays |= {"used": np.array(used), "embeddings": embeddings[used].half().numpy()}
-    np.savez_compressed(folder / "weights.npz", **arrays)
+    np.savez_compressed(folder / "weights.npz", **arrays)  # type: ignore[arg-type]
     restored = unpack_state(arrays, "llm/")
     error = max(float((restored[name] - value).abs().max() / value.abs().max()) for name, value in kept.items())
     (folder / "llm.json").write_text(language_model.config.to_json_string())
@@ -505,7 +505,8 @@ def train(folder: Path, out: Path, minutes: float, tiny: bool, batch: int) -> di
     others = [v for n, v in model.named_parameters() if v.requires_grad and not n.startswith("linear_")]
     groups = [{"params": others, "lr": RATE, "base": RATE}, {"params": projector, "lr": 0, "base": PROJECTOR_RATE}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
-    began, report = time.monotonic(), {"device": machine_name(), "stages": {}}
+    began = time.monotonic()
+    report: dict[str, Any] = {"device": machine_name(), "stages": {}}
     left, total = end - began - (0 if tiny else 30), 0  # half a minute to validate in
     if left < 60 and not tiny:
         raise ValueError(f"--minutes={minutes} leaves {left:.0f} s to train after the features. Give more.")
