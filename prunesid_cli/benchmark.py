@@ -61,6 +61,7 @@ from modeling_prunesid import (
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 from prunesid_cli import parts
+from prunesid_cli.tables import print_rows
 from prunesid_cli.tower_memo import remembered
 from prunesid_cli.towers import run_tower
 
@@ -199,9 +200,7 @@ def time_stages(features: torch.Tensor, budget: int, rounds: int) -> dict[str, f
 
 def compare_selection(tokens: torch.Tensor, cases: list[tuple[int, int, int]], rounds: int) -> dict[str, float]:
     """a. Time and memory of both computations for `(batch, tokens, budget)` cases; the ratios by name."""
-    print("\na. Selection: ours against the reference implementation")
-    print(f"{'':16}{'release':>34}{'ours':>30}{'ratio':>8}{'peak MiB':>18}{'ratio':>8}")
-    ratios = {}
+    ratios, rows = {}, []
     for batch, length, budget in cases:
         features = tokens[:batch, :length].contiguous()
         ways: dict[str, Callable[[], object]] = {
@@ -212,13 +211,19 @@ def compare_selection(tokens: torch.Tensor, cases: list[tuple[int, int, int]], r
         memory = {name: peak_bytes(run) for name, run in ways.items()}
         faster = statistics.median(seconds["release"]) / statistics.median(seconds["ours"])
         smaller = memory["release"] / memory["ours"]
-        both = f"{memory['release'] / 2**20:.0f} -> {memory['ours'] / 2**20:.1f}"
-        print(
-            f"{f'{batch} x {length} -> {budget}':16}{spread(seconds['release']):>34}{spread(seconds['ours']):>30}"
-            f"{faster:7.1f}x{both:>18}{smaller:7.1f}x"
+        rows.append(
+            {
+                "images x tokens -> kept": f"{batch} x {length} -> {budget}",
+                "release": spread(seconds["release"]),
+                "ours": spread(seconds["ours"]),
+                "speed-up": f"{faster:.1f}x",
+                "peak MiB": f"{memory['release'] / 2**20:.0f} -> {memory['ours'] / 2**20:.1f}",
+                "smaller": f"{smaller:.1f}x",
+            }
         )
         name = f"b{batch}_n{budget}"
         ratios |= {f"selection_time_ratio_{name}": faster, f"selection_memory_ratio_{name}": smaller}
+    print_rows(rows, "\na. Selection: ours against the way of the release")
     return ratios
 
 
@@ -239,7 +244,6 @@ def compare_groups(tokens: torch.Tensor, budgets: list[int]) -> dict[str, float]
 @torch.no_grad()
 def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, float]:
     """b. The tower as it is run by either class, and the shares of it that selection and the CLS row take."""
-    print("\nb. CLIP ViT-L/14-336, one image")
     tower = AutoModel.from_config(CLIPVisionConfig(**CLIP_L)).eval().to(DEVICE)
     pixels = torch.randn(1, 3, 336, 336, device=DEVICE)
     needed = CLIP_L["num_hidden_layers"] - 1  # layer -2
@@ -253,8 +257,15 @@ def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, f
         eager.load_state_dict(tower.state_dict())
         cases["output_attentions=True"] = lambda: eager(pixels, output_attentions=True, output_hidden_states=True)
     seconds = seconds_by_turns(cases, rounds)
-    for name, run in cases.items():
-        print(f"{name:28}{spread(seconds[name]):>34}{peak_bytes(run) / 2**20:10.0f} MiB")
+    rows = [
+        {
+            "": name,
+            "time": spread(seconds[name]),
+            "peak": f"{peak_bytes(run) / 2**20:.0f} MiB",
+            "of the stock tower": "",
+        }
+        for name, run in cases.items()
+    ]
 
     from modeling_prunesid.tower import _cls_attention
 
@@ -267,7 +278,8 @@ def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, f
     shares = {}
     for name, times in seconds_by_turns(pieces, 15).items():
         shares[name] = statistics.median(times) / whole
-        print(f"{name:28}{spread(times):>34}   {100 * shares[name]:.3f}% of the stock tower")
+        rows.append({"": name, "time": spread(times), "of the stock tower": f"{100 * shares[name]:.3f}%"})
+    print_rows(rows, "\nb. CLIP ViT-L/14-336, one image")
     return {
         "selection_share_of_tower_n64": shares["selection of 64"],
         "cls_row_share_of_tower": shares["CLS row alone"],
@@ -420,11 +432,7 @@ def compare_models(
         }
 
     size = sum(parameter.numel() for parameter in stock.model.language_model.parameters()) / 1e6
-    print(f"\nc. {name} shape, language model of {size:.0f} M parameters, {stock.dtype}")
-    print(
-        f"{'':14}{'prompt':>8}{'first token':>34}{'ratio':>8}{'limit':>8}{'prefill':>10}{'ratio':>8}{'limit':>8}"
-        f"{'decode':>14}{'ratio':>8}{'limit':>8}{'KV cache':>12}{'ratio':>8}{'limit':>8}{'peak':>12}"
-    )
+    rows = []
     report: dict[str, dict[str, float]] = {}
     for label, case in cases.items():
         rate = DECODED / statistics.median(decoding[label])
@@ -436,23 +444,30 @@ def compare_models(
             "kv_cache": held["stock"] / held[label],
             "peak_memory": peaks["stock"] / peaks[label],
         }
-        beside = {what: f"{against[what]:7.2f}x{limit:7.2f}x" for what, limit in limits.items()}
-        print(
-            f"{label:14}{statistics.fmean(lengths[label]):8.0f}{spread(first[label]):>34}{beside['ttft']}"
-            f"{1000 * statistics.median(seconds[label]):7.0f} ms{beside['prefill']}{rate:8.1f} tok/s{beside['decode']}"
-            f"{held[label] / 2**20:8.1f} MiB{beside['kv_cache']}{peaks[label] / 2**20:8.0f} MiB"
+        beside = {what: f" {against[what]:.2f}x ({limit:.2f}x)" for what, limit in limits.items()}
+        rows.append(
+            {
+                "": label,
+                "prompt": f"{statistics.fmean(lengths[label]):.0f}",
+                "first token": spread(first[label]) + beside["ttft"],
+                "prefill": f"{1000 * statistics.median(seconds[label]):.0f} ms" + beside["prefill"],
+                "decode": f"{rate:.1f} tok/s" + beside["decode"],
+                "KV cache": f"{held[label] / 2**20:.1f} MiB" + beside["kv_cache"],
+                "peak": f"{peaks[label] / 2**20:.0f} MiB",
+            }
         )
         if label != "stock":
             for what, ratio in against.items():
                 report.setdefault(f"{what}_ratio{suffix}", {})[case.budget] = ratio
             for what, limit in limits.items():
                 report.setdefault(f"{what}_limit{suffix}", {})[case.budget] = limit
+    shape = f"{name} shape, language model of {size:.0f} M parameters, {stock.dtype}"
+    print_rows(rows, f"\nc. {shape}; speed-ups with their theoretical limits in brackets")
     return report
 
 
 def grow(tokens: torch.Tensor, rounds: int) -> None:
     """e. Selection by tokens (a ninth is kept), images and frames."""
-    print("\ne. How selection grows")
     long = torch.cat([tokens.flatten(0, 1)] * math.ceil(4096 / tokens.flatten(0, 1).shape[0]))
     cases: dict[str, Callable[[], object]] = {}
     for length in (576, 1024, 2304, 4096):
@@ -463,8 +478,11 @@ def grow(tokens: torch.Tensor, rounds: int) -> None:
     for frames in (8, 32, 64):
         clip = tokens[torch.arange(frames) % len(tokens), :256]
         cases[f"{frames} x 256 -> 17"] = lambda clip=clip: select_tokens(clip, 17)
-    for name, times in seconds_by_turns(cases, rounds).items():
-        print(f"{name:20}{spread(times):>36}{peak_bytes(cases[name]) / 2**20:10.1f} MiB")
+    rows = [
+        {"views": name, "time": spread(times), "peak": f"{peak_bytes(cases[name]) / 2**20:.1f} MiB"}
+        for name, times in seconds_by_turns(cases, rounds).items()
+    ]
+    print_rows(rows, "\ne. How selection grows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

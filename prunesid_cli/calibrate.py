@@ -49,9 +49,11 @@ from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.suppression import WITH_NMS, find_suppressors
 from prunesid_cli.convert import find_family, parse_budget
 from prunesid_cli.images import open_image
+from prunesid_cli.tables import print_rows
 
 
 FEW_VIEWS = 100
+CENTILES = (0, 5, 25, 50, 75, 95, 100)
 LAMBDA_VIEWS = 100  # whose survivors are counted
 INK, MUTED, FILL = "#1f2430", "#6b7280", "#3b6fb6"
 
@@ -96,11 +98,11 @@ def _images_of_dataset(source: str, split: str, column: str | None) -> Iterator[
 
 
 class Survival(NamedTuple):
-    """What NMS with the paper's lambda leaves of a view of `tokens`, of which `count` are wanted."""
+    """What NMS with the paper's lambda leaves of a view of `tokens`, of which `wanted` are to stay."""
 
     tau: float
     survivors: int
-    count: int
+    wanted: int
     tokens: int
 
 
@@ -126,7 +128,7 @@ def survival(view: torch.Tensor, budget: int | float, of_share: bool) -> Surviva
 def judge_lambda(found: list[Survival]) -> tuple[str, str]:
     """The rule that fits, `"N/32"` or `"auto"`, and a sentence that says why."""
     idle = sum(own.survivors == own.tokens for own in found) / len(found)
-    short = sum(own.survivors < own.count for own in found) / len(found)
+    short = sum(own.survivors < own.wanted for own in found) / len(found)
     tau = float(np.median([own.tau for own in found]))
     rule = "N/32" if 1 - idle - short >= 0.5 else "auto"
     verdict = "it fits this tower" if rule == "N/32" else 'take nms_lambda="auto", or another method, on this tower'
@@ -286,10 +288,9 @@ def calibrate(
     draw_histogram(scores, reference, title, histogram)
     fields = {name: value for name, value in settings.to_dict().items() if not name.startswith("base_model")}
     output.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    print(f"{'':12} {'phi':>8} {'N prime':>8}")
-    for share in (0, 5, 25, 50, 75, 95, 100):
-        print(f"{f'{share}th centile':>12} {np.percentile(scores, share):8.4f} {np.percentile(budgets, share):8.1f}")
-    print(f"{'mean':>12} {scores.mean():8.4f} {budgets.mean():8.1f}")
+    shown = {f"{share}th centile": [np.percentile(own, share) for own in (scores, budgets)] for share in CENTILES}
+    shown["mean"] = [scores.mean(), budgets.mean()]
+    print_rows([{"": name, "phi": f"{phi:.4f}", "N prime": f"{count:.1f}"} for name, (phi, count) in shown.items()])
     rule, said = judge_lambda(survived) if survived else (None, "")
     if rule is not None:
         print(f"\n{said}")

@@ -24,7 +24,7 @@ NEWEST_TESTED = "5.24"
 # extra: the packages whose modules its commands import
 EXTRAS = {
     "app": ("av", "gradio", "onnx"),
-    "demo": ("av", "gguf", "matplotlib", "onnx", "skimage", "sklearn"),
+    "demo": ("av", "gguf", "matplotlib", "onnx", "rich", "skimage", "sklearn"),
     "docs": ("mkdocs", "material", "mkdocstrings_handlers"),
     "lmms-eval": ("decord", "lmms_eval"),
     "test": ("cloudpickle", "datasets", "peft", "pytest"),

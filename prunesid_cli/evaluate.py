@@ -47,7 +47,7 @@ from prunesid_cli.ablations import ablations
 from prunesid_cli.answer_statistics import fit_prior, summarise
 from prunesid_cli.baselines import METHODS, applied
 from prunesid_cli.convert import parse_budget
-from prunesid_cli.evaluation_pages import table, write_pages
+from prunesid_cli.evaluation_pages import print_table, write_pages
 from prunesid_cli.lines import append_to, read_lines
 from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
 from prunesid_cli.scenes import SPLITS, VARIANTS, Question, Scene, ask, make_scene
@@ -419,7 +419,7 @@ def run(arguments: argparse.Namespace) -> dict:
         return evaluate_rows(arguments, partial(basis_of, code=ROWS_CODE))
     set_defaults(arguments)
     result = evaluate(arguments, *load_model(arguments.model))
-    print("\n".join(table(result)))
+    print_table(result)
     shares: dict[str, dict] = {}
     for row in result["rows"][1:]:
         shares.setdefault(row["method"], {})[str(row["budget"])] = row["share_of_full"]["value"]

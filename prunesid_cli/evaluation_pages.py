@@ -13,6 +13,7 @@ from matplotlib import pyplot
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 from prunesid_cli.scenes import KINDS, VARIANTS
+from prunesid_cli.tables import print_rows
 
 
 def percent(value: float | None) -> str:
@@ -52,15 +53,14 @@ def prior_columns(result: dict) -> dict[str, str]:
     return {"method": "question alone", **kinds, "accuracy": percent(result["prior"])}
 
 
-def table(result: dict) -> list[str]:
-    """The lines of the terminal's table, best of each budget first; the variants stand on the page alone."""
-    shown = [columns(row, bool(result["hard_questions"])) for row in ordered(result["rows"])]
-    names = [name for name in shown[0] if name not in VARIANTS]
-    shown.append(prior_columns(result))
-    widths = {name: max(len(name), *(len(row.get(name, "")) for row in shown)) for name in names}
-    head = f"{result['questions']} questions about {result['scenes']} {result['split']} scenes, in percent"
-    lines = ["  ".join(row.get(name, "").rjust(widths[name]) for name in names) for row in shown]
-    return [head, "  ".join(name.rjust(widths[name]) for name in names), *lines]
+def print_table(result: dict) -> None:
+    """The terminal's table, best of each budget first; the variants stand on the page alone."""
+    rows = [columns(row, bool(result["hard_questions"])) for row in ordered(result["rows"])]
+    shown = [
+        {name: text for name, text in row.items() if name not in VARIANTS} for row in [*rows, prior_columns(result)]
+    ]
+    title = f"{result['questions']} questions about {result['scenes']} {result['split']} scenes, in percent"
+    print_rows(shown, title, left=("side",))
 
 
 def ordered(rows: list[dict]) -> list[dict]:

@@ -182,7 +182,7 @@ def running(model: Any, case: Case) -> Any:
     method, budget = case
     if case == STOCK:
         return as_stock(model)
-    return _off(model) if case == OFF else applied(model, method, budget)
+    return _off(model) if budget is None else applied(model, method, budget)
 
 
 @contextmanager

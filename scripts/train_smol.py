@@ -60,11 +60,11 @@ LAYERS, RANK, ALPHA = 12, 32, 64
 FREQUENT = 3000  # embeddings of the most frequent tokens, which no answer is to be
 BLOCK = 32  # weights of one scale, in 4 bits
 BEFORE, AFTER = "<|im_start|>", "\n{}\nAnswer:"
-CHAT_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{% if message['content'] is string %}\n{{ message['content'] }}"
+CHAT_TEMPLATE = (  # newlines in expressions: those behind a tag are cut off
+    "<|im_start|>{% for message in messages %}{% if message['content'] is string %}{{ '\n' + message['content'] }}"
     "{% else %}{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}\n{{ part['text'] }}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}\nAnswer:{% endif %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\nAnswer:' }}{% endif %}"
 )
 ALIGN_WEIGHT, DROPOUT, RATE, PROJECTOR_RATE = 0.05, 0.1, 4e-4, 1e-3
 STAGES = {"read": 0.1, "part": 0.4, "full": 0.5}  # shares of the time
@@ -162,7 +162,7 @@ def pack(folder: Path) -> None:
     arrays = {f"llm/{name}": array for name, array in pack_state(kept, to_4_bits).items()}
     arrays |= {f"tower/{name}": array for name, array in pack_state(seen, to_8_bits).items()}
     arrays |= {"used": np.array(used), "embeddings": embeddings[used].half().numpy()}
-    np.savez_compressed(folder / "weights.npz", **arrays)
+    np.savez_compressed(folder / "weights.npz", **arrays)  # type: ignore[arg-type]
     restored = unpack_state(arrays, "llm/")
     error = max(float((restored[name] - value).abs().max() / value.abs().max()) for name, value in kept.items())
     (folder / "llm.json").write_text(language_model.config.to_json_string())
@@ -176,14 +176,12 @@ def pack(folder: Path) -> None:
         photo = photo.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.LANCZOS)
         photo.save(photos / f"{name}.jpg", quality=88)
     source = Path(transformers.__file__).parent
-    models = {"auto", "clip", "dinov2", "llama", "llava", "llava_next", "qwen2", "qwen2_vl", "qwen2_5_vl", "mistral"}
     with tarfile.open(folder / "files.tar.xz", "w:xz") as archive, tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)
         archive.add(saved, "tokenizer")
         for path in sorted(source.rglob("*.py")):
-            inside = path.relative_to(source).parts
-            if inside[0] != "models" or len(inside) == 2 or inside[1] in models:
-                archive.add(path, Path("site", "transformers", *inside))
+            if not path.name.startswith(("modular_", "convert_")):
+                archive.add(path, Path("site", "transformers", path.relative_to(source)))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     print(json.dumps({"folder": str(folder), "mib": round(size, 1), "largest_error_of_4_bits": round(error, 5)}))
 
@@ -507,7 +505,8 @@ def train(folder: Path, out: Path, minutes: float, tiny: bool, batch: int) -> di
     others = [v for n, v in model.named_parameters() if v.requires_grad and not n.startswith("linear_")]
     groups = [{"params": others, "lr": RATE, "base": RATE}, {"params": projector, "lr": 0, "base": PROJECTOR_RATE}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
-    began, report = time.monotonic(), {"device": machine_name(), "stages": {}}
+    began = time.monotonic()
+    report: dict[str, Any] = {"device": machine_name(), "stages": {}}
     left, total = end - began - (0 if tiny else 30), 0  # half a minute to validate in
     if left < 60 and not tiny:
         raise ValueError(f"--minutes={minutes} leaves {left:.0f} s to train after the features. Give more.")

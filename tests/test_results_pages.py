@@ -60,16 +60,18 @@ def test_the_pages_say_what_the_tables_hold(scripts, result, tmp_path):
     pages = scripts[0]
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "accuracy.json").write_text(json.dumps(result))
-    marked = "# T\n\nbefore\n\n<!-- accuracy -->\nold\n<!-- end -->\n\nafter\n"
+    marked = "# T\n\nbefore <!-- accuracy -->\nold\n<!-- end -->\n\nafter\n"
     for page in ("README.md", "docs/results.md"):
         (tmp_path / page).write_text(marked)
     pages.main(["--root", str(tmp_path)])
     page = (tmp_path / "docs" / "which_budget.md").read_text()
     assert "| reading | what is printed? |" in page and "- reading (TextVQA" in page and "**do not prune**" in page
-    assert "- presence (POPE): no loss can be measured at any budget" in page
+    assert "- presence (POPE): no loss can be measured down to 64 tokens; one of up to 0 points is not" in page
     assert page.index("- presence") < page.index("- count") < page.index("- reading")
     readme = (tmp_path / "README.md").read_text()
-    assert "old" not in readme and readme.startswith("# T\n\nbefore") and readme.endswith("<!-- end -->\n\nafter\n")
+    assert (
+        "old" not in readme and readme.startswith("# T\n\nbefore <!--") and readme.endswith(" <!-- end -->\n\nafter\n")
+    )
     lines = [line for line in readme.splitlines() if line.startswith("| ")]
     assert lines[0] == "| method | 192 tokens | 64 tokens | first token at 192 | first token at 64 |"
     assert lines[3].startswith("| **spread** (ours) | ") and " = | " in lines[3] and "| 292 ms | 164 ms |" in lines[3]
