@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         fail(
             f"prunesid {name}: this command needs the package {missing!r}, which is not installed. Install the extra "
-            f"{extra!r} of the checkout or wheel that you have, for example: pip install -e '.[{extra}]'"
+            f"{extra!r} of the checkout or wheel that you have: pip install -e '.[{extra}]', or pip install "
+            f"'NAME.whl[{extra}]'"
         )
     except ImportError as error:
         missing_backend = re.search(r"(\w+) requires the (\w+) library", str(error))

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 import modeling_prunesid
+from modeling_prunesid.presets import FOLDER as PRESETS
 from prunesid_cli.embedded_folder import FOLDER, unpack
 
 
@@ -92,6 +93,7 @@ def space_files(model: str | None) -> dict[str, bytes]:
         for path in sorted([*package.glob("*.py"), *package.glob("baselines/*.py"), *package.glob("app_files/*")])
         if path.is_file()
     }
+    files |= {f"modeling_prunesid/configuration/{path.name}": path for path in sorted(PRESETS.glob("*.json"))}
     if model is None:
         unpack()
         files |= {f"embedded/{path.name}": path for pattern in EMBEDDED_FILES for path in sorted(FOLDER.glob(pattern))}

@@ -310,7 +310,7 @@ def test_another_question_stops_the_answer(page, monkeypatch):
 
     stopped = threading.Event()
 
-    def talk(self, picture, question, stop, events):
+    def talk(self, picture, question, stop, events, run):
         for count in range(1, 600):
             events.put(Answer("word " * count, 576, 0.1, 1))
             if stop.wait(0.1):

@@ -83,6 +83,13 @@ class TestPresetsByName:
             PruneSIDLlavaConfig(prunesid_config=given)
         assert PruneSIDLlavaNextConfig(prunesid_config=given).prunesid_config.budget == 64
 
+    def test_settings_that_are_refused_change_nothing(self):
+        config = PruneSIDQwen2VLConfig(prunesid_config={"budget": 0.2})
+        for refused in ({"budget": 0.1, "method": "spread"}, "llava_1.5_64"):
+            with pytest.raises(ValueError, match="needs cls_attention of|is for models of type"):
+                config.prunesid_config = refused
+            assert (config.prunesid_config.budget, config.prunesid_config.method) == (0.2, "paper")
+
     def test_vitcop_has_its_own(self):
         assert ViTCoPLlavaConfig(vitcop_config="llava_1.5_vitcop_128").vitcop_config.keep_share == 0.4
         assert ViTCoPConfig.from_preset("llava_1.5_vitcop_64").budget == 64

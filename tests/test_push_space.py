@@ -83,6 +83,7 @@ def test_a_space_is_complete_and_a_second_push_replaces_it(pushed):
     assert {"embedded/config.json", "embedded/model-00001-of-00002.safetensors", "embedded/README.md"} <= names
     assert {"prunesid_cli/app_files/page.js", "prunesid_cli/app_files/example_1.jpg"} <= names
     assert {f"modeling_prunesid/{path.name}" for path in (ROOT / "modeling_prunesid").glob("*.py")} <= names
+    assert "modeling_prunesid/configuration/llava_1.5_64.json" in names
     assert not any("00002-of-00002" in name or "pycache" in name for name in names)
 
     assert card(replaced)["models"] == ["owner/llava"] and b"model='owner/llava'" in replaced["app.py"]
