@@ -158,20 +158,16 @@ SIGLIP_400M = {
     "patch_size": 14,
     "vision_use_head": False,
 }
-# The towers of published checkpoints, less their depth: fields of the stock configuration, pixels, T of an image (tile)
-# by the checkpoint's processor, patches of the tower.
+# The towers of published checkpoints, less their depth: fields of the stock configuration, pixels, T of an image or
+# tile by the checkpoint's processor, patches of the tower.
 PUBLISHED = {
     "internvl": ({}, 448, 256, 1024),  # OpenGVLab/InternVL3-*-hf
     "gemma3": ({"vision_config": {**SIGLIP_400M, "image_size": 896}}, 896, 256, 4096),  # google/gemma-3-*
     "paligemma": ({"vision_config": {**SIGLIP_400M, "image_size": 448}}, 448, 1024, 1024),  # google/paligemma*-448
     "aya_vision": ({"vision_config": {**SIGLIP_400M, "image_size": 364}}, 364, 169, 676),  # CohereLabs/aya-vision-*
     "cohere2_vision": ({}, 512, 256, 1024),  # CohereLabs/command-a-vision
-    "llama4": (
-        {"vision_config": {"image_size": 336, "hidden_size": 1408, "num_attention_heads": 16}},
-        336,
-        144,
-        576,
-    ),  # meta-llama/Llama-4-*
+    # meta-llama/Llama-4-*
+    "llama4": ({"vision_config": {"image_size": 336, "hidden_size": 1408, "num_attention_heads": 16}}, 336, 144, 576),
     "vipllava": ({}, 336, 576, 576),  # llava-hf/vip-llava-*
     "deepseek_vl": ({"vision_config": {"image_size": 384, "patch_size": 16}}, 384, 576, 576),  # deepseek-vl-1.3b-*
     "janus": ({}, 384, 576, 576),  # deepseek-community/Janus-Pro-*
