@@ -63,10 +63,10 @@ def load_assembled(folder: Path):
 
 def load_checkpoint(name: str):
     """Load a checkpoint of any declared family, stock or a variant, into our class, on the GPU if there is one."""
-    model_class = find_family(name, method=None)
+    model_class: Any = find_family(name, method=None)
     if not issubclass(model_class, (PrunedGenerationMixin, PrunedModelMixin)):
         raise ValueError(
-            f"--model must be a checkpoint of a family of docs/families.md or a variant of one, got "
+            f"--model must be a checkpoint of a family of docs/families.md or a PruneSID variant of one, got "
             f"{model_class.config_class.model_type!r} in {name}. Name another one, or leave --model out."
         )
     device_map = "auto" if torch.cuda.is_available() else None
