@@ -20,21 +20,24 @@ Examples:
 """
 
 import argparse
+import copy
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
+from modeling_prunesid.family import PrunedGenerationMixin, PrunedModelMixin, stock_class
 from modeling_prunesid.visualize import beside, draw_kept
-from prunesid_cli.convert import parse_budget
+from prunesid_cli.convert import find_family, parse_budget
 from prunesid_cli.images import open_image
 from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
 from prunesid_cli.tables import print_rows
@@ -60,19 +63,18 @@ def load_assembled(folder: Path):
 
 
 def load_checkpoint(name: str):
-    """Load a LLaVA-1.5 checkpoint, stock or a variant, into our class, on the GPU if there is one."""
-    from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
-
-    model_type = AutoConfig.from_pretrained(name).model_type
-    if model_type not in ("llava", "prunesid_llava"):
+    """Load a checkpoint of any declared family, stock or a variant, into our class, on the GPU if there is one."""
+    model_class: Any = find_family(name, method=None)
+    if not issubclass(model_class, (PrunedGenerationMixin, PrunedModelMixin)):
         raise ValueError(
-            f"--model must be a LLaVA-1.5 checkpoint (model_type 'llava') or a variant of one ('prunesid_llava'), got "
-            f"{model_type!r} in {name}. Name another one, or leave --model out."
+            f"--model must be a checkpoint of a family of docs/families.md or a PruneSID variant of one, got "
+            f"{model_class.config_class.model_type!r} in {name}. Name another one, or leave --model out."
         )
     device_map = "auto" if torch.cuda.is_available() else None
-    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(name, dtype="auto", device_map=device_map)
-    processor = PruneSIDLlavaProcessor.from_pretrained(name)
-    processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
+    model = model_class.from_pretrained(name, dtype="auto", device_map=device_map)
+    processor = AutoProcessor.from_pretrained(name)
+    if hasattr(processor, "num_visual_tokens"):
+        processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
     return model.eval(), processor
 
 
@@ -99,18 +101,16 @@ def load_photograph(source: str) -> Image.Image:
         raise ValueError(f"--image must be the path or URL of an image, got {source!r}: {error}") from error
 
 
-def stock_twin(model) -> LlavaForConditionalGeneration:
-    """The stock class around the very modules of `model`: the same weights, held once."""
-    settings = model.config.to_dict()
-    for name in ("model_type", "prunesid_config", "architectures", "auto_map"):
-        settings.pop(name, None)
-    with torch.device("meta"):
-        twin = LlavaForConditionalGeneration(LlavaConfig(**settings))
-    for name, module in model.model.named_children():
-        setattr(twin.model, name, module)
-    twin.lm_head = model.lm_head
-    twin.generation_config = model.generation_config
-    return twin.eval()
+def stock_twin(model) -> Any:
+    """The stock class around the very modules and weights of `model`, which are held once."""
+    twin = copy.copy(model)
+    for name in ("_modules", "_parameters", "_buffers"):
+        setattr(twin, name, dict(getattr(model, name)))
+    twin.__class__ = stock_class(type(model))
+    if model.model is not model:
+        twin.model = copy.copy(model.model)
+        twin.model.__class__ = stock_class(type(model.model))
+    return twin
 
 
 def ask(processor, photograph: Image.Image, prompt: str, model):
@@ -165,10 +165,15 @@ def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
     }
 
 
+def is_llava(model) -> bool:
+    """Whether `select` and `draw` know the model's tower; `visualize.explain` draws the tokens of other families."""
+    return type(model).__name__ == "PruneSIDLlavaForConditionalGeneration"
+
+
 def answer(model, processor, inputs) -> tuple[str, int]:
     """The answer, and the length of the prompt that the language model itself received."""
     lengths: list[int] = []
-    hook = model.model.language_model.register_forward_pre_hook(
+    hook = model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
@@ -208,7 +213,7 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
             "peak_mib": peak_bytes(runs[name]) / 2**20,
             "answer": text,
         }
-        if settings.budget is not None:
+        if settings.budget is not None and is_llava(model):
             selection = select(model, question["pixel_values"], settings.budget)
             row |= {name: selection[name] for name in ("rho", "tau", "paper_tau")}
         rows.append(row)
@@ -319,8 +324,8 @@ def draw(path: Path, photographs: list[dict]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        help="a LLaVA-1.5 checkpoint or variant (with --video: a Video-LLaVA checkpoint), Hub name or folder, or "
-        "'assembled' (default: the embedded model)",
+        help="a checkpoint or variant of any family (with --video: a Video-LLaVA checkpoint), Hub name or folder, or "
+        "'assembled' (default: the embedded model); kept patches, rho and tau are shown for LLaVA-1.5",
     )
     parser.add_argument("--image", help="path or URL (default: three scenes or photographs)")
     parser.add_argument("--video", type=Path, help="a video file, in place of images")
@@ -377,15 +382,17 @@ def run(arguments: argparse.Namespace) -> dict:
         for row in rows:
             row["larger_ms"] = times[row["case"]]
             row["larger_speedup"] = times["stock class"] / times[row["case"]]
-    figure = arguments.output / "kept_patches.png"
-    drawn = [
-        {
-            "image": seen_by_tower(processor, question["pixel_values"][0]),
-            "selections": [select(model, question["pixel_values"], count) for count in arguments.budgets],
-        }
-        for question in questions
-    ]
-    draw(figure, drawn)
+    figure = None
+    if is_llava(model):
+        figure = arguments.output / "kept_patches.png"
+        drawn = [
+            {
+                "image": seen_by_tower(processor, question["pixel_values"][0]),
+                "selections": [select(model, question["pixel_values"], count) for count in arguments.budgets],
+            }
+            for question in questions
+        ]
+        draw(figure, drawn)
 
     print()
     if scenes:
@@ -406,7 +413,8 @@ def run(arguments: argparse.Namespace) -> dict:
             print(f"{row['case']:>14}: {row['answer']!r}")
     if arguments.model == "assembled":
         print("\nThe projector is untrained, so the answers show that generation runs, not what is in the photograph.")
-    print(f"\nThe kept patches of {', '.join(pictures)}: {figure}")
+    if figure is not None:
+        print(f"\nThe kept patches of {', '.join(pictures)}: {figure}")
     return {
         "model": arguments.model or "embedded",
         "device": str(model.device),
@@ -417,5 +425,5 @@ def run(arguments: argparse.Namespace) -> dict:
         "rounds": ROUNDS,
         "rows": rows,
         "answers": asked,
-        "figure": str(figure),
+        "figure": figure and str(figure),
     }

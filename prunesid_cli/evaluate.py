@@ -38,6 +38,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
@@ -322,6 +323,12 @@ def load_model(folder: str | Path | None):
         from prunesid_cli.embedded import complete
 
         folder = complete()
+    model_type = AutoConfig.from_pretrained(folder).model_type
+    if model_type not in ("llava", "prunesid_llava"):
+        raise ValueError(
+            f"--model must be a LLaVA-1.5 checkpoint (model_type 'llava'), whose tower the other methods are written "
+            f"for, got {model_type!r} in {folder}. docs/lmms_eval.md evaluates any family."
+        )
     model = PruneSIDLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     processor = PruneSIDLlavaProcessor.from_pretrained(folder)
     processor.num_visual_tokens = None  # full prompts, which every method accepts

@@ -175,7 +175,7 @@ def answer(model, processor, inputs, budget: int | float | None, max_new_tokens:
     """The greedy answer with a budget, how many visual tokens the language model read, and the seconds it took."""
     model.config.prunesid_config.budget = budget
     lengths: list[int] = []
-    hook = model.model.language_model.register_forward_pre_hook(
+    hook = model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     start = time.perf_counter()

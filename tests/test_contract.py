@@ -262,9 +262,14 @@ def test_full_prompts_equal_the_stock_class_on_short_ones(name):
 @torch.no_grad()
 def test_greedy_answers_are_those_of_the_stock_class_on_short_prompts(name):
     ours, reference, row = build(name)
-    inputs = prompt(row)
+    inputs, read = prompt(row), []
+    hook = ours.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
     answers = ours.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    hook.remove()
     length = inputs["input_ids"].shape[1]
+    assert 0 < read[0] < length  # what the commands count
     assert torch.equal(answers[:, :length], inputs["input_ids"])
     kept = encode_ours(ours, row)["keep_indices"]
     for place, (arguments, keep) in enumerate(hand_shortened(reference, row, kept)):

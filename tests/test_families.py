@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_contract as contract
 import torch
 import transformers
 from families import ROWS
@@ -16,6 +17,8 @@ from modeling_prunesid import PruneSIDForImageTextToText, PruneSIDInternVLForCon
 from modeling_prunesid.auto import head_of
 from modeling_prunesid.families import FAMILIES, UNSUPPORTED, release_with
 from modeling_prunesid.family import stock_class
+from prunesid_cli import demo
+from prunesid_cli.evaluate import load_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -145,3 +148,74 @@ def test_what_does_not_fit_says_so(tmp_path, model_type, message):
 def test_it_is_no_model_itself():
     with pytest.raises(OSError, match="from_pretrained"):
         PruneSIDForImageTextToText()
+
+
+SIGLIP_400M = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+# The towers of published checkpoints, less their depth: fields of the stock configuration, pixels, T of an image or
+# tile by the checkpoint's processor, patches of the tower.
+PUBLISHED = {
+    "internvl": ({}, 448, 256, 1024),  # OpenGVLab/InternVL3-*-hf
+    "gemma3": ({"vision_config": {**SIGLIP_400M, "image_size": 896}}, 896, 256, 4096),  # google/gemma-3-*
+    "paligemma": ({"vision_config": {**SIGLIP_400M, "image_size": 448}}, 448, 1024, 1024),  # google/paligemma*-448
+    "aya_vision": ({"vision_config": {**SIGLIP_400M, "image_size": 364}}, 364, 169, 676),  # CohereLabs/aya-vision-*
+    "cohere2_vision": ({}, 512, 256, 1024),  # CohereLabs/command-a-vision
+    # meta-llama/Llama-4-*
+    "llama4": ({"vision_config": {"image_size": 336, "hidden_size": 1408, "num_attention_heads": 16}}, 336, 144, 576),
+    "vipllava": ({}, 336, 576, 576),  # llava-hf/vip-llava-*
+    "deepseek_vl": ({"vision_config": {"image_size": 384, "patch_size": 16}}, 384, 576, 576),  # deepseek-vl-1.3b-*
+    "janus": ({}, 384, 576, 576),  # deepseek-community/Janus-Pro-*
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+@torch.no_grad()
+def test_published_towers_have_as_many_tokens_as_their_processors_write(family):
+    fields, size, num_tokens, num_patches = PUBLISHED[family]
+    config = head_of(family).config_class(**fields, prunesid_config={"budget": None})
+    text, vision = config.get_text_config(), config.vision_config
+    text.num_hidden_layers, vision.num_hidden_layers = 1, 5 if family == "vipllava" else 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    if family == "vipllava":
+        config.vision_feature_layers = [-2, -5, 1]
+    with torch.device("meta"):
+        model = head_of(family)._from_config(config).eval()
+        pixels = torch.empty(2, 3, size, size)
+    base = getattr(model, "model", model)
+    output = base.get_image_features(pixel_values=pixels, return_dict=True)
+    assert [len(own) for own in base.features_of(output)] == [num_tokens] * 2
+    attention = torch.empty(2, num_patches + (family in ("internvl", "llama4", "vipllava")))
+    assert len(base.patches_of(attention).flatten()) == 2 * num_patches
+    scores = base.pool_attention(torch.ones(2 * num_patches), "image", {"pixel_values": pixels}, 2 * num_tokens)
+    assert torch.equal(scores, torch.ones(2 * num_tokens))
+    for budget in (64, 0.25):
+        config.prunesid_config.budget = budget
+        kept = base.get_image_features(pixel_values=pixels, return_dict=True)["keep_indices"]
+        assert [len(own) for own in kept] == [64 if budget == 64 else round(num_tokens / 4)] * 2
+
+
+@pytest.mark.parametrize("family", ["gemma3", "molmo2", "qwen3_vl", "llama4"])
+@torch.no_grad()
+def test_the_demo_has_the_stock_class_beside_any_family(family):
+    ours, reference, row = contract.build(family)
+    twin = demo.stock_twin(ours)
+    assert type(twin) is type(reference) and type(ours) is row.head
+    inputs = contract.for_stock(row, contract.prompt(row))
+    assert torch.equal(twin(**inputs).logits, reference(**inputs).logits)
+    assert all(mine is theirs for mine, theirs in zip(ours.parameters(), twin.parameters(), strict=True))
+    cases, runs = demo.list_runs(ours, twin, inputs, [3])
+    for run in runs.values():
+        run()
+    ours.config.prunesid_config.budget = row.budget
+
+
+def test_the_evaluation_of_scenes_is_of_llava(checkpoint):
+    with pytest.raises(ValueError, match="must be a LLaVA-1.5 checkpoint.*'internvl'.*docs/lmms_eval.md"):
+        load_model(checkpoint)
