@@ -73,7 +73,7 @@ METHOD_CODE = (  # all that can change an answer to given inputs
     "modeling_prunesid/exact.py", "modeling_prunesid/single_views.py", "modeling_prunesid/method*.py",
     "modeling_prunesid/tower.py", "modeling_prunesid/upstream.py", "modeling_prunesid/budgets.py",
     "modeling_prunesid/encoding.py", "modeling_prunesid/question.py",
-    "modeling_prunesid/generation.py", "modeling_prunesid/prompts.py",
+    "modeling_prunesid/generation.py", "modeling_prunesid/prompts.py", "modeling_prunesid/plans.py",
     "modeling_prunesid/family.py", "modeling_prunesid/vitcop.py", "modeling_prunesid/checks.py",
     "modeling_prunesid/context.py", "modeling_prunesid/grouping.py", "modeling_prunesid/attention.py",
     "prunesid_cli/baselines/*.py", "prunesid_cli/towers.py", "prunesid_cli/ablations.py", "prunesid_cli/evaluate.py",
