@@ -313,8 +313,6 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
              "accumulate", "learning_rate", "seed")  # fmt: skip
     job: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     job["rows"] = hashlib.sha256(repr((train, held)).encode()).hexdigest()
-    begin(folder, job)
-
     set_seed(arguments.seed)
     name = arguments.model
     if name is None:
@@ -323,6 +321,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         name = str(complete())
     model, processor = load(name, settings_of(arguments))
     chosen = choose_parameters(model, arguments.train)
+    begin(folder, job)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     dtype = model.dtype

@@ -18,6 +18,9 @@ from prunesid_cli.command import build_parser
 from prunesid_cli.tune import Examples, Row, Tuner, between, choose_parameters, compare, read_rows, run, split_rows
 
 
+peft_reads_old_names = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = save_checkpoint(tmp_path_factory.mktemp("tune") / "base")
@@ -157,6 +160,7 @@ def test_it_trains_the_projector_alone_and_saves_a_variant(base, tmp_path):
     assert (tmp_path / "out" / "modeling_prunesid_llava.py").exists() and (tmp_path / "out" / "README.md").exists()
 
 
+@peft_reads_old_names
 def test_lora_is_merged_into_the_language_model(base, tmp_path):
     pytest.importorskip("peft")
     run(arguments(base, tmp_path / "out", "--held-out", "0", "--lora", "2", "--learning-rate", "0.01"))
@@ -171,6 +175,7 @@ class Killed(Exception):
     pass
 
 
+@peft_reads_old_names
 @pytest.mark.parametrize("more", [(), ("--lora", "2")])
 def test_a_killed_run_goes_on_to_the_same_weights(base, tmp_path, monkeypatch, more):
     given = ("--held-out", "0.34", "--learning-rate", "0.01", *more)
