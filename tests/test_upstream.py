@@ -61,7 +61,7 @@ TOUCHED = [
 # Set on an instance, where the class has none.
 OF_CONFIGURATIONS = ("_attn_implementation_internal",)
 # Private names of PyTorch, Accelerate and `typing`.
-OF_OTHERS = {"_defaults", "_mkl_linear", "_mkl_reorder_linear_weight", "_old_forward", "_orig_mod"}
+OF_OTHERS = {"_assert_async", "_defaults", "_mkl_linear", "_mkl_reorder_linear_weight", "_old_forward", "_orig_mod"}
 # What upstream takes the cache by.
 NAMES = sorted({"past_key_values", CACHE_NAME})
 # Arguments that we pass or read, by the function that takes them.
