@@ -285,7 +285,9 @@ def measure(table: Table, arguments: argparse.Namespace) -> tuple[list[str], dic
                     given += f",device={arguments.device}" if arguments.device else ""
                     asked = ["--model", "prunesid", "--model_args", given, "--tasks", task]
                     asked += ["--batch_size", str(arguments.batch_size), "--output_path", str(folder), "--log_samples"]
-                    call([*launch, *asked, *further], out / "logs" / f"{row.name}-{column.task}.log")
+                    log = out / "logs" / f"{row.name}-{column.task}.log"
+                    if call([*launch, *asked, *further], log) and results_of(folder, task) is None:
+                        print(f"FAILED, see {log}: lmms-eval ended without results", flush=True)
             measured[row.name].append(value_of(results_of(folder, task), column))
     return names, measured
 

@@ -180,7 +180,7 @@ def pack(folder: Path) -> None:
         tokenizer.save_pretrained(saved)
         archive.add(saved, "tokenizer")
         for path in sorted(source.rglob("*.py")):
-            if not path.name.startswith(("modular_", "convert_")):
+            if path.parent.parent.name != "models" or not path.name.startswith(("modular_", "convert_")):
                 archive.add(path, Path("site", "transformers", path.relative_to(source)))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     print(json.dumps({"folder": str(folder), "mib": round(size, 1), "largest_error_of_4_bits": round(error, 5)}))
