@@ -158,8 +158,9 @@ SIGLIP_400M = {
     "patch_size": 14,
     "vision_use_head": False,
 }
-# The towers of published checkpoints, less their depth: fields of the stock configuration, pixels, T of an image or
-# tile by the checkpoint's processor, patches of the tower.
+# The towers of published checkpoints, less their depth, as upstream's defaults and model cards have them: fields of the stock
+# configuration, pixels, T of an image or
+# tile, patches of the tower.
 PUBLISHED = {
     "internvl": ({}, 448, 256, 1024),  # OpenGVLab/InternVL3-*-hf
     "gemma3": ({"vision_config": {**SIGLIP_400M, "image_size": 896}}, 896, 256, 4096),  # google/gemma-3-*
@@ -176,7 +177,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("family", PUBLISHED)
 @torch.no_grad()
-def test_published_towers_have_as_many_tokens_as_their_processors_write(family):
+def test_published_towers_have_the_tokens_that_are_known_of_them(family):
     fields, size, num_tokens, num_patches = PUBLISHED[family]
     config = head_of(family).config_class(**fields, prunesid_config={"budget": None})
     text, vision = config.get_text_config(), config.vision_config
