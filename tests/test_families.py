@@ -158,9 +158,8 @@ SIGLIP_400M = {
     "patch_size": 14,
     "vision_use_head": False,
 }
-# The towers of published checkpoints, less their depth, as upstream's defaults and model cards have them: fields of the stock
-# configuration, pixels, T of an image or
-# tile, patches of the tower.
+# The towers of published checkpoints, less their depth, as upstream's defaults and model cards have them: fields of the
+# stock configuration, pixels, T of an image or tile, patches of the tower.
 PUBLISHED = {
     "internvl": ({}, 448, 256, 1024),  # OpenGVLab/InternVL3-*-hf
     "gemma3": ({"vision_config": {**SIGLIP_400M, "image_size": 896}}, 896, 256, 4096),  # google/gemma-3-*
