@@ -158,7 +158,7 @@ SIGLIP_400M = {
     "patch_size": 14,
     "vision_use_head": False,
 }
-# The towers of published checkpoints, less their depth, as upstream's defaults and model cards have them: fields of the
+# The towers of published checkpoints but for their depth, by upstream's defaults and model cards: fields of the
 # stock configuration, pixels, T of an image or tile, patches of the tower.
 PUBLISHED = {
     "internvl": ({}, 448, 256, 1024),  # OpenGVLab/InternVL3-*-hf
