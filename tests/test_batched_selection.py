@@ -384,7 +384,7 @@ def test_methods_are_looked_up_by_name():
         ValueError, match=r"prunesid_config.method must be one of \('paper', 'release', 'spread'\).*'best'"
     ):
         method_of("best")
-    with pytest.raises(ValueError, match=r"'paper' may have \('grouping', 'seed'\), got 'score'"):
+    with pytest.raises(ValueError, match=r"'paper' may have \('grouping', 'seed', 'question'\), got 'score'"):
         check_method("paper", {"score": "component"})
     with pytest.raises(ValueError, match=r"\['center'\] must be one of 'tokens', 'features', got 'both'"):
         check_method("release", {"center": "both"})
