@@ -23,6 +23,7 @@ METHODS: dict[str, Callable] = {
 }
 # What reads the question of a prompt; None in a repository whose method does not.
 QUESTION: Any = PARTS
+_CARRIES_QUESTION = QUESTION is not None
 # The module of each method. A configuration knows methods by name alone: pickled by value, as vLLM does, it takes no
 # selector along.
 MODULES = {name: f"{__name__.rpartition('.')[0]}.method_{name}" for name in METHODS}
@@ -71,7 +72,7 @@ def check_method(name: str, method_settings: dict | None, field: str = "prunesid
         is_valid, description = rules[setting]
         if not is_valid(value):
             raise ValueError(f"{field}[{setting!r}] must be {description}, got {value!r}.")
-        if setting == "question" and value and QUESTION is None:
+        if setting == "question" and value and not _CARRIES_QUESTION:
             raise ValueError(
                 f"{field}[{setting!r}]={value!r} needs code that this model was saved without, because it read no "
                 "question. Convert it with the package, which carries it."

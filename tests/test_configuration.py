@@ -100,7 +100,7 @@ def test_a_method_and_its_settings_are_named():
         ValueError, match=r"prunesid_config.method must be one of \('paper', 'release', 'spread'\).*'fps'"
     ):
         PruneSIDConfig(method="fps")
-    with pytest.raises(ValueError, match=r"of method 'paper' may have \('grouping', 'seed', 'question'\), got 'score'"):
+    with pytest.raises(ValueError, match=r"'paper' may have \('grouping', 'seed', 'question'\), got 'score'"):
         PruneSIDConfig(method_settings={"score": "cls_attention"})
     with pytest.raises(ValueError, match=r"quota of version 0.1.0 beside method='spread'"):
         PruneSIDConfig(method="spread", quota="bounded")
