@@ -46,10 +46,12 @@ class CompressedModelMixin:
     # How many dimensions upstream's mask of placeholders has, where it needs features for it.
     placeholder_mask_dims = 3
 
-    # Whether the tokens that are kept depend on the question, which `question_mask` then marks.
-    reads_question = False
-
     # What a family says
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether the tokens that are kept depend on the question, which `question_mask` then marks."""
+        return False
 
     def is_off(self, num_visual_tokens: Any) -> bool:
         """Whether nothing is to be dropped, whatever the input."""

@@ -124,7 +124,7 @@ def _levels(features: torch.Tensor) -> tuple[list[torch.Tensor], int]:
     return parts, bits
 
 
-def _by_orders(lefts: list, rights: list, bits: int, multiply: Callable) -> torch.Tensor:
+def _by_orders(lefts: list[Any], rights: list[Any], bits: int, multiply: Callable[..., Any]) -> torch.Tensor:
     """The products of all levels that are above the cut, added up the smallest first."""
     total: Any = None
     for order in reversed(range(len(lefts))):
