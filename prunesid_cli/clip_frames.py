@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
+from prunesid_cli.generate import ask_about
+
 
 NUM_FRAMES = 8
 
@@ -71,12 +73,5 @@ def ask_about_clip(processor: Any, frames: tuple[Image.Image, ...] | list[Image.
     """The inputs for a question about a clip, by the checkpoint's chat template; all of its frames are read."""
     video = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
     metadata = VideoMetadata(total_num_frames=len(video), fps=1.0, frames_indices=list(range(len(video))))
-    content = [{"type": "video", "video": video}, {"type": "text", "text": prompt}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"do_sample_frames": False, "video_metadata": [metadata]},
-    )
+    arguments = {"do_sample_frames": False, "video_metadata": [metadata]}
+    return ask_about(processor, {"type": "video", "video": video}, prompt, processor_kwargs=arguments)

@@ -161,13 +161,18 @@ def load(name: str, preset: str | None, budget: int | float | None, device_map: 
 
 def ask(processor, image, prompt: str):
     """The inputs for a question about an image, by the checkpoint's chat template."""
-    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+    return ask_about(processor, {"type": "image", "image": image}, prompt)
+
+
+def ask_about(processor, part: dict, prompt: str, **arguments):
+    """The same for a picture or clip as a `part` of a message."""
     return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
+        [{"role": "user", "content": [part, {"type": "text", "text": prompt}]}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        **arguments,
     )
 
 

@@ -22,7 +22,8 @@ def machine() -> str:
         device = torch.cuda.get_device_name()
     else:
         names = [line.split(":", 1)[1].strip() for line in _cpu_info() if line.startswith("model name")]
-        device = f"{names[0] if names else platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = f"{names[0] if names else platform.processor() or 'CPU'}, {threads} thread{'s' * (threads > 1)}"
     return f"{device}, {platform.system()}, PyTorch {torch.__version__}"
 
 
