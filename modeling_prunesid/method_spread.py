@@ -65,7 +65,7 @@ def spread_tokens(
 ) -> torch.LongTensor:
     """
     The token of highest score, then one after another that of largest score ** 0.25 * distance, where both are times
-    the token's relevance if that is given.
+    the square of the token's relevance if that is given.
 
     The distance is the cosine distance to the nearest kept token. With equal scores this is the greedy answer to the
     max-min diversity problem. Tokens that rounding cannot tell from a kept one are `INDISTINCT` away from it, so that
@@ -82,7 +82,7 @@ def spread_tokens(
     """
     tokens = scores.shape[1]
     weights = scores.clamp(min=0).sqrt().sqrt()
-    weights = weights if relevance is None else weights * relevance
+    weights = weights if relevance is None else weights * relevance.square()
     # What a chosen token leaves to each other one; -2 for itself, so that a token is chosen once.
     gains = distances * weights[:, None]
     gains.diagonal(dim1=1, dim2=2).fill_(-2)
