@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import ROWS
 from tiny_checkpoint import picture, save_checkpoint
 
 from modeling_prunesid.context import Context
@@ -112,7 +113,12 @@ def test_the_page_on_families_declares_one(tmp_path):
     ((_, command),) = blocks_of("new_family.md", "bash")
     python, *arguments = shlex.split(command)
     assert python == "python"
-    told = run(*arguments, "-q", "-p", "no:cacheprovider", folder=tmp_path)
+    arguments = [*arguments, "-q", "-p", "no:cacheprovider"]
+    if not any(row.is_installed for row in ROWS.values() if row.family == "smolvlm"):  # in an older Transformers
+        with pytest.raises(AssertionError, match=r"\d+ deselected"):
+            run(*arguments, folder=tmp_path)
+        return
+    told = run(*arguments, folder=tmp_path)
     assert re.search(r"\b1[0-9] passed, \d+ deselected", told), told
 
 

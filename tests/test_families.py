@@ -174,7 +174,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("family", [name for name in PUBLISHED if release_with(name) is None])
 @torch.no_grad()
 def test_published_towers_have_the_tokens_that_are_known_of_them(family):
     fields, size, num_tokens, num_patches = PUBLISHED[family]
@@ -201,7 +201,9 @@ def test_published_towers_have_the_tokens_that_are_known_of_them(family):
         assert [len(own) for own in kept] == [64 if budget == 64 else round(num_tokens / 4)] * 2
 
 
-@pytest.mark.parametrize("family", ["gemma3", "molmo2", "qwen3_vl", "llama4"])
+@pytest.mark.parametrize(
+    "family", [name for name in ("gemma3", "molmo2", "qwen3_vl", "llama4") if release_with(name) is None]
+)
 @torch.no_grad()
 def test_the_demo_has_the_stock_class_beside_any_family(family):
     ours, reference, row = contract.build(family)

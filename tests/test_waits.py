@@ -174,7 +174,9 @@ def test_logits_of_some_columns_wait_no_oftener(form, count):
     if isinstance(keep, torch.Tensor):
         (keep,) = put({"keep": keep}).values()
     found, expected = (waits(lambda model=model: model(**put(inputs), logits_to_keep=keep)) for model in (ours, stock))
-    assert found.total() <= expected.total(), found - expected
+    # Heads before 5.23 take the same columns of all rows, and which these are is a wait.
+    more = int(batch > 1 and not hasattr(modeling_utils, "slice_logits_to_keep"))
+    assert found.total() <= expected.total() + more, found - expected
 
 
 def test_the_prompt_is_checked_before_the_tower_runs():
