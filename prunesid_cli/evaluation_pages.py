@@ -166,8 +166,12 @@ def markdown(result: dict, page: str) -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Share of full, one line a method with its interval, against tokens and, where measured, time to first token."""
+    """
+    Share of full against tokens and, where it was measured, time to first token: one line a method, PruneSID's with
+    their intervals. Controls that keep all tokens are left out.
+    """
     full, *rows = result["rows"]
+    rows = [row for row in rows if row.get("place") != full.get("place", "nowhere")]
     against = {"tokens": "visual tokens of a picture (mean)"}
     if "first_token_ms" in full:
         against["first_token_ms"] = "time to first token (ms)"
@@ -180,9 +184,10 @@ def draw(result: dict, path: Path) -> None:
             points.sort(key=lambda row: row["tokens"])
             x = [row[field] for row in points]
             value, low, high = ([row["share_of_full"][name] for row in points] for name in ("value", "low", "high"))
-            style = "-" if number < 20 else "--"
-            axes.plot(x, value, style, marker="o", markersize=4, color=colours(number % 20), label=method)
-            if field == "tokens":
+            style, is_ours = "-" if number < 20 else "--", method.startswith("prunesid")
+            look = {"linewidth": 2.4, "markersize": 5} if is_ours else {"linewidth": 0.9, "markersize": 2.5}
+            axes.plot(x, value, style, marker="o", color=colours(number % 20), label=method, **look)
+            if field == "tokens" and is_ours:
                 axes.fill_between(x, low, high, color=colours(number % 20), alpha=0.12, linewidth=0)
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
         axes.set_xlabel(label)
