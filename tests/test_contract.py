@@ -2,8 +2,9 @@
 What every declared family must do, whatever its kind: one contract for all rows of `families.py`.
 
 The oracle is the stock class with the same weights. It encodes all tokens itself, and is run on prompts that are
-shortened by hand with the kept rows of its own features. Logits are compared in float64; `TOLERANCE` is that of
-layers that upstream computes in float32 all the same.
+shortened by hand with the kept rows of its own features. Logits are compared in float64. `TOLERANCE` is that of
+layers that upstream computes in float32 all the same (norms, routers, linear attention, of which sums in another order
+were 42 steps of float32 apart); a token more or less is over 1e-3, which is asserted beside.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from modeling_prunesid.family import stock_class
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
-TOLERANCE = 2e-6  # of the largest logit
+TOLERANCE = 128 * torch.finfo(torch.float32).eps  # of the largest logit
 NEW_TOKENS = 4
 
 every_row = pytest.mark.parametrize(
