@@ -25,7 +25,7 @@ from tqdm import tqdm
 from modeling_prunesid import compress
 from prunesid_cli.answer_statistics import as_compared, interval, ratio, resample
 from prunesid_cli.baselines import METHODS, applied
-from prunesid_cli.batch import Request
+from prunesid_cli.batch import Request, read_row
 from prunesid_cli.evaluation_pages import grid, percent, ranged
 from prunesid_cli.generate import answer_requests, load
 from prunesid_cli.images import open_image
@@ -89,11 +89,9 @@ def fields_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"Row {number} of {path} is no JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"Row {number} of {path} must be a JSON object, got {line[:80]!r}.")
+            row = read_row(line.encode())
+        except ValueError as error:
+            raise ValueError(f"Row {number} of {path} cannot be read. {error}") from error
         yield number, _named(row)
 
 
