@@ -23,8 +23,8 @@ import torch
 import transformers
 from families import IMAGE, ROWS, VIDEO, VISION_END, VISION_START
 from PIL import Image
-from test_family_processors import PROCESSORS, SIZE, pil, tokenizer, video
 from tiny_checkpoint import CHAT_TEMPLATE
+from tiny_processors import PROCESSORS, SIZE, pil, tokenizer, video
 
 import modeling_prunesid
 from modeling_prunesid.family import stock_class

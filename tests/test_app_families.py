@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_video_llava import torchvision_folder  # noqa: F401
 
 
 pytestmark = pytest.mark.app
@@ -57,7 +56,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_pictures_and_clips_are_shown_and_asked_about(family, tmp_path, torchvision_folder):  # noqa: F811
+def test_pictures_and_clips_are_shown_and_asked_about(family, tmp_path, torchvision_folder):
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent), *filter(None, sys.path)]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(torchvision_folder), family, str(tmp_path / family)],

@@ -3,12 +3,12 @@
 import math
 import os
 import threading
-from dataclasses import dataclass, field
 
 import pytest
 import skimage.data
 import torch
 from pretended_device import Pretended
+from random_tokens import Settings, extreme_views, smooth
 from skimage.transform import resize
 from sklearn.datasets import load_sample_images
 
@@ -18,13 +18,6 @@ from modeling_prunesid.exact import gram
 from modeling_prunesid.methods import METHODS, check_method, method_of, method_of_saved
 from modeling_prunesid.registering import carried_source
 from modeling_prunesid.selection import NMS_ROUNDS, information_budgets, redundancy, survivors
-
-
-@dataclass
-class Settings:
-    num_groups: int | None = None
-    nms_lambda: float | str | None = None
-    method_settings: dict = field(default_factory=dict)
 
 
 CASES = {
@@ -38,15 +31,6 @@ CASES = {
     "spread_component": ("spread", Settings(method_settings={"score": "component"})),
 }
 cases = pytest.mark.parametrize("case", CASES)
-
-
-def smooth(views, tokens, dim, seed=0):
-    """Tokens `(views, tokens, dim)` whose spectrum decays."""
-    generator = torch.Generator().manual_seed(seed)
-    rank = min(tokens, dim)
-    directions = torch.randn(rank, dim, generator=generator) / math.sqrt(dim)
-    weights = torch.randn(views, tokens, rank, generator=generator) * torch.arange(1, rank + 1) ** -0.7
-    return 2 * weights @ directions
 
 
 def photographs(side=24, patch=14, dim=256):
@@ -265,32 +249,6 @@ def test_threads_with_other_precision_settings_change_nothing():
             thread.join()
         torch.set_float32_matmul_precision(before)
     assert not failures
-
-
-def extreme_views():
-    noise = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-    mixed = noise.clone()
-    mixed[:10] *= 1e-42
-    mixed[10:20] *= 3e37
-    mixed[20] = math.inf
-    mixed[21, 3] = math.nan
-    return {
-        "zeros": 0 * noise,
-        "subnormal": 1e-42 * noise,
-        "smallest normal": 1.2e-38 * noise,
-        "tiny": 1e-30 * noise,
-        "too large to square": 1e30 * noise,
-        "largest": 3.4e38 * noise.sign(),
-        "equal": torch.ones_like(noise),
-        "nearly equal": 3 + 1e-7 * noise,
-        "one token": torch.eye(40, 16) * (torch.arange(40) == 5)[:, None],
-        "three tokens": torch.eye(3, 16).repeat(14, 1)[:40],
-        "no finite": math.nan * noise,
-        "one finite": torch.where(torch.arange(40)[:, None] == 9, noise, math.inf),
-        "saturated": 1e4 * noise,
-        "mixed": mixed,
-        "half": noise.half(),
-    }
 
 
 @cases

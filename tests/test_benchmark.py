@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_selection import tokens_like_a_tower
+from random_tokens import tokens_like_a_tower
 
 from modeling_prunesid.select_tokens import select_tokens
 from prunesid_cli.command import main

@@ -4,7 +4,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_video_llava import BUDGET, FED, FRAMES, VIDEO, batch, build, clips, rows
+from tiny import batch
+from tiny_video_llava import BUDGET, FED, FRAMES, VIDEO, build, clips, rows
 
 from prunesid_cli import clip
 

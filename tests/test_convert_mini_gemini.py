@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_mini_gemini import HIGH, HIGH_RES, LOW, PATCH
 from tiny import TEXT, VISION
 from tiny_checkpoint import build_processor, picture
+from tiny_mini_gemini import HIGH, HIGH_RES, LOW, PATCH
 from torch.nn.functional import conv2d, gelu, interpolate, layer_norm
 from torch.nn.functional import linear as linear_map
 from transformers import CLIPVisionConfig

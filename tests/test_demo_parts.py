@@ -10,9 +10,9 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file
-from test_llava_tower import TOWERS
 from tiny import BUDGET, NUM_PATCHES, build, pixels, prompt
 from tiny_checkpoint import picture, save_checkpoint
+from tiny_towers import TOWERS
 from transformers import BertConfig, Dinov2Config, Dinov2Model
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration

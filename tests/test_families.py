@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import oracle_family as contract
 import pytest
-import test_contract as contract
 import torch
 import transformers
 from families import ROWS

@@ -396,8 +396,8 @@ def test_memory_is_flat_over_100_000_rows(tmp_path):
     code = f"""
 import resource, sys
 from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from test_generate_rows import run_stand_in
+sys.path.insert(0, {str(ROOT)!r})
+from prunesid_cli.batch import Output, Shard, answer_rows, describe
 size = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 sizes = []
 def answer(requests):
@@ -405,7 +405,9 @@ def answer(requests):
         sizes.append(size())
     return ["word " * 40]
 folder = Path({str(tmp_path)!r})
-found = run_stand_in(folder / "rows.jsonl", folder / "out.jsonl", answer=answer)
+rows = folder / "rows.jsonl"
+job = dict(zip(("rows", "input"), describe(rows)), prompt="what?")
+found = answer_rows(rows, Output(folder / "out.jsonl"), job, Shard(), lambda: answer, 1)
 assert found["answered"] == 100_000
 print(size() - sizes[0])
 """

@@ -8,8 +8,8 @@ import inspect
 import re
 from types import SimpleNamespace
 
+import oracle_family as contract
 import pytest
-import test_contract as contract
 import torch
 from families import ROWS
 from transformers.video_utils import VideoMetadata

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clean_process import LOAD, run_clean
 from safetensors.torch import load_file
 from tiny import BUDGET, NUM_PATCHES, build, pixels, prompt, stock_twin
 from tiny_checkpoint import build_processor, picture, save_checkpoint
@@ -26,44 +27,6 @@ from modeling_prunesid import (
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
-CLEAN_PROCESS = """
-import json, sys
-
-class NoPackage:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_prunesid":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, NoPackage())
-from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
-from transformers import pipeline
-
-folder = sys.argv[1]
-trust = {"trust_remote_code": True}
-found = {"config": type(AutoConfig.from_pretrained(folder, **trust)).__name__}
-processor = AutoProcessor.from_pretrained(folder, **trust)
-found["processor"] = type(processor).__name__
-picture = Image.frombytes("RGB", (28, 28), bytes(range(256)) * 9 + bytes(48))
-inputs = processor(images=picture, text="<image> word7 word8", return_tensors="pt")
-found["length"] = inputs["input_ids"].shape[1]
-for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    model, info = auto.from_pretrained(folder, **trust, output_loading_info=True)
-    found[auto.__name__] = {
-        "class": type(model).__name__,
-        "keys": sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]])),
-        "answer": model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist(),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-    built = auto.from_config(AutoConfig.from_pretrained(folder, **trust), **trust)
-    found[auto.__name__]["from_config"] = type(built).__name__
-chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "word7"}]}]
-answer = pipeline("image-text-to-text", model=folder, **trust)
-found["one chat"] = answer(text=chat, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
-batch = answer(text=[chat, chat], max_new_tokens=4, return_full_text=False, batch_size=2)
-found["two chats"] = [part[0]["generated_text"] for part in batch]
-print(json.dumps(found))
-"""
 
 
 TWO_PROCESSES = """
@@ -146,19 +109,7 @@ def variant(base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def clean(variant, tmp_path_factory):
     """What a process finds that cannot import our package."""
-    home = tmp_path_factory.mktemp("home")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    environment = {**kept, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", CLEAN_PROCESS, str(variant)],
-        cwd=home,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_clean(LOAD, tmp_path_factory.mktemp("home"), variant)
 
 
 class TestStockCheckpoint:
@@ -283,16 +234,7 @@ class TestSavedFolder:
         from_base(base, method=method).save_pretrained(folder)
         assert [path.stem for path in folder.glob("method_*.py")] == [f"method_{method}"]
         other = "spread" if method == "paper" else "paper"
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", CARRIED, str(folder), other],
-            env={**kept, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        report = json.loads(done.stdout.splitlines()[-1])
+        report = run_clean(CARRIED, home, folder, other)
         assert report["kept"] == BUDGET and report["saved again"] == method
         message = (
             f"prunesid_config.method must be one of ('{method}',), the methods that are carried here, got '{other}'"

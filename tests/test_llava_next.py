@@ -5,19 +5,37 @@ and its `generate`, on short prompts and the kept ones of these features, says w
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from clean_process import run_clean
 from PIL import Image
 from safetensors.torch import load_file
-from test_processing import check_what_is_set_is_obeyed
-from tiny import EOS, IMAGE, PAD, TEXT, VISION, batch, prompt
+from tiny import EOS, IMAGE, PAD, batch, prompt
+from tiny_llava_next import (
+    BUDGET,
+    CROP,
+    GREEDY,
+    GRIDS,
+    PATCH,
+    ROWS,
+    SIDE,
+    SIZES,
+    build,
+    crops_of,
+    full_batch,
+    full_count,
+    images,
+    new_tokens,
+    packed,
+    rows,
+    stock_config,
+    stock_twin,
+)
+from tiny_processor import check_what_is_set_is_obeyed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlavaNextConfig,
@@ -30,55 +48,18 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from modeling_prunesid import (
     PruneSIDConfig,
-    PruneSIDLlavaNextConfig,
     PruneSIDLlavaNextForConditionalGeneration,
     PruneSIDLlavaNextModel,
     PruneSIDLlavaNextProcessor,
 )
-from modeling_prunesid.anyres import NEWLINE, pack_patches, views_of_crops
+from modeling_prunesid.anyres import NEWLINE, views_of_crops
 from modeling_prunesid.budgets import share_total
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
-CROP, PATCH, SIDE = VISION["image_size"], VISION["patch_size"], VISION["image_size"] // VISION["patch_size"]
 PATCHES = SIDE * SIDE
-GRIDS = [[CROP, 2 * CROP], [2 * CROP, CROP], [2 * CROP, 2 * CROP], [3 * CROP, CROP], [CROP, 3 * CROP]]
-SIZES = [(40, 50), (30, 90), (200, 30), (28, 28), (56, 56)]  # height, width: padded below, to the sides, not at all
-BUDGET = 6
-GREEDY = {"do_sample": False, "max_new_tokens": 6}
-
-
-def build_config(budget=BUDGET, vision=None, strategy="default", **settings):
-    return PruneSIDLlavaNextConfig(
-        vision_config={**VISION, **(vision or {})},
-        text_config={**TEXT, "max_position_embeddings": 4096},
-        image_token_index=IMAGE,
-        image_grid_pinpoints=GRIDS,
-        vision_feature_select_strategy=strategy,
-        prunesid_config={"budget": budget, **settings},
-    )
-
-
-def build(budget=BUDGET, seed=0, **config):
-    torch.manual_seed(seed)
-    model = PruneSIDLlavaNextForConditionalGeneration(build_config(budget, **config)).double().eval()
-    with torch.no_grad():
-        model.model.multi_modal_projector.linear_2.weight.mul_(20)
-        model.lm_head.weight[[PAD, EOS, IMAGE]] = 0
-    return model
-
-
-def stock_config(config):
-    fields = config.to_dict()
-    return LlavaNextConfig(**{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")})
-
-
-def stock_twin(model):
-    stock = LlavaNextForConditionalGeneration(stock_config(model.config)).to(model.dtype).eval()
-    stock.load_state_dict(model.state_dict())
-    return stock
 
 
 @pytest.fixture
@@ -91,51 +72,8 @@ def stock(ours):
     return stock_twin(ours)
 
 
-def packed(size):
-    """`crop * patches_of_a_crop + patch` of each placeholder."""
-    return pack_patches(size, GRIDS, CROP, PATCH)
-
-
-def crops_of(size):
-    """The patches of each crop that are no padding."""
-    return [view.patches for view in views_of_crops(size, GRIDS, CROP, PATCH)]
-
-
-def images(sizes=SIZES, seed=0):
-    """`pixel_values` and `image_sizes` as the processor gives them: crops that an image lacks are zero."""
-    crops = [len(crops_of(size)) for size in sizes]
-    pixel_values = torch.zeros(len(sizes), max(crops), 3, CROP, CROP)
-    generator = torch.Generator().manual_seed(seed)
-    for image, count in enumerate(crops):
-        pixel_values[image, :count] = torch.randn(count, 3, CROP, CROP, generator=generator)
-    return {"pixel_values": pixel_values, "image_sizes": torch.tensor(sizes)}
-
-
-def full_count(size):
-    return len(packed(size))
-
-
 def short_count(size, budget=BUDGET):
     return sum(min(budget, len(crop)) for crop in crops_of(size))
-
-
-ROWS = [((0, 1), [7, 8, 9]), ((2,), [9, 4]), ((), [3, 4, 5, 6]), ((3, 4), [11])]
-
-
-def rows(count, which=ROWS):
-    return [prompt([count(SIZES[image]) for image in shown], text) for shown, text in which]
-
-
-def full_batch(side="left"):
-    return {**batch(rows(full_count), side), **images()}
-
-
-def new_tokens(model, inputs, **kwargs):
-    output = model.generate(**inputs, **{**GREEDY, **kwargs})
-    length = inputs["input_ids"].shape[1]
-    times = len(output) // len(inputs["input_ids"])
-    assert torch.equal(output[:, :length], inputs["input_ids"].repeat_interleave(times, 0))
-    return output[:, length:]
 
 
 @torch.no_grad()
@@ -669,15 +607,8 @@ class TestLoading:
         picture.save(tmp_path / "picture.png")
         inputs = processor(images=picture, text="<image> what is", return_tensors="pt")
         expected = ours.generate(**inputs, do_sample=False, max_new_tokens=5)
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment.update(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
         shutil.copytree(repo, tmp_path / "moved")
-        run = subprocess.run(
-            [sys.executable, "-I", "-c", CLEAN_PROCESS, str(tmp_path / "moved"), str(tmp_path / "picture.png")],
-            cwd=tmp_path, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
-        report = json.loads(run.stdout.splitlines()[-1])
+        report = run_clean(CLEAN_PROCESS, tmp_path / "home", tmp_path / "moved", tmp_path / "picture.png")
         assert report["answers"] == [expected.tolist()] * 3
         assert report["missing"] == []
         assert report["base"] == "PruneSIDLlavaNextModel"

@@ -20,8 +20,8 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from test_video_llava import build as build_video_llava
 from tiny_checkpoint import CHAT_TEMPLATE, build_processor, picture, save_checkpoint
+from tiny_video_llava import build as build_video_llava
 from transformers import AutoModelForImageTextToText
 
 from modeling_prunesid import (

@@ -1,17 +1,15 @@
 """Mini-Gemini: its patch-info mining against plain loops, PruneSID on its tokens, its processor, and the Hub."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_llava_hub import CLEAN_PROCESS
-from test_processing import check_what_is_set_is_obeyed
-from tiny import BUDGET, IMAGE, NUM_PATCHES, TEXT, VISION, batch, prompt
+from clean_process import LOAD, run_clean
+from tiny import BUDGET, IMAGE, NUM_PATCHES, VISION, batch, prompt
 from tiny_checkpoint import CHAT_TEMPLATE, build_processor, picture
+from tiny_mini_gemini import HD, HIGH, HIGH_RES, LOW, PATCH, build, build_config, pixels, stock_twin
+from tiny_processor import check_what_is_set_is_obeyed
 from torch.nn.functional import avg_pool2d
 from transformers import LlavaImageProcessorPil
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -21,7 +19,6 @@ from modeling_prunesid import (
     MiniGeminiForConditionalGeneration,
     MiniGeminiProcessor,
     PruneSIDConfig,
-    PruneSIDMiniGeminiConfig,
     PruneSIDMiniGeminiForConditionalGeneration,
     PruneSIDMiniGeminiModel,
     PruneSIDMiniGeminiProcessor,
@@ -33,58 +30,6 @@ from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-LOW, PATCH = VISION["image_size"], VISION["patch_size"]
-HIGH = 2 * LOW  # a map of 14 x 14: windows of 2 x 2 for the 7 x 7 patches
-HIGH_RES = {
-    "hidden_sizes": [8, 8, 16, 16],
-    "depths": [1, 1, 2, 1],
-    "image_size": HIGH,
-    "layer_scale_init_value": 0.5,
-    "initializer_range": 0.3,
-}
-HD = {"image_grid": 2, "image_global": True}
-
-
-def build_config(budget=BUDGET, views=None, **settings):
-    return PruneSIDMiniGeminiConfig(
-        vision_config=dict(VISION),
-        text_config={**TEXT, "max_position_embeddings": 1024},
-        high_res_vision_config=dict(HIGH_RES),
-        image_token_index=IMAGE,
-        prunesid_config={"budget": budget, **settings},
-        **(views or {}),
-    )
-
-
-def build(budget=BUDGET, views=None, **settings):
-    """A random model whose answers depend on its images and end at `max_new_tokens`."""
-    torch.manual_seed(0)
-    model = PruneSIDMiniGeminiForConditionalGeneration(build_config(budget, views, **settings)).double().eval()
-    with torch.no_grad():
-        model.model.multi_modal_projector.linear_2.weight.mul_(20)
-        model.lm_head.weight[[0, 2, IMAGE]] = 0
-    return model
-
-
-def stock_twin(model):
-    """The class without PruneSID, with the same weights."""
-    fields = model.config.to_dict()
-    config = MiniGeminiConfig(
-        **{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")}
-    )
-    stock = MiniGeminiForConditionalGeneration(config).to(model.dtype).eval()
-    stock.load_state_dict(model.state_dict())
-    return stock
-
-
-def pixels(num_images, seed=0, grid=1, has_global=False):
-    """Images in both resolutions, as the model takes them."""
-    generator = torch.Generator().manual_seed(seed)
-    views = [grid**2 + has_global] if grid > 1 else []
-    return {
-        "pixel_values": torch.randn(num_images, *views, 3, LOW, LOW, generator=generator),
-        "high_res_pixel_values": torch.randn(num_images, 3, grid * HIGH, grid * HIGH, generator=generator),
-    }
 
 
 def projected(sequential, vector):
@@ -565,17 +510,7 @@ class TestFolders:
         assert torch.equal(model.generate(**inputs, **GREEDY), expected)
 
     def test_a_clean_process_loads_it_by_every_auto_class(self, variant, tmp_path):
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", CLEAN_PROCESS, str(variant)],
-            cwd=tmp_path,
-            env={**kept, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = run_clean(LOAD, tmp_path, variant)
         assert found["config"] == "PruneSIDMiniGeminiConfig"
         assert found["processor"] == "PruneSIDMiniGeminiProcessor"
         assert found["length"] == BUDGET + 2

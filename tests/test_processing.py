@@ -6,36 +6,13 @@ import pytest
 import torch
 from tiny import BUDGET, IMAGE, NUM_PATCHES, build
 from tiny_checkpoint import build_processor, picture
+from tiny_processor import ask, build_ours, check_what_is_set_is_obeyed, count
 from transformers import AutoProcessor, LlavaProcessor
 
 from modeling_prunesid import PruneSIDLlavaProcessor
 
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
-
-
-def build_ours(num_visual_tokens=BUDGET, **settings):
-    stock = build_processor()
-    return PruneSIDLlavaProcessor(
-        stock.image_processor,
-        stock.tokenizer,
-        patch_size=stock.patch_size,
-        vision_feature_select_strategy=stock.vision_feature_select_strategy,
-        num_additional_image_tokens=stock.num_additional_image_tokens,
-        chat_template=stock.chat_template,
-        num_visual_tokens=num_visual_tokens,
-        **settings,
-    )
-
-
-def ask(processor, num_images=1, **kwargs):
-    images = [picture(seed) for seed in range(num_images)]
-    text = "word7 " + "<image> word9 " * num_images + "word11"
-    return processor(images=images or None, text=text, return_tensors="pt", **kwargs)
-
-
-def count(inputs):
-    return (inputs["input_ids"] == IMAGE).sum(1).tolist()
 
 
 @pytest.mark.parametrize("budget, expected", [(8, 8), (1, 1), (0.5, 25), (49, 49), (64, 49), (1.0, 49), (None, 49)])
@@ -156,21 +133,6 @@ def test_it_is_saved_with_its_budget(tmp_path):
         assert loaded.chat_template == build_processor().chat_template
     changed = PruneSIDLlavaProcessor.from_pretrained(tmp_path, num_visual_tokens=5)
     assert count(ask(changed)) == [5]
-
-
-def check_what_is_set_is_obeyed(saved, folder, ask):
-    """A loaded processor whose budget is set writes what one that was made with it does, and so when saved again."""
-    for number, arguments in enumerate([{}, {"num_visual_tokens": 7}]):
-        saved.save_pretrained(folder / "saved")
-        loaded = type(saved).from_pretrained(folder / "saved", **arguments)
-        for value in (17, None, 11, 1000, 0.5):
-            saved.num_visual_tokens = loaded.num_visual_tokens = value
-            expected, again = ask(saved), folder / f"{number}-{value}"
-            loaded.save_pretrained(again)
-            for processor in (loaded, type(saved).from_pretrained(again)):
-                got = ask(processor)
-                assert got.keys() == expected.keys()
-                assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_what_is_set_later_is_obeyed(tmp_path):

@@ -131,3 +131,12 @@ def test_files_take_only_public_names_from_each_other():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert not [name.name for name in node.names if name.name.startswith("_")], file.name
+
+
+def test_no_test_module_imports_another():
+    """What several share has a module of its own, so that one is changed, run and read without the other."""
+    for file in Path(__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                assert not [name for name in modules if name.split(".")[-1].startswith("test_")], file.name

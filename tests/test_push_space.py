@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from app_browser import SECONDS, visit
 from hub_server import TOKEN, Hub
-from test_app import SECONDS, visit
 
 from prunesid_cli.push_space import CPU_WHEELS, REQUIREMENTS
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pretended_device import Pretended, PretendedTensor
-from test_batched_selection import Settings, extreme_views, smooth
+from random_tokens import Settings, extreme_views, smooth
 from tiny import BUDGET, IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_twin
 from tiny_checkpoint import build_processor, picture, save_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers

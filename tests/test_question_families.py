@@ -1,14 +1,14 @@
 """Selection that knows the question, in every family: each image has the question of its row, and nothing waits."""
 
 import pytest
-import test_llava_next as next_
+import tiny_llava_next as next_
 import torch
-from families import ROWS
-from test_contract import build as build_row
-from test_contract import prompt as prompt_of_row
-from test_contract import rows_of
-from test_waits import batch_of, pair, put
-from test_waits import waits as count_waits
+from families import IMAGE, PAD, ROWS
+from oracle_family import build as build_row
+from oracle_family import prompt as prompt_of_row
+from oracle_family import rows_of
+from oracle_waits import batch_of, pair, put
+from oracle_waits import waits as count_waits
 
 from modeling_prunesid.question import Question
 
@@ -28,7 +28,7 @@ def test_rows_of_images_whose_placeholders_are_more_than_their_tokens():
         return is_right
 
     inputs = next_.full_batch()
-    mask = (inputs["input_ids"] != next_.PAD) & (inputs["input_ids"] != next_.IMAGE)
+    mask = (inputs["input_ids"] != PAD) & (inputs["input_ids"] != IMAGE)
     expected = [row for row, (shown, _) in enumerate(next_.ROWS) for _ in shown]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Question, "check", watch)

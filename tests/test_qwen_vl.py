@@ -2,13 +2,11 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from clean_process import run_clean
 from tiny import of_kept
 from tiny_qwen import (
     FAMILIES,
@@ -784,18 +782,7 @@ def test_saved_folders_run_where_the_package_cannot_be_imported(tmp_path):
         expected[our_class(family).__name__] = [[answer] * 3, our_class(family, "Model").__name__, 0.25]
         ours.save_pretrained(tmp_path / family)
         torch.save(inputs, tmp_path / family / "inputs.pt")
-    (tmp_path / "empty").mkdir()
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", CLIENT, *(str(tmp_path / family) for family in FAMILIES)],
-        cwd=tmp_path / "empty",
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == expected
+    assert run_clean(CLIENT, tmp_path / "home", *(tmp_path / family for family in FAMILIES)) == expected
 
 
 def test_auto_classes_know_ours_when_the_package_is_imported(family):

@@ -5,6 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from random_tokens import tokens_like_a_tower
 from reference_selection import bounded, proportional, reference_rho, reference_select
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,15 +27,6 @@ VARIANTS = {
     "all_suppressed": {"nms_lambda": -1e6},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def tokens_like_a_tower(tokens, dim, seed=0):
-    """Random tokens `(tokens, dim)` with a decaying spectrum, so that components are well defined."""
-    generator = torch.Generator().manual_seed(seed)
-    rank = min(tokens, dim)
-    directions = torch.randn(rank, dim, generator=generator, dtype=torch.float64) / math.sqrt(dim)
-    weights = torch.randn(tokens, rank, generator=generator, dtype=torch.float64)
-    return (2 * (weights * torch.arange(1, rank + 1) ** -0.7) @ directions).float()
 
 
 def select(hidden_states, budget, variant, **options):

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from test_processing import ask, build_ours, count
 from tiny import build
 from tiny_checkpoint import build_processor, save_checkpoint
+from tiny_processor import ask, build_ours, count
 from tiny_qwen import IMAGE, VISION_END, VISION_START
 from tiny_qwen import build as build_qwen
 

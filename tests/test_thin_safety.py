@@ -2,15 +2,13 @@
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_qwen
 import torch
+from clean_process import run_clean
 from hub_server import TOKEN, Hub
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
@@ -62,17 +60,6 @@ def edit(path, change):
     fields = json.loads(path.read_text())
     change(fields)
     path.write_text(json.dumps(fields))
-
-
-def clean_process(script, home, **environment):
-    """The last line that a process without our package prints, as JSON."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    environment = {**kept, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script], cwd=home, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 class TestCodeOfTheBase:
@@ -194,7 +181,7 @@ def published(hub, tmp_path_factory):
     paths = [str(ROOT), str(ROOT / "tests")]
     script = f"import sys\nsys.path[:0] = {paths!r}\n{PUBLISH}"
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    return home, clean_process(script, home, **environment)
+    return home, run_clean(script, home, **environment)
 
 
 class TestPinnedBase:
@@ -355,7 +342,7 @@ images = AutoImageProcessor.from_pretrained({str(thin)!r})
 print(json.dumps([tokenizer("word7 <image> word8").input_ids, type(images).__name__, images.crop_size["height"]]))
 """
         expected = AutoTokenizer.from_pretrained(base), AutoImageProcessor.from_pretrained(base)
-        assert clean_process(script, tmp_path) == [
+        assert run_clean(script, tmp_path) == [
             expected[0]("word7 <image> word8").input_ids,
             type(expected[1]).__name__,
             expected[1].crop_size["height"],
@@ -402,7 +389,7 @@ for folder in ({str(tmp_path / "first" / "variant")!r}, {str(tmp_path / "second"
         found.append(sys.modules[f"{{package}}.selection"].WHOSE)
 print(json.dumps(found))
 """
-        assert clean_process(script, tmp_path) == ["first"] * 3 + ["second"] * 3
+        assert run_clean(script, tmp_path) == ["first"] * 3 + ["second"] * 3
 
     def test_servers_find_the_classes_by_name_once_they_know_the_configuration(self, thin, tmp_path):
         script = f"""
@@ -417,7 +404,7 @@ print(json.dumps([
 ]))
 """
         name = "PruneSIDLlavaForConditionalGeneration"
-        assert clean_process(script, tmp_path) == [name, name, "PruneSIDLlavaModel"]
+        assert run_clean(script, tmp_path) == [name, name, "PruneSIDLlavaModel"]
 
     def test_the_names_are_those_of_our_classes(self):
         from transformers.models.auto import modeling_auto
@@ -446,7 +433,7 @@ cloudpickle.register_pickle_by_value(transformers_modules)
 again = pickle.loads(cloudpickle.dumps(config))
 print(json.dumps(again.prunesid_config.to_dict()["budget"]))
 """
-        assert clean_process(script, tmp_path) == 8
+        assert run_clean(script, tmp_path) == 8
 
 
 def _of_module(name, **arguments):

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 from families import ROWS
+from oracle_family import build as build_row
 from PIL import Image
-from test_contract import build as build_row
 from tiny import BUDGET, IMAGE
 from tiny_checkpoint import picture, save_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -14,13 +14,28 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import EOS, IMAGE, NUM_PATCHES, PAD, TEXT, VISION, batch
-from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
+from tiny import IMAGE, NUM_PATCHES, PAD, batch
+from tiny_video_llava import (
+    BUDGET,
+    FED,
+    FRAMES,
+    GREEDY,
+    ROWS,
+    VIDEO,
+    build,
+    clips,
+    full_batch,
+    images,
+    new_tokens,
+    rows,
+    stock_config,
+    stock_twin,
+)
+from transformers import VideoLlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import (
     PruneSIDConfig,
-    PruneSIDVideoLlavaConfig,
     PruneSIDVideoLlavaForConditionalGeneration,
     PruneSIDVideoLlavaModel,
 )
@@ -28,43 +43,6 @@ from modeling_prunesid.budgets import frame_information, share_total
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
 from modeling_prunesid.upstream import CACHE_NAME, VIDEO_LLAVA_PIXELS, cache_of
-
-
-VIDEO = 101
-FRAMES, FED = 3, NUM_PATCHES + 1  # of a frame, upstream feeds CLS and patches
-BUDGET = 6
-GREEDY = {"do_sample": False, "max_new_tokens": 6}
-TORCHVISION = "torchvision==0.28.0"
-
-
-def build_config(budget=BUDGET, vision=None, **settings):
-    return PruneSIDVideoLlavaConfig(
-        vision_config={**VISION, **(vision or {})},
-        text_config={**TEXT, "max_position_embeddings": 4096},
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-        prunesid_config={"budget": budget, **settings},
-    )
-
-
-def build(budget=BUDGET, **config):
-    torch.manual_seed(0)
-    model = PruneSIDVideoLlavaForConditionalGeneration(build_config(budget, **config)).double().eval()
-    with torch.no_grad():
-        model.model.multi_modal_projector.linear_2.weight.mul_(20)
-        model.lm_head.weight[[PAD, EOS, IMAGE, VIDEO]] = 0
-    return model
-
-
-def stock_config(config):
-    fields = config.to_dict()
-    return VideoLlavaConfig(**{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")})
-
-
-def stock_twin(model):
-    stock = VideoLlavaForConditionalGeneration(stock_config(model.config)).to(model.dtype).eval()
-    stock.load_state_dict(model.state_dict())
-    return stock
 
 
 def information_of_clip(frames):
@@ -79,37 +57,6 @@ def ours():
 @pytest.fixture
 def stock(ours):
     return stock_twin(ours)
-
-
-def images(count=2, seed=0):
-    return torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
-
-
-def clips(count=2, frames=FRAMES, seed=1):
-    return torch.randn(count, frames, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
-
-
-ROWS = [((1, 1), [7, 8, 9]), ((0, 1), [9, 4]), ((0, 0), [3, 4, 5, 6]), ((1, 0), [11])]  # (images, clips), text
-
-
-def rows(of_image, of_clip, which=ROWS):
-    return [
-        [1, *([5] + [IMAGE] * of_image) * one, *([6] + [VIDEO] * of_clip) * other, *text]
-        for (one, other), text in which
-    ]
-
-
-def full_batch(side="left"):
-    pixels = {VIDEO_LLAVA_PIXELS: images(), "pixel_values_videos": clips()}
-    return {**batch(rows(NUM_PATCHES, FRAMES * FED), side), **pixels}
-
-
-def new_tokens(model, inputs, **kwargs):
-    output = model.generate(**inputs, **{**GREEDY, **kwargs})
-    length = inputs["input_ids"].shape[1]
-    times = len(output) // len(inputs["input_ids"])
-    assert torch.equal(output[:, :length], inputs["input_ids"].repeat_interleave(times, 0))
-    return output[:, length:]
 
 
 @torch.no_grad()
@@ -514,18 +461,6 @@ report["base"] = type(AutoModel.from_config(AutoConfig.from_pretrained(folder, *
 print(json.dumps(report))
 """
 )
-
-
-@pytest.fixture(scope="module")
-def torchvision_folder(request):
-    """Video processors need torchvision, which the rest of the project does not: installed once, apart from it."""
-    cache = request.config.cache.mkdir(TORCHVISION)
-    folder = cache / "site"
-    if not folder.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(cache / "new")]
-        subprocess.run([*command, TORCHVISION], check=True)
-        (cache / "new").rename(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

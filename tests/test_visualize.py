@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import test_video_llava
+import tiny_video_llava
 import torch
 from PIL import Image
 from tiny import NUM_PATCHES, build
@@ -47,7 +47,7 @@ class FrameProcessor:
     "settings", [{"budget": 6}, {"budget": 18, "budget_scope": "image", "dynamic": True, "reference_information": 0.5}]
 )
 def test_every_frame_of_a_clip_is_explained_and_has_its_own_picture(settings):
-    model, processor = test_video_llava.build(**settings).float(), Processor(build_processor().image_processor)
+    model, processor = tiny_video_llava.build(**settings).float(), Processor(build_processor().image_processor)
     processor.video_processor = FrameProcessor()
     frames = [picture(seed).resize((28, 28)) for seed in (0, 1, 1)]
     outputs = explain_views(model, processor, frames)

@@ -1,13 +1,10 @@
 """A ViTCoP folder, with weights and thin, in a process that cannot import our package."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from test_llava_hub import CLEAN_PROCESS
+from clean_process import LOAD, run_clean
 from tiny import NUM_PATCHES
 from tiny_checkpoint import save_checkpoint
 
@@ -48,17 +45,7 @@ def test_a_clean_process_answers(base, loaded, tmp_path, thin):
     if not thin:
         assert Path(folder, "model.safetensors").read_bytes() == Path(base, "model.safetensors").read_bytes()
 
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", CLEAN_PROCESS, str(folder)],
-        cwd=tmp_path,
-        env={**kept, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_clean(LOAD, tmp_path / "home", folder)
     assert (found["config"], found["processor"]) == ("ViTCoPLlavaConfig", "ViTCoPLlavaProcessor")
     assert found["length"] == NUM_PATCHES + 2
     for auto_class in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):

@@ -1,0 +1,30 @@
+"""Tiny random vision towers."""
+
+import torch
+from tiny import IMAGE_SIZE, PATCH_SIZE, VISION
+from transformers import AutoConfig, AutoModel
+
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+    "initializer_range": 0.3,
+}
+
+
+CLIP, DINO = VISION, {"model_type": "dinov2", **SHAPE}
+SIGLIP = {"model_type": "siglip_vision_model", **SHAPE}
+REGISTERS = {"model_type": "dinov2_with_registers", "num_register_tokens": 4, **SHAPE}
+TOWERS = {"clip": CLIP, "dinov2": DINO, "registers": REGISTERS, "siglip": SIGLIP}
+WITH_CLS = ["clip", "dinov2", "registers"]
+
+
+def build_tower(name, attention="sdpa"):
+    torch.manual_seed(0)
+    fields = dict(TOWERS[name])
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return AutoModel.from_config(config, attn_implementation=attention).eval()

@@ -1,0 +1,78 @@
+"""Tiny random Video-LLaVA models, their clips and prompts."""
+
+import torch
+from tiny import EOS, IMAGE, NUM_PATCHES, PAD, TEXT, VISION, batch
+from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
+
+from modeling_prunesid import (
+    PruneSIDVideoLlavaConfig,
+    PruneSIDVideoLlavaForConditionalGeneration,
+)
+from modeling_prunesid.upstream import VIDEO_LLAVA_PIXELS
+
+
+VIDEO = 101
+FRAMES, FED = 3, NUM_PATCHES + 1  # of a frame, upstream feeds CLS and patches
+BUDGET = 6
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+
+
+def build_config(budget=BUDGET, vision=None, **settings):
+    return PruneSIDVideoLlavaConfig(
+        vision_config={**VISION, **(vision or {})},
+        text_config={**TEXT, "max_position_embeddings": 4096},
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        prunesid_config={"budget": budget, **settings},
+    )
+
+
+def build(budget=BUDGET, **config):
+    torch.manual_seed(0)
+    model = PruneSIDVideoLlavaForConditionalGeneration(build_config(budget, **config)).double().eval()
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(20)
+        model.lm_head.weight[[PAD, EOS, IMAGE, VIDEO]] = 0
+    return model
+
+
+def stock_config(config):
+    fields = config.to_dict()
+    return VideoLlavaConfig(**{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")})
+
+
+def stock_twin(model):
+    stock = VideoLlavaForConditionalGeneration(stock_config(model.config)).to(model.dtype).eval()
+    stock.load_state_dict(model.state_dict())
+    return stock
+
+
+def images(count=2, seed=0):
+    return torch.randn(count, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+def clips(count=2, frames=FRAMES, seed=1):
+    return torch.randn(count, frames, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+ROWS = [((1, 1), [7, 8, 9]), ((0, 1), [9, 4]), ((0, 0), [3, 4, 5, 6]), ((1, 0), [11])]  # (images, clips), text
+
+
+def rows(of_image, of_clip, which=ROWS):
+    return [
+        [1, *([5] + [IMAGE] * of_image) * one, *([6] + [VIDEO] * of_clip) * other, *text]
+        for (one, other), text in which
+    ]
+
+
+def full_batch(side="left"):
+    pixels = {VIDEO_LLAVA_PIXELS: images(), "pixel_values_videos": clips()}
+    return {**batch(rows(NUM_PATCHES, FRAMES * FED), side), **pixels}
+
+
+def new_tokens(model, inputs, **kwargs):
+    output = model.generate(**inputs, **{**GREEDY, **kwargs})
+    length = inputs["input_ids"].shape[1]
+    times = len(output) // len(inputs["input_ids"])
+    assert torch.equal(output[:, :length], inputs["input_ids"].repeat_interleave(times, 0))
+    return output[:, length:]
