@@ -567,7 +567,7 @@ def _logits_to_keep(
     in that the caller's columns are. `columns` `(batch, full_length)` are those of `ShortPrompt.callers_columns`.
     """
     wanted = _select(columns, keep)
-    if isinstance(keep, int) and keep:  # the caller's last columns carry no earlier ones of the short prompt
+    if isinstance(keep, int) and keep > 0:  # the caller's last columns carry no earlier ones of the short prompt
         needed = min(keep + prompt.added_behind + 1, prompt.length)
         return needed, wanted - (prompt.length - needed)
     if wanted is columns:
