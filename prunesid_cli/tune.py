@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -365,8 +366,9 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
             data_collator=examples,
             train_dataset=train,
         )
-        last = last_checkpoint(folder)
+        last, started = last_checkpoint(folder), time.process_time()
         done = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        cpu_minutes = (time.process_time() - started) / 60
         model.requires_grad_(True)
         if adapted is not None:
             model = adapted.merge_and_unload()
@@ -378,6 +380,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": len(train),
         "held_out": len(held),
         "steps": done.global_step,
+        "cpu_minutes": round(cpu_minutes, 1),
         "loss": round(done.training_loss, 4),
         "trained": len(chosen),
         **scored,
