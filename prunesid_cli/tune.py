@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from prunesid_cli.answer_statistics import as_compared, resample
 from prunesid_cli.convert import find_family, find_place, parse_budget, staging_folder
 from prunesid_cli.images import open_image
 from prunesid_cli.own_rows import COLUMNS, ENDINGS, fields_of
+from prunesid_cli.picture_memo import remembered_pictures
 
 
 TRAINED, JOB, STATE = "trained.safetensors", "job.json", "trainer_state.json"
@@ -297,6 +299,32 @@ def load(name: str, settings: dict[str, Any] | None) -> tuple[Any, Any]:
     return (model.float() if model.dtype == torch.float16 else model), processor  # CPUs do not train in fp16
 
 
+def training_arguments(folder: Path, dtype: torch.dtype, arguments: argparse.Namespace) -> TrainingArguments:
+    """Those of Transformers, of the command's."""
+    return TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.accumulate,
+        learning_rate=arguments.learning_rate,
+        num_train_epochs=arguments.epochs,
+        max_steps=arguments.max_steps,
+        lr_scheduler_type="cosine",
+        warmup_steps=arguments.warmup_steps,
+        save_strategy="steps",
+        save_steps=arguments.save_steps,
+        save_total_limit=2,
+        logging_steps=arguments.save_steps,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[],
+        seed=arguments.seed,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train, score and save; returns the report."""
     rows = read_rows(arguments.rows)
@@ -329,41 +357,22 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         if own.requires_grad and is_half(dtype):
             own.data = own.data.float()  # steps are smaller than what half precision tells apart
     examples = Examples(processor, [end for end in ends if end is not None], dtype)
-    before = _remember(folder / "before.json", lambda: _ask(model, examples, held, arguments))
-    adapted = None if arguments.lora is None else add_lora(model, arguments.lora)
-    trainer = Tuner(
-        model,
-        TrainingArguments(
-            str(folder),
-            per_device_train_batch_size=arguments.batch_size,
-            gradient_accumulation_steps=arguments.accumulate,
-            learning_rate=arguments.learning_rate,
-            num_train_epochs=arguments.epochs,
-            max_steps=arguments.max_steps,
-            lr_scheduler_type="cosine",
-            warmup_steps=arguments.warmup_steps,
-            save_strategy="steps",
-            save_steps=arguments.save_steps,
-            save_total_limit=2,
-            logging_steps=arguments.save_steps,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            report_to=[],
-            seed=arguments.seed,
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16,
-            use_cpu=not torch.cuda.is_available(),
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
-        data_collator=examples,
-        train_dataset=train,
-    )
-    last = last_checkpoint(folder)
-    done = trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    model.requires_grad_(True)
-    if adapted is not None:
-        model = adapted.merge_and_unload()
-    scored = {} if not held else compare(held, before, _ask(model, examples, held, arguments))
+    with remembered_pictures(model.model):
+        before = _remember(folder / "before.json", lambda: _ask(model, examples, held, arguments))
+        adapted = None if arguments.lora is None else add_lora(model, arguments.lora)
+        trainer = Tuner(
+            model,
+            training_arguments(folder, dtype, arguments),
+            data_collator=examples,
+            train_dataset=train,
+        )
+        last, started = last_checkpoint(folder), time.process_time()
+        done = trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        cpu_minutes = (time.process_time() - started) / 60
+        model.requires_grad_(True)
+        if adapted is not None:
+            model = adapted.merge_and_unload()
+        scored = {} if not held else compare(held, before, _ask(model, examples, held, arguments))
     for own_name, own in model.named_parameters():
         own.data = own.data.to(dtype) if own_name in chosen else own.data
     report = {
@@ -371,6 +380,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": len(train),
         "held_out": len(held),
         "steps": done.global_step,
+        "cpu_minutes": round(cpu_minutes, 1),
         "loss": round(done.training_loss, 4),
         "trained": len(chosen),
         **scored,

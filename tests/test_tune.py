@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
 from prunesid_cli import tune
 from prunesid_cli.command import build_parser
+from prunesid_cli.picture_memo import remembered_pictures
 from prunesid_cli.tune import Examples, Row, Tuner, between, choose_parameters, compare, read_rows, run, split_rows
 
 
@@ -143,6 +144,72 @@ def test_what_is_chosen(base):
     assert choose_parameters(model, r"lm_head") == ["lm_head.weight"]
     with pytest.raises(ValueError, match="--train nothing finds nothing to train .* model.language_model"):
         choose_parameters(model, "nothing")
+
+
+# Pictures that come again
+
+
+@pytest.mark.parametrize("method", ["paper", "spread"])
+def test_a_picture_runs_through_a_frozen_tower_once_and_is_encoded_as_it_is_alone(base, method):
+    given = {"budget": BUDGET, "method": method}
+    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(base, prunesid_config=given).double()
+    choose_parameters(model, None)
+    processor = PruneSIDLlavaProcessor.from_pretrained(base)
+    pixels = [processor.image_processor(picture(seed), return_tensors="pt")["pixel_values"] for seed in range(3)]
+    pixels = torch.cat(pixels).double()
+
+    def features(model, chosen, total):
+        return model.get_image_features(pixel_values=pixels[chosen], num_visual_tokens=total)
+
+    alone = {(seed, total): features(model, [seed], [total]) for seed in range(3) for total in (BUDGET, BUDGET + 3)}
+    layer_runs: list = []
+    model.model.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: layer_runs.append(1))
+    with remembered_pictures(model.model):
+        with torch.inference_mode():
+            features(model, [0], [BUDGET])
+        for chosen, totals in (([0, 1, 0], [BUDGET] * 3), ([1, 0], [BUDGET] * 2), ([2, 1], [BUDGET, BUDGET + 3])):
+            found = features(model, chosen, totals)
+            for place, case in enumerate(zip(chosen, totals)):
+                assert torch.equal(found.keep_indices[place], alone[case].keep_indices[0])
+                assert torch.equal(found.pooler_output[place], alone[case].pooler_output[0])
+            sum(own.sum() for own in found.pooler_output).backward()
+        assert len(layer_runs) == 4
+        gradients = [own.grad for own in model.model.multi_modal_projector.parameters()]
+        assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    features(model, [0], [BUDGET])
+    assert len(layer_runs) == 5
+
+
+@pytest.mark.parametrize("change", ["trained", "dropout", "whole", "dynamic", "cls"])
+def test_nothing_is_remembered_where_a_picture_may_come_out_otherwise(base, change):
+    given = {"budget": 10**6 if change == "whole" else BUDGET, "dynamic": change == "dynamic"}
+    given["method"] = "release" if change == "cls" else "paper"
+    if change == "dynamic":
+        given["reference_information"] = 1.0
+    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(base, prunesid_config=given)
+    choose_parameters(model, "vision_tower" if change == "trained" else None)
+    if change == "dropout":
+        model.config.vision_config.attention_dropout = 0.1
+    layer_runs: list = []
+    model.model.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: layer_runs.append(1))
+    pixels = torch.zeros(1, 3, *[model.config.vision_config.image_size] * 2)
+    with remembered_pictures(model.model):
+        for _ in range(2):
+            model.get_image_features(pixel_values=pixels)
+    assert len(layer_runs) == 2
+
+
+def test_no_more_is_remembered_than_the_limit(base):
+    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(base, prunesid_config={"budget": BUDGET})
+    choose_parameters(model, None)
+    layer_runs: list = []
+    model.model.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: layer_runs.append(1))
+    pixels = torch.rand(3, 3, *[model.config.vision_config.image_size] * 2)
+    one = 4 * BUDGET * model.config.vision_config.hidden_size
+    with remembered_pictures(model.model, limit=2 * one):
+        for place in (0, 1, 1, 2, 2, 0):
+            model.get_image_features(pixel_values=pixels[place : place + 1])
+    assert len(layer_runs) == 4
 
 
 # Runs
