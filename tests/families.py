@@ -5,16 +5,22 @@ Configurations are tiny, weights random, and what a processor would return is wr
 image library. Rows are added at the end of the file, by `add`.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
+import modeling_prunesid
 from modeling_prunesid.families import release_with
 from modeling_prunesid.upstream import VIDEO_LLAVA_PIXELS
 
@@ -121,6 +127,19 @@ class Row:
         has_packages = all(importlib.util.find_spec(package) is not None for package in self.needs)
         return has_family and has_packages
 
+    @functools.cached_property
+    def mechanisms(self) -> frozenset[str]:
+        """What the file of the family names of ours: mixins to extend, and attributes. It is read, not imported."""
+        path = Path(modeling_prunesid.__file__).with_name(f"modeling_prunesid_{self.family}.py")
+        return frozenset(re.findall(r"\w+Mixin\b|\bprojector_name\b|\banyres\b", path.read_text()))
+
+    @property
+    def kind(self) -> tuple:
+        """Rows of one kind test the same mechanisms."""
+        written = self.write(self.tokens[0], 0, self.token)
+        num_runs = sum(is_token for is_token, _ in itertools.groupby(id_ == self.token for id_ in written))
+        return self.mechanisms, self.modality, self.several_runs, num_runs > 1
+
     @property
     def module(self):
         return importlib.import_module(f"modeling_prunesid.modeling_prunesid_{self.family}")
@@ -143,6 +162,21 @@ ROWS: dict[str, Row] = {}
 def add(name: str, config: dict[str, Any], inputs: Callable, **columns: Any) -> None:
     """Add a row; columns are the fields of [`Row`]."""
     ROWS[name] = Row(name, config, inputs, **columns)
+
+
+def every_row(fits: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:
+    """
+    Runs a test for the `name` of each installed row that `fits`. All are of the tier `contract`; the first row of each
+    kind is of the tier `quick` too. The tests of one family run in one process.
+    """
+    kinds, cases = set(), []
+    for name, row in ROWS.items():
+        if row.is_installed and fits(row):
+            tiers = [pytest.mark.contract] + [pytest.mark.quick] * (row.kind not in kinds)
+            kinds.add(row.kind)
+            marks = [*tiers, pytest.mark.xdist_group(row.family)]
+            cases.append(pytest.param(name, marks=marks, id=name.replace(" ", "-")))
+    return pytest.mark.parametrize("name", cases)
 
 
 def noise(index: int, *shape: int) -> torch.Tensor:

@@ -12,7 +12,6 @@ import functools
 import inspect
 import itertools
 
-import pytest
 import torch
 from families import BOS, EOS, IMAGE, PAD, ROWS, VIDEO
 
@@ -21,15 +20,6 @@ from modeling_prunesid.family import stock_class
 
 TOLERANCE = 128 * torch.finfo(torch.float32).eps  # of the largest logit
 NEW_TOKENS = 4
-
-every_row = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xdist_group(row.family), id=name.replace(" ", "-"))
-        for name, row in ROWS.items()
-        if row.is_installed
-    ],
-)
 
 
 @functools.cache
@@ -203,12 +193,14 @@ def close(ours, theirs, tolerance=TOLERANCE):
 
 
 @contextlib.contextmanager
-def budget_of(model, budget):
-    """Another budget for a while, of a model that other tests share."""
+def settings_of(model, **changes):
+    """Other settings for a while, of a model that other tests share."""
     settings = model.config.prunesid_config
-    saved = settings.budget
-    settings.budget = budget
+    saved = {name: getattr(settings, name) for name in changes}
     try:
+        for name, value in changes.items():
+            setattr(settings, name, value)
         yield
     finally:
-        settings.budget = saved
+        for name, value in saved.items():
+            setattr(settings, name, value)

@@ -8,7 +8,8 @@ import threading
 import oracle_family as contract
 import pytest
 import torch
-from families import ROWS
+from families import every_row
+from oracle_family import settings_of
 from tiny import build as build_llava
 from tiny import pixels
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,14 +36,14 @@ WITHOUT = {
     "perception_lm",
     "pp_chart2table",
 }
-BEHIND = [
-    name
-    for name, row in ROWS.items()
-    if row.is_installed and getattr(row.head, "model_class", row.head).projector_name is None
-]
-every_tower = pytest.mark.parametrize(
-    "name", [pytest.param(name, id=name.replace(" ", "-")) for name in BEHIND if ROWS[name].family not in WITHOUT]
-)
+
+
+def has_attention(row):
+    """A row whose tokens are compared as they enter the language model, and whose patches attend to each other."""
+    return "projector_name" not in row.mechanisms and row.family not in WITHOUT
+
+
+every_tower = every_row(has_attention)
 
 
 def weights_of(queries, keys, scaling, mask=None):
@@ -120,19 +121,6 @@ def last_layer_of(ours):
     """A layer that attends to whole images, and its index among hidden states."""
     layers = layers_of(tower_of(ours))
     return layers[-1], len(layers)
-
-
-@contextlib.contextmanager
-def settings_of(model, **changes):
-    settings = model.config.prunesid_config
-    saved = {name: getattr(settings, name) for name in changes}
-    try:
-        for name, value in changes.items():
-            setattr(settings, name, value)
-        yield
-    finally:
-        for name, value in saved.items():
-            setattr(settings, name, value)
 
 
 def arguments_of(row):
@@ -277,7 +265,7 @@ def test_the_token_of_most_attention_is_kept_first(name):
         assert [own.tolist() for own in kept] == best
 
 
-@pytest.mark.parametrize("name", [name for name in BEHIND if ROWS[name].family in WITHOUT])
+@every_row(lambda row: row.family in WITHOUT)
 @torch.no_grad()
 def test_a_tower_without_attention_of_patches_is_refused(name):
     ours, _, row = contract.build(name)

@@ -9,32 +9,32 @@ import inspect
 
 import pytest
 import torch
-from families import ROWS, flat
+from families import ROWS, every_row, flat
 from oracle_family import (
     NEW_TOKENS,
     base_of,
     batch,
-    budget_of,
     build,
     close,
     encode,
     encode_ours,
-    every_row,
     for_stock,
     fresh,
     hand_shortened,
     positions,
     prompt,
     rows_of,
+    settings_of,
     write,
 )
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.utils import logging
 
+from modeling_prunesid.family import stock_class
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
-@every_row
+@every_row()
 @torch.no_grad()
 def test_each_input_keeps_exactly_n(name):
     ours, reference, row = build(name)
@@ -49,18 +49,18 @@ def test_each_input_keeps_exactly_n(name):
     assert close(row.features(output), expected)
 
 
-@every_row
+@every_row()
 @torch.no_grad()
 def test_off_is_the_stock_class_bit_for_bit(name):
     ours, reference, row = build(name)
     inputs = prompt(row)
     expected = reference(**for_stock(row, inputs)).logits
     for budget in (None, 10_000):
-        with budget_of(ours, budget):
+        with settings_of(ours, budget=budget):
             assert torch.equal(ours(**inputs).logits, expected)
 
 
-@every_row
+@every_row()
 @torch.no_grad()
 def test_full_prompts_equal_the_stock_class_on_short_ones(name):
     ours, reference, row = build(name)
@@ -75,7 +75,7 @@ def test_full_prompts_equal_the_stock_class_on_short_ones(name):
         assert close(output.logits[place, -len(keep) :][keep], expected)
 
 
-@every_row
+@every_row()
 @torch.no_grad()
 def test_greedy_answers_are_those_of_the_stock_class_on_short_prompts(name):
     ours, reference, row = build(name)
@@ -115,7 +115,7 @@ def greedy(reference, row, arguments, place, full_length):
     return answer
 
 
-@every_row
+@every_row()
 def test_stock_checkpoints_load(name, tmp_path):
     ours, reference, row = build(name)
     if not row.checks_loading:
@@ -136,7 +136,7 @@ def check_loads_what_the_stock_class_loads(ours, reference, folder):
         assert set(found["missing_keys"]) <= set(expected["missing_keys"])
 
 
-@every_row
+@every_row()
 def test_signatures_are_those_of_the_stock_class(name):
     ours, reference, row = build(name)
     for mine, theirs in ((type(ours), type(reference)), (type(base_of(ours)), type(base_of(reference)))):
@@ -151,8 +151,7 @@ def test_signatures_are_those_of_the_stock_class(name):
             assert "num_visual_tokens" in own
 
 
-@pytest.mark.full
-@every_row
+@every_row()
 @torch.no_grad()
 def test_a_batch_is_its_rows_alone(name):
     ours, _, row = build(name)
@@ -163,30 +162,28 @@ def test_a_batch_is_its_rows_alone(name):
         assert close(whole[place, -len(alone) :], alone)
 
 
-@pytest.mark.full
-@every_row
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@every_row()
 @torch.no_grad()
-def test_short_prompts_equal_full_ones(name):
+def test_short_prompts_equal_full_ones(name, positions):
     ours, _, row = build(name)
-    inputs = prompt(row)
-    output = ours(**inputs)
-    rows = [
-        ids[keep & mask.bool()].tolist()
-        for ids, keep, mask in zip(inputs["input_ids"], output.keep_mask, inputs["attention_mask"])
-    ]
-    short = batch(rows)
-    arguments = {**short, **row.along(short["input_ids"]), **row.inputs(rows_of(row))}
-    for ids, logits, full, keep, mask in zip(
-        rows, ours(**arguments).logits, output.logits, output.keep_mask, inputs["attention_mask"]
-    ):
-        assert torch.equal(logits[-len(ids) :], full[keep & mask.bool()])
-    lengths = [inputs["input_ids"].shape[1], short["input_ids"].shape[1]]
-    answers = [ours.generate(**each, max_new_tokens=NEW_TOKENS, do_sample=False) for each in (inputs, arguments)]
-    assert torch.equal(*(answer[:, length:] for answer, length in zip(answers, lengths)))
+    if positions == "contiguous" and not row.mrope:
+        return
+    with settings_of(ours, mrope_positions=positions):
+        inputs = prompt(row)
+        output = ours(**inputs)
+        kept = output.keep_mask & inputs["attention_mask"].bool()
+        rows = [ids[keep].tolist() for ids, keep in zip(inputs["input_ids"], kept)]
+        short = batch(rows)
+        arguments = {**short, **row.along(short["input_ids"]), **row.inputs(rows_of(row))}
+        for ids, logits, full, keep in zip(rows, ours(**arguments).logits, output.logits, kept):
+            assert torch.equal(logits[-len(ids) :], full[keep])
+        lengths = [inputs["input_ids"].shape[1], short["input_ids"].shape[1]]
+        answers = [ours.generate(**each, max_new_tokens=NEW_TOKENS, do_sample=False) for each in (inputs, arguments)]
+        assert torch.equal(*(answer[:, length:] for answer, length in zip(answers, lengths)))
 
 
-@pytest.mark.full
-@every_row
+@every_row()
 @torch.no_grad()
 def test_beams_of_rows_with_several_inputs_have_the_scores_of_their_answers(name):
     ours, _, row = build(name)
@@ -213,9 +210,8 @@ def test_beams_of_rows_with_several_inputs_have_the_scores_of_their_answers(name
     assert close(output.sequences_scores.double(), scores, 1e-5)  # upstream scores beams in float32
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("gives_all", [True, False])
-@every_row
+@every_row()
 @torch.no_grad()
 def test_a_second_turn_on_a_cache_is_the_whole_conversation(name, gives_all):
     ours, _, row = build(name)
@@ -236,8 +232,7 @@ def test_a_second_turn_on_a_cache_is_the_whole_conversation(name, gives_all):
     assert torch.equal(ours.generate(**conversation, **given, **cached, **options), expected)
 
 
-@pytest.mark.full
-@every_row
+@every_row()
 @torch.no_grad()
 def test_a_static_cache_gives_the_same_answer(name):
     ours, _, row = build(name)
@@ -251,8 +246,7 @@ def test_a_static_cache_gives_the_same_answer(name):
     )
 
 
-@pytest.mark.full
-@every_row
+@every_row()
 @torch.no_grad()
 def test_saved_models_load_through_auto_classes(name, tmp_path):
     ours, _, row = build(name)
@@ -273,8 +267,7 @@ def test_saved_models_load_through_auto_classes(name, tmp_path):
     assert type(base_of(AutoModel.from_pretrained(tmp_path, dtype=torch.float64))) is type(base_of(ours))
 
 
-@pytest.mark.full
-@every_row
+@every_row()
 def test_gradients_reach_the_tower_and_the_embeddings(name):
     ours, _, row = build(name)
     inputs = prompt(row)
@@ -294,8 +287,7 @@ def test_gradients_reach_the_tower_and_the_embeddings(name):
         ours.requires_grad_(False)
 
 
-@pytest.mark.full
-@every_row
+@every_row()
 @torch.no_grad()
 def test_an_entry_of_a_list_is_the_total_of_one_input(name):
     ours, _, row = build(name)
@@ -310,8 +302,7 @@ def test_an_entry_of_a_list_is_the_total_of_one_input(name):
         encode_ours(ours, row, num_visual_tokens=[*totals, 3])
 
 
-@pytest.mark.full
-@every_row
+@every_row()
 @torch.no_grad()
 def test_a_forgotten_input_is_an_error(name):
     ours, _, row = build(name)
@@ -319,6 +310,14 @@ def test_a_forgotten_input_is_an_error(name):
     text = {key: inputs[key] for key in ("input_ids", "attention_mask", *row.along(inputs["input_ids"]))}
     with pytest.raises(ValueError, match=f"no {row.modality}|no image"):
         ours.generate(**text, max_new_tokens=1)
+
+
+@every_row()
+def test_no_name_of_ours_hides_a_part_of_the_stock_model(name):
+    for model in (build(name)[0], base_of(build(name)[0])):
+        stock = stock_class(type(model))
+        parts = {part for part, _ in model.named_children()}
+        assert not {part for part in parts if hasattr(type(model), part) and not hasattr(stock, part)}
 
 
 def test_rows_name_what_they_give():

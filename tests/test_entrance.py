@@ -6,23 +6,13 @@ import inspect
 import pytest
 import tiny_qwen
 import torch
-from families import ROWS
+from families import ROWS, every_row
 from tiny import BUDGET, IMAGE, NUM_PATCHES, batch, build, pixels, prompt
 
 from modeling_prunesid.compression import is_counted
 
 
-every_row = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xdist_group(row.family), id=name.replace(" ", "-"))
-        for name, row in ROWS.items()
-        if row.is_installed
-    ],
-)
-
-
-@every_row
+@every_row()
 @torch.no_grad()
 def test_counts_and_placeholders_are_found_as_upstream_finds_them(name):
     row = ROWS[name]

@@ -11,21 +11,18 @@ from types import SimpleNamespace
 import oracle_family as contract
 import pytest
 import torch
-from families import ROWS
+from families import ROWS, every_row
 from transformers.video_utils import VideoMetadata
 
 from modeling_prunesid import processing
 from modeling_prunesid.family import stock_class
-from modeling_prunesid.grids import GridModelMixin
 
 
-GRID_ROWS = [
-    pytest.param(name, id=name.replace(" ", "-"))
-    for name, row in ROWS.items()
-    if row.is_installed and f"{row.modality}_grid_thw" in row.inputs([[0]])
-    if issubclass(getattr(row.head, "model_class", object), GridModelMixin)
-]
-every_grid = pytest.mark.parametrize("name", GRID_ROWS)
+def has_grids(row):
+    return bool(row.mechanisms & {"GridModelMixin", "SharedIdModelMixin"})
+
+
+every_grid = every_row(has_grids)
 TOKENS = {
     f"{name}_token": f"<{name}>"
     for name in (
@@ -102,14 +99,9 @@ def check_writes_what_the_model_keeps(name, budget, scope, min_budget):
     processor, inputs = stub(cls, budget, scope, min_budget), grids_of(row)
     texts = [text_of(stub(stock_of(cls)), row, inputs, index) for index in range(row.num_inputs)]
     token = processor._placeholder(row.modality)
-    settings = ours.config.prunesid_config
-    saved = {field: getattr(settings, field) for field in ("budget", "budget_scope", "min_budget")}
-    try:
-        settings.min_budget, settings.budget_scope, settings.budget = None, scope, budget
-        settings.min_budget = min_budget
+    changes = {"min_budget": None, "budget_scope": scope, "budget": budget}
+    with contract.settings_of(ours, **changes), contract.settings_of(ours, min_budget=min_budget):
         output = contract.encode(ours, row)
-    finally:
-        settings.budget, settings.budget_scope, settings.min_budget = saved.values()
     returned, shortened = processor._write(row.modality, dict(inputs), texts, None)
     for index, (full, short) in enumerate(zip(texts, shortened)):
         runs = runs_of(full, token)
@@ -142,35 +134,7 @@ def test_a_video_of_chunks_has_a_count_for_each():
     assert [runs_of(text, processor.VIDEO_TOKEN) for text in shortened] == [[3, 2, 2]] * 2
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("positions", ["original", "contiguous"])
-@every_grid
-@torch.no_grad()
-def test_short_prompts_get_the_positions_and_answers_of_full_ones(name, positions):
-    ours, _, row = contract.build(name)
-    full = contract.prompt(row)
-    settings = ours.config.prunesid_config
-    settings.mrope_positions = positions
-    try:
-        output = ours(**full)
-        rows = [
-            ids[keep & mask.bool()].tolist()
-            for ids, keep, mask in zip(full["input_ids"], output.keep_mask, full["attention_mask"])
-        ]
-        short = contract.batch(rows)
-        short = {**short, **row.along(short["input_ids"]), **row.inputs(contract.rows_of(row))}
-        assert torch.equal(ours(**short).logits, output.logits)
-        answers = [ours.generate(**each, max_new_tokens=4, do_sample=False) for each in (full, short)]
-        lengths = [each["input_ids"].shape[1] for each in (full, short)]
-        assert torch.equal(*(answer[:, length:] for answer, length in zip(answers, lengths)))
-    finally:
-        settings.mrope_positions = "original"
-
-
-MROPE_ROWS = [case for case in GRID_ROWS if ROWS[case.values[0]].mrope]
-
-
-@pytest.mark.parametrize("name", MROPE_ROWS)
+@every_row(lambda row: has_grids(row) and row.mrope)
 @torch.no_grad()
 def test_engines_number_short_prompts_before_they_encode(name):
     ours, reference, row = contract.build(name)
@@ -202,13 +166,3 @@ def _names_of_positions(ours, inputs):
     names = inspect.signature(stock_class(type(ours.model)).get_rope_index).parameters
     inputs = {**inputs, "second_per_grids": inputs.get("video_second_per_grid")}
     return {name: inputs[name] for name in names if name in inputs}
-
-
-def test_no_name_of_ours_hides_a_part_of_a_stock_model():
-    for row in ROWS.values():
-        if row.is_installed:
-            ours, _, _ = contract.build(row.name)
-            for model in (ours, contract.base_of(ours)):
-                stock = stock_class(type(model))
-                parts = {name for name, _ in model.named_children()}
-                assert not {name for name in parts if hasattr(type(model), name) and not hasattr(stock, name)}

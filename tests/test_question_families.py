@@ -3,7 +3,7 @@
 import pytest
 import tiny_llava_next as next_
 import torch
-from families import IMAGE, PAD, ROWS
+from families import IMAGE, PAD, every_row
 from oracle_family import build as build_row
 from oracle_family import prompt as prompt_of_row
 from oracle_family import rows_of
@@ -39,19 +39,7 @@ def test_rows_of_images_whose_placeholders_are_more_than_their_tokens():
     assert seen[1][0] is False and torch.equal(again, keep)
 
 
-def families():
-    """A row of each way that tokens are compared and written, and all others by `pytest -m full`."""
-    few = {"llava", "internvl", "paligemma", "qwen2_vl", "qwen3_vl", "gemma3", "idefics3", "video_llava"}
-    found = []
-    for name, row in ROWS.items():
-        if row.is_installed:
-            found.append(
-                pytest.param(name, id=name.replace(" ", "-"), marks=[] if row.family in few else pytest.mark.full)
-            )
-    return found
-
-
-@pytest.mark.parametrize("name", families())
+@every_row()
 @torch.no_grad()
 def test_every_family_reads_the_question(name):
     ours, _, row = build_row(name)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from families import ROWS
+from families import every_row
 from oracle_family import build as build_row
 from PIL import Image
 from tiny import BUDGET, IMAGE
@@ -109,11 +109,7 @@ def test_the_score_is_paired_over_pictures():
 # What is trained and labelled
 
 
-FAMILIES = [pytest.param(name, id=name.replace(" ", "-")) for name, row in ROWS.items() if row.is_installed]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", FAMILIES)
+@every_row()
 def test_every_family_has_parts_between_tower_and_language_model(name):
     ours, _, _ = build_row(name)
     found = between(ours)
