@@ -42,7 +42,11 @@ TRAINED, JOB, STATE = "trained.safetensors", "job.json", "trainer_state.json"
 IGNORED = -100
 # Modules of base models that see pixels, and what in them maps their tokens for the language model.
 TOWERS = re.compile(r"(vision|visual|image|video|audio|sam|embed_vision.*encoder)")
-CONNECTORS = re.compile(r"(^|[._])(merger|mergers|projector|projection|connector|adapter|aligner|resampler)([._]|$)")
+CONNECTORS = re.compile(
+    r"(^|[._])(merger|mergers|projector|projection|connector|adapter|aligner|resampler"
+    r"|head_linear|head_norm|visual_embeddings_table)([._]|$)"
+)
+INSIDE = re.compile(r"(^|\.)(encoder|layers?|blocks?|embeddings|patch_embed)\.")  # what a tower has of its own
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def between(model: Any) -> list[str]:
         first, _, rest = name.partition(".")
         if first == "language_model":
             continue
-        if CONNECTORS.search(first) or not TOWERS.search(first) or CONNECTORS.search(rest):
+        if CONNECTORS.search(first) or not TOWERS.search(first) or CONNECTORS.search(INSIDE.split(rest)[0]):
             found.append(f"model.{name}")
     return found
 
