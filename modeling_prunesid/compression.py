@@ -190,13 +190,15 @@ class CompressedModelMixin:
         found = {}
         for modality, pixels in PIXELS.items():
             encode = getattr(self, f"get_{modality}_features", None)
-            if encode is None or all(inputs.get(name) is None for name in pixels):
+            if encode is None:
+                continue
+            names = [name for name in inspect.signature(encode).parameters if inputs.get(name) is not None]
+            if not set(pixels).intersection(names):
                 continue
             if (inputs.get("mm_encoder_outputs") or {}).get(modality) is not None:
                 raise ValueError(
                     f"You cannot specify both {pixels[0]} and mm_encoder_outputs[{modality!r}]; drop one of them."
                 )
-            names = [name for name in inspect.signature(encode).parameters if inputs.get(name) is not None]
             found[modality] = {name: inputs[name] for name in names}
         return found
 

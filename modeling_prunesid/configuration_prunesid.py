@@ -383,7 +383,6 @@ class NestsPruneSIDConfig:
         cls.prunesid_config = None
         super().__init_subclass__(**kwargs)
         strict(cls)
-        cls.sub_configs = {**getattr(cls, "sub_configs", {}), "prunesid_config": cls._settings_class}
         cls.keys_to_ignore_at_inference = ignored_at_inference(cls)
         register_class_names(cls)
 

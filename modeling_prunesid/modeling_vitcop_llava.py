@@ -109,7 +109,6 @@ class ViTCoPLlavaConfig(LlavaConfig):
 
     model_type = "vitcop_llava"
     attribute_map = {**LlavaConfig.attribute_map, "prunesid_config": "vitcop_config"}
-    sub_configs = {**LlavaConfig.sub_configs, "vitcop_config": ViTCoPConfig}
     keys_to_ignore_at_inference = ignored_at_inference(LlavaConfig)
 
     vitcop_config: dict | str | PretrainedConfig | None = None

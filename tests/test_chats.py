@@ -48,21 +48,23 @@ def test_a_picture_a_turn_at_the_default_share(family):
         ids = answer[0].tolist()
 
 
+def qwen_inputs(*rows, grids, seeds):
+    """One row of ids, with pictures of `grids`, in float64."""
+    ids = torch.tensor([[token for row in rows for token in row]])
+    return {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == tiny_qwen.IMAGE).int(),
+        "pixel_values": torch.cat([tiny_qwen.pixels([grid], seed) for grid, seed in zip(grids, seeds)]).double(),
+        "image_grid_thw": torch.tensor(grids),
+    }
+
+
 @pytest.mark.parametrize("passes", ["all", "new", "ids"])
 @pytest.mark.parametrize("family", tiny_qwen.FAMILIES)
 def test_a_picture_that_loses_tokens_behind_one_that_loses_none(family, passes):
     """Upstream places the first turn, and the second goes on behind it, whatever the model does in between."""
     model, cache, small, large = tiny_qwen.build(family, budget=0.25).double(), DynamicCache(), (1, 4, 4), (1, 8, 12)
-
-    def inputs(*rows, grids, seeds):
-        ids = torch.tensor([[token for row in rows for token in row]])
-        return {
-            "input_ids": ids,
-            "mm_token_type_ids": (ids == tiny_qwen.IMAGE).int(),
-            "pixel_values": torch.cat([tiny_qwen.pixels([grid], seed) for grid, seed in zip(grids, seeds)]).double(),
-            "image_grid_thw": torch.tensor(grids),
-        }
-
+    inputs = qwen_inputs
     first = inputs(tiny_qwen.prompt(family, 5, 7, ("image", small), 20, 21)[0], grids=[small], seeds=[0])
     ids = model.generate(**first, **{CACHE_NAME: cache}, **GREEDY)[0].tolist()
     model.generate(**inputs(tiny_qwen.prompt(family, 5, ("image", large), 9)[0], grids=[large], seeds=[3]), **GREEDY)
@@ -76,6 +78,33 @@ def test_a_picture_that_loses_tokens_behind_one_that_loses_none(family, passes):
     expected = model.generate(**whole, **GREEDY)
     answer = model.generate(**given[passes], **{CACHE_NAME: cache}, **GREEDY)
     assert torch.equal(answer[0, -4:], expected[0, -4:])
+
+
+@pytest.mark.parametrize("budget", [None, 1.0, 10_000, 0.25])
+@pytest.mark.parametrize("family", tiny_qwen.FAMILIES)
+def test_the_ids_of_a_second_turn_alone(family, budget):
+    """
+    Upstream places the picture of such a turn like text. Where no token is dropped, so do we, bit for bit; else the
+    answer is that to the whole conversation.
+    """
+    ours, grid, settings = tiny_qwen.build(family, budget=budget).double(), (1, 8, 12), {"output_logits": True}
+    logits = {}
+    for model in (ours, tiny_qwen.stock_twin(ours, family).double()):
+        cache, calls = DynamicCache(), {**GREEDY, **settings, "return_dict_in_generate": True}
+        first = qwen_inputs(tiny_qwen.prompt(family, 5, 7, ("image", grid), 20, 21)[0], grids=[grid], seeds=[0])
+        ids = model.generate(**first, **{CACHE_NAME: cache}, **GREEDY)[0].tolist()
+        new = tiny_qwen.prompt(family, 6, ("image", grid), 22)[0]
+        whole = qwen_inputs(ids, new, grids=[grid, grid], seeds=[0, 1])
+        part = qwen_inputs(ids[-1:], new, grids=[grid], seeds=[1])  # the last token of an answer is not in the cache
+        part["attention_mask"] = torch.ones_like(whole["input_ids"])
+        logits[model] = [
+            torch.stack(model.generate(**inputs, **calls).logits) for inputs in ({**part, CACHE_NAME: cache}, whole)
+        ]
+    (of_part, of_whole), (stock_of_part, _) = logits.values()
+    if budget == 0.25:
+        torch.testing.assert_close(of_part, of_whole)
+    else:
+        assert torch.equal(of_part, stock_of_part)
 
 
 @pytest.mark.parametrize("second", [[6, *[IMAGE] * 36, 30, 31], [6, 7, 8, 9, 10, *[IMAGE] * 36, 30, 31, 32, 33]])

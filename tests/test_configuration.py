@@ -2,10 +2,12 @@
 
 import copy
 import json
+import logging
 import pickle
 
 import pytest
-from tiny import build_config
+from tiny import build, build_config, build_layer_pruned
+from tiny_vitcop import build_vitcop
 
 from modeling_prunesid import LayerPrunedConfig, PruneSIDConfig, PruneSIDLlavaConfig
 
@@ -199,6 +201,17 @@ def test_a_dict_given_to_from_pretrained_is_merged_into_the_saved_settings(tmp_p
     build_config(budget=64, method="release").save_pretrained(tmp_path)
     loaded = PruneSIDLlavaConfig.from_pretrained(tmp_path, prunesid_config={"budget": 32})
     assert (loaded.prunesid_config.budget, loaded.prunesid_config.method) == (32, "release")
+
+
+@pytest.mark.parametrize("make", [build, lambda: build_layer_pruned(16, 8), build_vitcop])
+def test_settings_have_no_attention_to_set(make, caplog, monkeypatch):
+    """Upstream warns of a part of the configuration that has no model."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = make()
+    for part in (model, model.model):
+        for implementation in ("eager", "sdpa", {"vision_config": "eager"}):
+            part.set_attn_implementation(implementation)
+    assert not caplog.records
 
 
 def test_the_placeholder_is_that_of_the_stock_configuration():

@@ -731,6 +731,14 @@ class TestErrors:
         with pytest.raises(ValueError, match="num_visual_token"):
             ours.generate(**one_row(), num_visual_token=3, **GREEDY)
 
+    @pytest.mark.parametrize("name", ["pixel_values_images", "pixel_values_videos", "pixel_value"])
+    def test_pixels_by_a_name_of_another_family(self, ours, name):
+        inputs = one_row()
+        inputs[name] = inputs.pop("pixel_values")
+        for call in (ours.generate, ours, ours.model):
+            with pytest.raises(ValueError, match=r"^Image features and image tokens do not match.*pass pixel_values"):
+                call(**inputs)
+
     def test_a_model_answers_after_an_error_as_before_it(self, ours):
         inputs = mixed_batch()
         before = new_tokens(ours, inputs, **GREEDY)
