@@ -12,6 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from .budgets import View
+from .family import PrunedModelMixin
 
 
 NEWLINE = -1
@@ -86,17 +87,18 @@ def packed_scores(
     return torch.cat(of_views)
 
 
-def packed_views(
+def packed_owners(
     pack: Callable,
     config: Any,
     image_sizes: torch.LongTensor,
     is_cropped: Sequence[bool] | None = None,
     side: int | None = None,
     **options: Any,
-) -> list[list[View]]:
+) -> list[torch.LongTensor]:
     """
-    A view for each crop of images that upstream's `pack_image_features` lays out, found by packing one-hot crops in
-    place of features. A row that was interpolated between crops is of the one of most weight; newlines are of none.
+    The crop `(T,)` of each token of images that upstream's `pack_image_features` lays out, found by packing one-hot
+    crops in place of features. A token that was interpolated between crops is of the one of most weight; newlines have
+    -1.
 
     Args:
         pack (`Callable`): upstream's `pack_image_features`.
@@ -107,13 +109,51 @@ def packed_views(
         options: further arguments of `pack`.
     """
     vision = config.vision_config
-    side, views = side or vision.image_size // vision.patch_size, []
+    side, found = side or vision.image_size // vision.patch_size, []
     sizes = torch.as_tensor(image_sizes).cpu()
     for size, count in zip(sizes, crops_of_images(config, sizes, is_cropped)):
         owners = torch.eye(count + 1)
         crops = owners[:count, None].expand(-1, side**2, -1)
         packed = pack([crops], size[None], image_newline=owners[count], **options)[0]
         owner = (packed[0] if isinstance(packed, list) else packed).argmax(-1)
-        of_crops = [(owner == crop).nonzero()[:, 0] for crop in range(count)]
+        found.append(owner.masked_fill(owner == count, NEWLINE))
+    return found
+
+
+def packed_views(pack: Callable, config: Any, image_sizes: torch.LongTensor, *args, **options) -> list[list[View]]:
+    """A view for each crop of images that upstream lays out. Arguments are those of `packed_owners`."""
+    views = []
+    for owner in packed_owners(pack, config, image_sizes, *args, **options):
+        of_crops = [(owner == crop).nonzero()[:, 0] for crop in range(int(owner.max()) + 1)]
         views.append([View(rows) for rows in of_crops if len(rows)])
     return views
+
+
+class PackedModelMixin(PrunedModelMixin):
+    """
+    For images of crops, each a view, that upstream's `pack_image_features` lays out, and videos of frames. Newline
+    tokens are of no view.
+    """
+
+    def layout(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Further arguments of `packed_owners`."""
+        return {"vision_feature_select_strategy": "full"}
+
+    def views(self, modality, inputs, sizes):
+        if modality == "image":
+            return packed_views(self.pack_image_features, self.config, inputs["image_sizes"], **self.layout(inputs))
+        frames = inputs["pixel_values_videos"].shape[1]
+        return [[size // frames] * frames for size in sizes]
+
+    def sizes_of(self, modality, inputs):
+        if modality == "video":
+            return None
+        sizes = inputs["image_sizes"]
+        return list(map(len, packed_owners(self.pack_image_features, self.config, sizes, **self.layout(inputs))))
+
+    def pool_attention(self, patches, modality, inputs, num_tokens):
+        if modality == "video":
+            return super().pool_attention(patches, modality, inputs, num_tokens)
+        vision = self.config.vision_config
+        crops, sizes = patches.view(-1, (vision.image_size // vision.patch_size) ** 2), inputs["image_sizes"]
+        return packed_scores(self.pack_image_features, self.config, sizes, crops, **self.layout(inputs))

@@ -1,6 +1,7 @@
 """
 Thins out visual tokens inside a language model: what the tower's side knows of every token travels along the prompt
-as `visual_groups`, and reducers between the layers read it.
+as `visual_groups`, and reducers between the layers read it. How many tokens each image has at which layer is known on
+the host, where `visual_counts` stays, so that nothing waits for the device.
 """
 
 import inspect
@@ -10,64 +11,90 @@ from typing import Any
 
 import torch
 
-from .layer_pruning import CachedColumns, LayerInput, Reducer, hooked_output, prune_layers, stack_rows
+from .layer_pruning import CachedColumns, LayerInput, Reducer, hooked_output, prune_layers
+from .plans import Plan, Reading
 from .prompts import is_flat
 from .upstream import cache_of
-from .vitcop import keep_smallest
+from .vitcop import keep_smallest, leading_true
 
 
-# What `visual_groups` holds of each column: the image, the token's cluster in it, and how many tokens of the image are
-# left in front of the first and of the second layer that drops any. All are -1 where the column is no visual token.
-_IMAGE, _CLUSTER, _FIRST_COUNT, _SECOND_COUNT = range(4)
-NUM_GROUP_FIELDS = 4
+# What `visual_groups` holds of each column: the image, and the token's cluster in it; -1 for no visual token.
+_IMAGE, _CLUSTER = range(2)
+# What `visual_counts` holds of each image of a row: how many tokens enter the language model, how many are left in
+# front of the first and of the second layer that drops any, how many clusters they may have, and how many columns the
+# cache had before. Rows of fewer images have zeros besides.
+_NUM_CLUSTERS, _PAST = 3, 4
+_ALONG = ("visual_groups", "visual_counts")
 
-# From hidden states, norms of keys, clusters and a count: the hidden states that are left, and their ascending places.
+# From hidden states, norms of keys, clusters, a count and how many clusters there may be: the hidden states that are
+# left, and their ascending places.
 Rule = Callable[
-    [torch.Tensor, torch.Tensor, torch.LongTensor, int],
+    [torch.Tensor, torch.Tensor, torch.LongTensor, int, int],
     tuple[torch.Tensor, torch.LongTensor],
 ]
 
 
-def describe_tokens(image: int, clusters: torch.LongTensor, counts: tuple[int, int]) -> torch.LongTensor:
-    """The `visual_groups` `(tokens, 4)` of one image, from the cluster `(tokens,)` of each of its tokens."""
-    constant = torch.tensor([image, *counts], device=clusters.device).expand(len(clusters), -1)
-    return torch.cat([constant[:, :1], clusters[:, None], constant[:, 1:]], dim=1)
+def describe_tokens(
+    output: Any, clusters: list[torch.LongTensor], counts: list[tuple[int, int]], num_clusters: list[int]
+) -> None:
+    """
+    Adds `visual_groups` and `visual_counts` of each image to an encoder's output.
+
+    Args:
+        clusters (`list[torch.LongTensor]`): the cluster `(tokens,)` of each of an image's tokens.
+        counts (`list[tuple[int, int]]`): how many of them are left in front of the two layers.
+        num_clusters (`list[int]`): how many clusters they may have.
+    """
+    output["visual_groups"] = [
+        torch.stack([torch.full_like(own, image), own], dim=1) for image, own in enumerate(clusters)
+    ]
+    output["visual_counts"] = [
+        (len(own), min(len(own), first), min(len(own), first, second), most)
+        for own, (first, second), most in zip(clusters, counts, num_clusters)
+    ]
 
 
 def leave_smallest(
-    hidden_states: torch.Tensor, norms: torch.Tensor, clusters: torch.LongTensor, count: int
+    hidden_states: torch.Tensor, norms: torch.Tensor, clusters: torch.LongTensor, count: int, num_clusters: int
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """Keeps the tokens of smallest norm, whatever their clusters."""
     places = keep_smallest(norms, count)
     return hidden_states[places], places
 
 
-def thin_out(groups: torch.LongTensor, counts: int, rule: Rule) -> Reducer:
+def thin_out(groups: torch.LongTensor, counts: list[list[list[int]]], stage: int, rule: Rule) -> Reducer:
     """
     A reducer that applies `rule` to every image of every row.
 
     Args:
-        groups (`torch.LongTensor` of shape `(batch, length, 4)`): the `visual_groups` of the prompt.
-        counts (`int`): which field of the groups says how many tokens are left.
+        groups (`torch.LongTensor` of shape `(batch, length, 2)`): the `visual_groups` of the prompt.
+        counts (`list`): the `visual_counts` of the prompt.
+        stage (`int`): 1 in front of the first layer that drops tokens, 2 in front of the second.
         rule (`Rule`).
     """
 
-    def reduce(seen: LayerInput) -> tuple[torch.Tensor, torch.LongTensor]:
+    def reduce(seen: LayerInput) -> tuple[list[torch.Tensor], list[torch.LongTensor]]:
         norms = seen.keys.float().mean(2).norm(dim=-1)
-        rows = []
-        for hidden_states, norm, columns, row in zip(seen.hidden_states, norms, seen.columns, groups):
-            row = row.to(columns.device)[columns.clamp(min=0)].masked_fill(columns[:, None] < 0, -1)
-            places = ((columns >= 0) & (row[:, _IMAGE] < 0)).nonzero()[:, 0]
+        states, slots = [], []
+        for row, images in enumerate(counts):
+            columns, hidden_states = seen.columns[row], seen.hidden_states[row]
+            own = groups[row].to(columns.device).index_select(0, columns.clamp(min=0))
+            is_visual = own[:, _IMAGE] >= 0
+            num_others = groups.shape[1] - sum(image[0] for image in images)
+            places = leading_true(~is_visual & (columns >= 0), num_others)
+            visual = leading_true(is_visual & (columns >= 0), sum(image[stage - 1] for image in images))
             parts = [(hidden_states[places], places)]
-            for image in row[:, _IMAGE].unique().tolist():
-                if image >= 0:
-                    tokens = (row[:, _IMAGE] == image).nonzero()[:, 0]
-                    count = int(row[tokens[0], counts])
-                    states, left = rule(hidden_states[tokens], norm[tokens], row[tokens, _CLUSTER], count)
-                    parts.append((states, tokens[left]))
+            for tokens, image in zip(visual.split([image[stage - 1] for image in images]), images):
+                if len(tokens):
+                    clusters = own[:, _CLUSTER][tokens]
+                    kept, left = rule(
+                        hidden_states[tokens], norms[row][tokens], clusters, image[stage], image[_NUM_CLUSTERS]
+                    )
+                    parts.append((kept, tokens[left]))
             places, order = torch.cat([part[1] for part in parts]).sort()
-            rows.append((torch.cat([part[0] for part in parts])[order], places))
-        return stack_rows(*map(list, zip(*rows)))
+            states.append(torch.cat([part[0] for part in parts])[order])
+            slots.append(places)
+        return states, slots
 
     return reduce
 
@@ -82,34 +109,58 @@ class CoPrunedModelMixin:
     # What the first of them leaves of the tokens of an image.
     _first_rule: Rule = staticmethod(leave_smallest)
 
-    def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
+    def place(self, inputs: dict[str, Any], is_generation: bool, plan: Plan | None = None) -> dict[str, Any]:
         """Lays the groups of the visual tokens along the columns of the cache and of the shortened prompt."""
-        inputs = super().place(inputs, is_generation)
-        groups = [
-            part for output in self._dropped_tokens(inputs).values() for part in output.get("visual_groups") or []
-        ]
+        inputs = super().place(inputs, is_generation, plan)
+        output = self._dropped_tokens(inputs).get("image")
+        groups = None if output is None else output.get("visual_groups")
         if is_generation and (groups or CachedColumns.are_known_of(cache_of(inputs))):
             inputs = {**inputs, "disable_compile": True}  # a setting of `generate`
         if not groups:
             return inputs
-        input_ids, inputs_embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        placeholders = self.find_placeholders("image", input_ids, inputs_embeds)
+        placeholders = self.find_placeholders("image", inputs.get("input_ids"), inputs.get("inputs_embeds"))
         groups = torch.cat(groups).to(placeholders.device)
         mask, cache = inputs.get("attention_mask"), cache_of(inputs)
         past = 0 if cache is None else int(cache.get_seq_length())
         before = past  # the columns of the cache that are not repeated in front of the prompt
         if is_generation:
-            is_flat = isinstance(mask, torch.Tensor) and mask.dim() == 2
-            before = mask.shape[1] - placeholders.shape[1] if is_flat else 0
-        if int(placeholders.sum()) != len(groups):  # of a conversation, the new views alone were encoded
-            placeholders = placeholders & (torch.arange(placeholders.shape[1], device=groups.device) >= past - before)
-        laid = torch.full((*placeholders.shape, NUM_GROUP_FIELDS), -1, device=groups.device)
-        laid[placeholders] = groups
-        return {**inputs, "visual_groups": torch.nn.functional.pad(laid, (0, 0, before, 0), value=-1)}
+            before = mask.shape[1] - placeholders.shape[1] if is_flat(mask) else 0
+        # Of a conversation, the new views alone may have been encoded.
+        is_new = torch.arange(placeholders.shape[1], device=groups.device) >= past - before
+        placeholders = placeholders & (is_new | (placeholders.sum() == len(groups)))
+        order = placeholders.flatten().cumsum(0).clamp(min=1, max=len(groups)) - 1
+        laid = groups[order].view(*placeholders.shape, -1).masked_fill(~placeholders[..., None], -1)
+        inputs = {**inputs, "visual_groups": torch.nn.functional.pad(laid, (0, 0, before, 0), value=-1)}
+        if output.get("visual_counts") is not None:
+            reading = plan.readings["image"]
+            if reading is None:  # in a graph, which cannot count
+                ends = placeholders.sum(1).cumsum(0).tolist()
+                reading = Reading(placeholders, [], list(map(len, output.keep_indices)), False, ends)
+            is_new = [True] * len(groups)
+            if plan.seen:
+                first = reading.places[torch.tensor(reading.view_ends[:-1])] % reading.placeholders.shape[1]
+                is_new = (first >= plan.seen).tolist()
+            rows = reading.views_of_rows
+            counts = [[output["visual_counts"][view] for view in views if is_new[view]] for views in rows]
+            most = max(map(len, counts))
+            counts = [row + [(0,) * _PAST] * (most - len(row)) for row in counts]
+            inputs["visual_counts"] = torch.tensor([[(*image, past) for image in row] for row in counts])
+        return inputs
 
-    def forward(self, *, num_visual_tokens=None, visual_groups: torch.LongTensor | None = None, **inputs):
-        """As in every family; `visual_groups` `(batch, columns, 4)` come from `generate` and the head's `forward`."""
-        return super().forward(num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs)
+    def forward(
+        self,
+        *,
+        num_visual_tokens=None,
+        visual_groups: torch.LongTensor | None = None,
+        visual_counts: torch.LongTensor | None = None,
+        **inputs,
+    ):
+        """
+        As in every family; `visual_groups` `(batch, columns, 2)` and `visual_counts` `(batch, images, 5)` come from
+        `generate` and the head's `forward`.
+        """
+        inputs |= {"visual_groups": visual_groups, "visual_counts": visual_counts}
+        return super().forward(num_visual_tokens=num_visual_tokens, **inputs)
 
     def forward_compressed(self, forward: Callable, **inputs):
         """As for every family, with `forward_pruned` on the shortened arguments."""
@@ -118,21 +169,22 @@ class CoPrunedModelMixin:
     def forward_pruned(self, forward: Callable, **inputs):
         """Upstream's `forward`, with tokens dropped between the layers of the language model."""
         if inputs.get("visual_groups") is None and not CachedColumns.are_known_of(cache_of(inputs)):
-            inputs.pop("visual_groups", None)
-            return forward(**inputs)
+            return forward(**_without_groups(inputs))
         return self._run_pruned(forward, **inputs)
 
     @torch.compiler.disable  # the hooks between the layers come and go, and lengths follow the images
     def _run_pruned(self, forward: Callable, **inputs):
-        groups, cache = inputs.pop("visual_groups", None), cache_of(inputs)
+        groups, cache = inputs.get("visual_groups"), cache_of(inputs)
+        counts = None if groups is None else inputs["visual_counts"].tolist()
+        inputs = _without_groups(inputs)
         columns = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        groups = None if groups is None else _align(groups, cache, columns.shape[1])
+        groups = None if groups is None else _align(groups, counts, cache, columns.shape[1])
         reducers = {}
         if groups is not None:
             first, second = self.pruning_layers()
-            reducers[first] = thin_out(groups, _FIRST_COUNT, self._first_rule)
+            reducers[first] = thin_out(groups, counts, 1, self._first_rule)
             if second < len(self.language_model.layers):
-                reducers[second] = thin_out(groups, _SECOND_COUNT, leave_smallest)
+                reducers[second] = thin_out(groups, counts, 2, leave_smallest)
         mask = inputs.get("attention_mask")
         with prune_layers(self.language_model, columns, cache, reducers) as pruning:
             if groups is not None and is_flat(mask):
@@ -159,9 +211,20 @@ class CoPrunedModelMixin:
 class CoPrunedGenerationMixin:
     """For a model with a language-modelling head whose `self.model` is a [`CoPrunedModelMixin`]."""
 
-    def forward(self, *, num_visual_tokens=None, visual_groups: torch.LongTensor | None = None, **inputs):
-        """As for every family; `visual_groups` `(batch, columns, 4)` are made by `generate`."""
-        return super().forward(num_visual_tokens=num_visual_tokens, visual_groups=visual_groups, **inputs)
+    def forward(
+        self,
+        *,
+        num_visual_tokens=None,
+        visual_groups: torch.LongTensor | None = None,
+        visual_counts: torch.LongTensor | None = None,
+        **inputs,
+    ):
+        """
+        As for every family; `visual_groups` `(batch, columns, 2)` and `visual_counts` `(batch, images, 5)` are made by
+        `generate`.
+        """
+        inputs |= {"visual_groups": visual_groups, "visual_counts": visual_counts}
+        return super().forward(num_visual_tokens=num_visual_tokens, **inputs)
 
     def forward_compressed(self, forward: Callable, **inputs):
         """As for every family, with `forward_pruned` on the shortened arguments."""
@@ -170,8 +233,7 @@ class CoPrunedGenerationMixin:
     def forward_pruned(self, forward: Callable, **inputs):
         """Upstream's `forward`; the output says how many visual tokens each layer saw."""
         if inputs.get("visual_groups") is None:
-            inputs.pop("visual_groups", None)
-            return forward(**inputs)
+            return forward(**_without_groups(inputs))
         return self._run_measured(forward, **inputs)
 
     @torch.compiler.disable
@@ -186,28 +248,29 @@ class CoPrunedGenerationMixin:
         """Upstream's; an assistant that drops nothing inside its language model is not told of groups."""
         if assistant_model is not None:
             names = inspect.signature(assistant_model.forward).parameters
-            model_kwargs = {
-                name: value for name, value in model_kwargs.items() if name != "visual_groups" or name in names
-            }
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in _ALONG or name in names}
         return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
 
 
-def _align(groups: torch.LongTensor, cache: Any, length: int) -> torch.LongTensor | None:
+def _without_groups(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in _ALONG}
+
+
+def _align(groups: torch.LongTensor, counts: list, cache: Any, length: int) -> torch.LongTensor | None:
     """
-    The groups of the `length` columns that follow the cache; None where no visual token is among them.
+    The groups of the `length` columns that follow the cache; None where no visual token is among them, as in steps
+    that come after the prompt.
 
     Raises:
         `ValueError`: if visual tokens come after them, in a later part of the prompt.
     """
-    if length == 1:
-        return None
     past = 0 if cache is None else int(cache.get_seq_length())
+    if not counts[0] or past != counts[0][0][_PAST]:
+        return None
     groups, later = groups[:, past : past + length], groups[:, past + length :]
-    if (later >= 0).any():
+    if later.shape[1] and (later >= 0).any():
         raise ValueError(
             "Dropping visual tokens inside the language model needs the whole prompt at once, but the prompt is split "
             f"after {past + length} columns, before its last visual token. Set prefill_chunk_size=None."
         )
-    if not (groups >= 0).any():
-        return None
     return torch.nn.functional.pad(groups, (0, 0, 0, length - groups.shape[1]), value=-1)

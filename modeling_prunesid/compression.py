@@ -25,7 +25,7 @@ from .upstream import CACHE_NAME, cache_of
 # The pixels that each modality is encoded from, by the names that Transformers uses.
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 # What the sizes of images and clips are passed as.
-_SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes")
+_SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes", "num_tiles", "num_video_tiles")
 
 # The base model whose `generate` runs.
 generating: ContextVar[Any] = ContextVar("generating", default=None)
@@ -92,8 +92,11 @@ class CompressedModelMixin:
         token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
-        """Gives a family the shortened arguments to add positions to that upstream cannot find from them."""
+    def place(self, inputs: dict[str, Any], is_generation: bool, plan: Plan | None = None) -> dict[str, Any]:
+        """
+        Gives a family the shortened arguments to add to them what upstream cannot find from them, with the `plan`
+        where there was something to shorten.
+        """
         return inputs
 
     # The entrance of `forward`
@@ -158,7 +161,7 @@ class CompressedModelMixin:
         if prompt is not None:
             inputs = self._shorten(inputs, prompt)
         self._check_prompt_goes_on(plan, _columns_of(inputs).shape[1], dropped or prompt)
-        inputs = self.place(inputs, is_generation)
+        inputs = self.place(inputs, is_generation, plan)
         if not is_generation and plan.cached_length and (prompt is not None or plan.earlier is not None):
             inputs = self._place_behind_cache(inputs, plan, prompt)
         return self._settle(inputs, plan, sum(num_dropped or [])), prompt

@@ -105,6 +105,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         if sizes is not None:
             return [[size] for size in sizes]
         pixels, patch_size = self._pixels(modality, inputs), self.config.vision_config.patch_size
+        patch_size = patch_size if isinstance(patch_size, int) else patch_size[0]
         num_patches = (pixels.shape[-2] // patch_size) * (pixels.shape[-1] // patch_size)
         return [[num_patches] * (pixels.shape[1] if pixels.dim() == 5 else 1)] * len(pixels)
 
@@ -174,12 +175,21 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         sizes = self.sizes_of(modality, inputs)
         if sizes is None:
             return None
-        lengths = [[len(view.rows) for view in as_views(own)] for own in self.views(modality, inputs, sizes)]
+        views = self.views(modality, inputs, sizes)
+        lengths = [own if isinstance(own[0], int) else [len(view.rows) for view in own] for own in views]
+        sizes = [sum(own) for own in lengths] if isinstance(views[0][0], int) else sizes
         budgets = request_budgets(settings, requested, lengths)
         return None if budgets is None or budgets.rule == "reference" else (sizes, budgets.totals)
 
     def sizes_of(self, modality: str, inputs: dict[str, Any]) -> list[int] | None:
-        """T of each input, where it is known before upstream's encoder runs."""
+        """Tokens of each entry of upstream's output, where they are known before its encoder runs."""
+        merged = self.patches_per_token()
+        if merged is None:
+            return None
+        return [sum(own) // merged for own in PrunedModelMixin.views(self, modality, inputs, None)]
+
+    def patches_per_token(self) -> int | None:
+        """How many patches of the pixels become a token, where it is the same number for all."""
         return None
 
     def _encode(self, modality: str, encode, num_visual_tokens: NumVisualTokens, inputs: dict[str, Any]):

@@ -40,7 +40,7 @@ class GridModelMixin(PrunedModelMixin):
 
     def sizes_of(self, modality, inputs):
         grids, vision = inputs[f"{modality}_grid_thw"], self.config.vision_config
-        merged = getattr(vision, "spatial_merge_size", None)
+        merged = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None)
         if merged is None:
             return None
         slices = self.slices(modality, inputs)

@@ -41,17 +41,9 @@ class LayerInput:
     arguments: dict[str, Any]
 
 
-# From a `LayerInput` to hidden states `(batch, kept, hidden_size)` and the slot of each, ascending, -1 for padding in
-# front. Rows may change on the way (merged tokens).
-Reducer = Callable[[LayerInput], tuple[torch.Tensor, torch.LongTensor]]
-
-
-def stack_rows(states: list[torch.Tensor], slots: list[torch.LongTensor]) -> tuple[torch.Tensor, torch.LongTensor]:
-    """What a reducer returns, from hidden states `(kept, hidden_size)` and slots `(kept,)` of each row."""
-    length = max(len(row) for row in slots)
-    states = [nn.functional.pad(row, (0, 0, length - len(row), 0)) for row in states]
-    slots = [nn.functional.pad(row, (length - len(row), 0), value=-1) for row in slots]
-    return torch.stack(states), torch.stack(slots)
+# From a `LayerInput` to hidden states `(kept, hidden_size)` and the slots `(kept,)` of each row, ascending and without
+# padding. Hidden states may change on the way (merged tokens).
+Reducer = Callable[[LayerInput], tuple[list[torch.Tensor], list[torch.LongTensor]]]
 
 
 @dataclass
@@ -64,10 +56,12 @@ class CachedColumns:
         columns (`dict[int, torch.LongTensor]`):
             By the first layer of a run of layers, `(batch, slots)` columns in the order of these layers' caches; -1 is
             padding.
+        padded (`set[int]`): the first layers of the runs of layers with padding.
     """
 
     length: int
     columns: dict[int, torch.LongTensor]
+    padded: set[int]
 
     def remember(self, cache: Any) -> None:
         if cache is not None:
@@ -97,7 +91,7 @@ class CachedColumns:
                 f"{CACHE_NAME} was filled by {rows} rows and is continued by {batch}; pass a multiple of its rows."
             )
         columns = {layer: kept.repeat_interleave(batch // rows, 0) for layer, kept in cached.columns.items()}
-        return CachedColumns(cached.length, columns)
+        return CachedColumns(cached.length, columns, cached.padded)
 
     def _cropped_to(self, length: int) -> "CachedColumns":
         """What is left when `crop` took the last columns of every layer, as assisted decoding does."""
@@ -109,16 +103,16 @@ class CachedColumns:
                 f"{CACHE_NAME} was cropped to {length} columns, into the part of the prompt whose tokens were "
                 "dropped inside the language model. Start from an empty cache."
             )
-        return CachedColumns(length, {layer: kept[:, :-removed] for layer, kept in self.columns.items()})
+        columns = {layer: kept[:, :-removed] for layer, kept in self.columns.items()}
+        return CachedColumns(length, columns, self.padded)
 
     def of_layer(self, layer: int) -> torch.LongTensor | None:
-        return _of_layer(self.columns, layer)
+        return self.columns.get(_start_of(self.columns, layer))
 
 
-def _of_layer(columns: dict[int, torch.LongTensor], layer: int) -> torch.LongTensor | None:
-    """The columns of a layer, from those by the first layer of each run of layers; None for all."""
-    starts = [start for start in columns if start <= layer]
-    return columns[max(starts)] if starts else None
+def _start_of(columns: dict[int, torch.LongTensor], layer: int) -> int:
+    """The first layer of the run of layers that `layer` is in; -1 where it has all columns."""
+    return max((start for start in columns if start <= layer), default=-1)
 
 
 @dataclass
@@ -129,6 +123,7 @@ class LayerPruning:
     Args:
         columns (`dict[int, torch.LongTensor]`):
             By the first layer of a run of layers, `(batch, slots)` columns of the prompt that these layers saw.
+        padded (`set[int]`): the first layers of the runs of layers with padding.
     """
 
     decoder: nn.Module
@@ -138,6 +133,7 @@ class LayerPruning:
     past: int
     earlier: CachedColumns | None
     columns: dict[int, torch.LongTensor] = field(default_factory=dict)
+    padded: set[int] = field(default_factory=set)
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     # `(batch, length)`: the columns that are no padding; None for all.
     is_filled: torch.BoolTensor | None = None
@@ -162,11 +158,17 @@ class LayerPruning:
             return
         starts = {*self.columns, *(self.earlier.columns if self.earlier is not None else ())}
         columns = {start: self._cached_columns(start) for start in sorted(starts)}
-        CachedColumns(self.past + self.length, columns).remember(cache)
+        padded = {start for start in starts if self._is_padded(start)}
+        CachedColumns(self.past + self.length, columns, padded).remember(cache)
 
     def _queries(self, layer: int) -> torch.LongTensor | None:
         """Columns of the prompt that run through a layer; None for all."""
-        return _of_layer(self.columns, layer)
+        return self.columns.get(_start_of(self.columns, layer))
+
+    def _is_padded(self, layer: int) -> bool:
+        """Whether `_cached_columns` has padding."""
+        runs = [self] if self.earlier is None else [self, self.earlier]
+        return any(_start_of(run.columns, layer) in run.padded for run in runs)
 
     def _cached_columns(self, layer: int) -> torch.LongTensor | None:
         """Columns of the first layer's cache that a layer holds when it has seen this prompt; None for all."""
@@ -203,9 +205,13 @@ class LayerPruning:
         arguments = self._fit_arguments(layer, kwargs)
         keys = self.keys.pop(layer).to(hidden_states.device)
         states, slots = self.reducers[layer](LayerInput(layer, hidden_states, columns, keys, arguments))
-        kept = columns.gather(1, slots.clamp(min=0))
-        self.columns[layer] = kept.masked_fill(slots < 0, -1)
-        return states
+        length = max(map(len, slots))
+        if min(map(len, slots)) < length:
+            self.padded.add(layer)
+        states = [nn.functional.pad(row, (0, 0, length - len(row), 0)) for row in states]
+        slots = torch.stack([nn.functional.pad(row, (length - len(row), 0), value=-1) for row in slots])
+        self.columns[layer] = columns.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, -1)
+        return torch.stack(states)
 
     def _fit_arguments(self, layer: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs, queries, cache = dict(kwargs), self._queries(layer), cache_of(kwargs)
@@ -221,17 +227,17 @@ class LayerPruning:
         if cached is not None and "attention_mask" in kwargs:
             num_queries = self.length if queries is None else queries.shape[1]
             length = cached.shape[1] if cache is None else cache.get_mask_sizes(num_queries, layer)[0]
-            kwargs["attention_mask"] = self._fit_mask(kwargs["attention_mask"], queries, cached, num_queries, length)
+            if kwargs["attention_mask"] is not None or self._is_padded(layer):
+                mask = self._fit_mask(kwargs["attention_mask"], queries, cached, num_queries, length)
+                kwargs["attention_mask"] = mask
         return kwargs
 
     def _fit_mask(
         self, mask: Any, queries: torch.LongTensor | None, cached: torch.LongTensor, num_queries: int, length: int
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor:
         """A layer's mask over the `length` slots of its cache, from that over the columns of the first layer."""
         is_token = cached >= 0
         if mask is None:
-            if is_token.all():
-                return None
             if self.is_flash:
                 return is_token
             slots = torch.arange(cached.shape[1], device=cached.device)

@@ -60,12 +60,10 @@ class _GroupedEncoding(TowerEncoding):
     def _finish(self, output, projected_cls):
         output = super()._finish(output, projected_cls)
         if self.settings.llm_budget is not None:
-            groups = []
-            for image, (rows, num_tokens) in enumerate(zip(output["keep_indices"], self.num_tokens)):
-                target = resolve_budget(self.settings.llm_budget, sum(num_tokens))
-                counts = plan_counts(target, len(rows), self.num_layers, *self.layers)
-                groups.append(describe_tokens(image, torch.zeros_like(rows), counts))
-            output["visual_groups"] = groups
+            kept = output["keep_indices"]
+            targets = [resolve_budget(self.settings.llm_budget, sum(own)) for own in self.num_tokens]
+            counts = [plan_counts(n, len(own), self.num_layers, *self.layers) for n, own in zip(targets, kept)]
+            describe_tokens(output, [torch.zeros_like(own) for own in kept], counts, [1] * len(kept))
         return output
 
 

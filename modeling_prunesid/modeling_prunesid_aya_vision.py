@@ -27,6 +27,9 @@ class PruneSIDAyaVisionModel(TiledModelMixin, AyaVisionModel):
     pools_tensor = ("image",)
     patch_grids = square_grids
 
+    def patches_per_token(self):
+        return self.config.downsample_factor**2
+
 
 class PruneSIDAyaVisionForConditionalGeneration(
     PrunedGenerationMixin, AyaVisionForConditionalGeneration, GenerationMixin

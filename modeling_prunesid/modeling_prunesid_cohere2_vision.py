@@ -27,6 +27,9 @@ class PruneSIDCohere2VisionModel(TiledModelMixin, Cohere2VisionModel):
     pools_tensor = ("image",)
     patch_grids = square_grids
 
+    def patches_per_token(self):
+        return self.config.downsample_factor**2
+
 
 class PruneSIDCohere2VisionForConditionalGeneration(
     PrunedGenerationMixin, Cohere2VisionForConditionalGeneration, GenerationMixin

@@ -25,6 +25,9 @@ class PruneSIDDeepseekVLModel(PrunedModelMixin, DeepseekVLModel):
     config_class = PruneSIDDeepseekVLConfig
     pools_tensor = ("image",)
 
+    def patches_per_token(self):
+        return 1
+
 
 class PruneSIDDeepseekVLForConditionalGeneration(
     PrunedGenerationMixin, DeepseekVLForConditionalGeneration, GenerationMixin

@@ -25,6 +25,9 @@ class PruneSIDDeepseekVLHybridModel(PrunedModelMixin, DeepseekVLHybridModel):
     config_class = PruneSIDDeepseekVLHybridConfig
     pools_tensor = ("image",)
 
+    def patches_per_token(self):
+        return 1
+
 
 class PruneSIDDeepseekVLHybridForConditionalGeneration(
     PrunedGenerationMixin, DeepseekVLHybridForConditionalGeneration, GenerationMixin

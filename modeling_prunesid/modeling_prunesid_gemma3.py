@@ -25,6 +25,10 @@ class PruneSIDGemma3Model(TiledModelMixin, Gemma3Model):
     pools_tensor = ("image",)
     patch_grids = square_grids
 
+    def patches_per_token(self):
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2 // self.config.mm_tokens_per_image
+
 
 class PruneSIDGemma3ForConditionalGeneration(PrunedGenerationMixin, Gemma3ForConditionalGeneration, GenerationMixin):
     """[`Gemma3ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""

@@ -25,6 +25,9 @@ class PruneSIDGotOcr2Model(TiledModelMixin, GotOcr2Model):
     config_class = PruneSIDGotOcr2Config
     pools_tensor = ("image",)
 
+    def patches_per_token(self):
+        return 16
+
 
 class PruneSIDGotOcr2ForConditionalGeneration(PrunedGenerationMixin, GotOcr2ForConditionalGeneration, GenerationMixin):
     """[`GotOcr2ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""

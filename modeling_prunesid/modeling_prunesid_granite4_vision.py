@@ -10,9 +10,9 @@ from transformers import (
     Granite4VisionProcessor,
 )
 
-from .anyres import packed_views
+from .anyres import PackedModelMixin
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -22,7 +22,7 @@ class PruneSIDGranite4VisionConfig(BehindConnectorConfig, Granite4VisionConfig):
     model_type = "prunesid_granite4_vision"
 
 
-class PruneSIDGranite4VisionModel(PrunedModelMixin, Granite4VisionModel):
+class PruneSIDGranite4VisionModel(PackedModelMixin, Granite4VisionModel):
     """[`Granite4VisionModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDGranite4VisionConfig
@@ -33,16 +33,10 @@ class PruneSIDGranite4VisionModel(PrunedModelMixin, Granite4VisionModel):
     def put_features(self, output, keep):
         output.deepstack_features = [(layer, keep(features)) for layer, features in output.deepstack_features]
 
-    def views(self, modality, inputs, sizes):
+    def layout(self, inputs):
         vision = self.config.vision_config
         side = int(vision.image_size // vision.patch_size * fractions.Fraction(self.downsample_rate))
-        return packed_views(
-            self.pack_image_features,
-            self.config,
-            inputs["image_sizes"],
-            side=side,
-            vision_feature_select_strategy="full",
-        )
+        return {**super().layout(inputs), "side": side}
 
 
 class PruneSIDGranite4VisionForConditionalGeneration(

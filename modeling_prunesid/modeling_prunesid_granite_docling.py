@@ -27,9 +27,8 @@ class PruneSIDGraniteDoclingModel(TiledModelMixin, GraniteDoclingModel):
     patch_grids = square_grids
     placeholder_mask_dims = 2
 
-    def tiles(self, inputs, sizes):
-        num_tokens = self.image_seq_len * (1 if inputs.get("tile_fine_mask") is None else 4)
-        return [num_tokens] * (sum(sizes) // num_tokens)
+    def tile_length(self, inputs):
+        return self.image_seq_len * (1 if inputs.get("tile_fine_mask") is None else 4)
 
 
 class PruneSIDGraniteDoclingForConditionalGeneration(

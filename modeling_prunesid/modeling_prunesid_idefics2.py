@@ -33,9 +33,8 @@ class PruneSIDIdefics2Model(TiledModelMixin, Idefics2Model):
 
     config_class = PruneSIDIdefics2Config
 
-    def tiles(self, inputs, sizes):
-        num_tokens = self.config.perceiver_config.resampler_n_latents
-        return [num_tokens] * (sum(sizes) // num_tokens)
+    def tile_length(self, inputs):
+        return self.config.perceiver_config.resampler_n_latents
 
 
 class PruneSIDIdefics2ForConditionalGeneration(

@@ -26,8 +26,8 @@ class PruneSIDIdefics3Model(TiledModelMixin, Idefics3Model):
     config_class = PruneSIDIdefics3Config
     patch_grids = square_grids
 
-    def tiles(self, inputs, sizes):
-        return [self.image_seq_len] * (sum(sizes) // self.image_seq_len)
+    def tile_length(self, inputs):
+        return self.image_seq_len
 
 
 class PruneSIDIdefics3ForConditionalGeneration(

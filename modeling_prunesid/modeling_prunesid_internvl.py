@@ -30,6 +30,9 @@ class PruneSIDInternVLModel(TiledModelMixin, InternVLModel):
     pools_tensor = ("image",)
     patch_grids = square_grids
 
+    def patches_per_token(self):
+        return round(self.config.downsample_ratio**-2)
+
 
 class PruneSIDInternVLForConditionalGeneration(
     PrunedGenerationMixin, InternVLForConditionalGeneration, GenerationMixin

@@ -19,6 +19,9 @@ class PruneSIDJanusModel(PrunedModelMixin, JanusModel):
     config_class = PruneSIDJanusConfig
     pools_tensor = ("image",)
 
+    def patches_per_token(self):
+        return 1
+
 
 class PruneSIDJanusForConditionalGeneration(PrunedGenerationMixin, JanusForConditionalGeneration, GenerationMixin):
     """[`JanusForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""

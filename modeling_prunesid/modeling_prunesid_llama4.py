@@ -32,6 +32,9 @@ class PruneSIDLlama4ForConditionalGeneration(
     config_class = PruneSIDLlama4Config
     patch_grids = square_grids
 
+    def patches_per_token(self):
+        return round(self.config.vision_config.pixel_shuffle_ratio**-2)
+
     def __init__(self, config):
         super().__init__(config)
         self.language_model.register_forward_hook(_add_image_outputs)

@@ -15,7 +15,7 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from .anyres import views_of_crops
+from .anyres import pack_patches, views_of_crops
 from .checks import resolve_budget
 from .configuration_prunesid import NestsPruneSIDConfig
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
@@ -50,6 +50,11 @@ class PruneSIDLlavaNextModel(PrunedModelMixin, LlavaNextModel):
                 f"{sum(map(len, views))} crops in all. Pass those that the processor gave."
             )
         return views
+
+    def sizes_of(self, modality, inputs):
+        vision, grids = self.config.vision_config, self.config.image_grid_pinpoints
+        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+        return [len(pack_patches(size, grids, vision.image_size, vision.patch_size)) for size in sizes]
 
     def are_whole_views(self, run_lengths: list[int]) -> bool:
         """An image has at least the tokens of the crop that shows the whole of it."""

@@ -8,10 +8,10 @@ from transformers import (
     LlavaNextVideoProcessor,
 )
 
-from .anyres import packed_scores, packed_views, views_of_crops
+from .anyres import PackedModelMixin, views_of_crops
 from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -24,28 +24,12 @@ class PruneSIDLlavaNextVideoConfig(BehindConnectorConfig, LlavaNextVideoConfig):
     model_type = "prunesid_llava_next_video"
 
 
-class PruneSIDLlavaNextVideoModel(PrunedModelMixin, LlavaNextVideoModel):
+class PruneSIDLlavaNextVideoModel(PackedModelMixin, LlavaNextVideoModel):
     """[`LlavaNextVideoModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDLlavaNextVideoConfig
 
-    def views(self, modality, inputs, sizes):
-        if modality == "image":
-            return packed_views(
-                self.pack_image_features, self.config, inputs["image_sizes"], vision_feature_select_strategy="full"
-            )
-        frames = inputs["pixel_values_videos"].shape[1]
-        return [[size // frames] * frames for size in sizes]
-
     patch_grids = square_grids
-
-    def pool_attention(self, patches, modality, inputs, num_tokens):
-        if modality == "video":
-            return super().pool_attention(patches, modality, inputs, num_tokens)
-        vision = self.config.vision_config
-        crops = patches.view(-1, (vision.image_size // vision.patch_size) ** 2)
-        options = {"vision_feature_select_strategy": "full"}
-        return packed_scores(self.pack_image_features, self.config, inputs["image_sizes"], crops, **options)
 
 
 class PruneSIDLlavaNextVideoForConditionalGeneration(

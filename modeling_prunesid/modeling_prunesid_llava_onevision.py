@@ -17,10 +17,10 @@ from transformers import (
     LlavaOnevisionProcessor,
 )
 
-from .anyres import packed_scores, packed_views
+from .anyres import PackedModelMixin, packed_views
 from .budgets import View
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -33,7 +33,13 @@ class PruneSIDLlavaOnevisionConfig(BehindConnectorConfig, LlavaOnevisionConfig):
     model_type = "prunesid_llava_onevision"
 
 
-class PruneSIDLlavaOnevisionModel(PrunedModelMixin, LlavaOnevisionModel):
+def are_cropped(batch_num_images):
+    """Which images are cropped: those that share a row of the batch with others are not. None for all."""
+    counts = [] if batch_num_images is None else torch.as_tensor(batch_num_images).tolist()
+    return [count == 1 for count in counts for _ in range(count)] or None
+
+
+class PruneSIDLlavaOnevisionModel(PackedModelMixin, LlavaOnevisionModel):
     """[`LlavaOnevisionModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDLlavaOnevisionConfig
@@ -41,25 +47,20 @@ class PruneSIDLlavaOnevisionModel(PrunedModelMixin, LlavaOnevisionModel):
 
     def views(self, modality, inputs, sizes):
         if modality == "image":
-            return packed_views(self.pack_image_features, self.config, inputs["image_sizes"], **self._layout(inputs))
+            return super().views(modality, inputs, sizes)
         frames = inputs["pixel_values_videos"].shape[1]
         return [[View(rows) for rows in torch.arange(size - 1).chunk(frames)] for size in sizes]
 
-    def _layout(self, inputs):
+    def layout(self, inputs):
         """How upstream lays out images: those that share a row of the batch with others are a single crop."""
-        alone = inputs.get("batch_num_images")
-        counts = None if alone is None else torch.as_tensor(alone).tolist()
-        is_cropped = None if counts is None else [count == 1 for count in counts for _ in range(count)]
         ratio = inputs.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
-        return {"is_cropped": is_cropped, "vision_aspect_ratio": ratio}
+        return {"is_cropped": are_cropped(inputs.get("batch_num_images")), "vision_aspect_ratio": ratio}
 
     def pool_attention(self, patches, modality, inputs, num_tokens):
+        if modality == "image":
+            return super().pool_attention(patches, modality, inputs, num_tokens)
         vision = self.config.vision_config
-        crops = patches.view(-1, (vision.image_size // vision.patch_size) ** 2)
-        if modality == "video":
-            return self.apply_pooling(crops[..., None]).flatten()
-        sizes, layout = inputs["image_sizes"], self._layout(inputs)
-        return packed_scores(self.pack_image_features, self.config, sizes, crops, **layout)
+        return self.apply_pooling(patches.view(-1, (vision.image_size // vision.patch_size) ** 2, 1)).flatten()
 
 
 class PruneSIDLlavaOnevisionForConditionalGeneration(
@@ -77,8 +78,7 @@ class PruneSIDLlavaOnevisionProcessor(PrunedProcessorMixin, LlavaOnevisionProces
         if modality == "video":
             frames = len(inputs["pixel_values_videos"][index])
             return [(sum(runs) - 1) // frames] * frames
-        counts = inputs["batch_num_images"]
-        is_cropped = [count == 1 for count in torch.as_tensor(counts).tolist() for _ in range(count)][index]
+        is_cropped = are_cropped(inputs["batch_num_images"])[index]
         crop = inputs["pixel_values"][0][0].shape[-1]
         vision = SimpleNamespace(image_size=crop, patch_size=crop // math.isqrt(self.num_image_tokens))
         config = SimpleNamespace(vision_config=vision, image_grid_pinpoints=self.image_processor.image_grid_pinpoints)

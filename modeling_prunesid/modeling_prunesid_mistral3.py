@@ -1,5 +1,6 @@
 """Mistral Small 3.1 with PruneSID: tokens are compared as they enter the language model."""
 
+import torch
 from transformers import (
     GenerationMixin,
     Mistral3Config,
@@ -25,6 +26,10 @@ class PruneSIDMistral3Model(PrunedModelMixin, Mistral3Model):
 
     config_class = PruneSIDMistral3Config
     patch_grids = grids_of_image_sizes
+
+    def sizes_of(self, modality, inputs):
+        side = self.config.vision_config.patch_size * self.config.spatial_merge_size
+        return (torch.as_tensor(inputs["image_sizes"]) // side).prod(-1).tolist()
 
 
 class PruneSIDMistral3ForConditionalGeneration(

@@ -21,6 +21,9 @@ class PruneSIDOvis2Model(TiledModelMixin, Ovis2Model):
     pools_tensor = ("image",)
     patch_grids = square_grids
 
+    def patches_per_token(self):
+        return self.config.vision_config.hidden_stride**2
+
 
 class PruneSIDOvis2ForConditionalGeneration(PrunedGenerationMixin, Ovis2ForConditionalGeneration, GenerationMixin):
     """[`Ovis2ForConditionalGeneration`] on shortened prompts; see [`PrunedGenerationMixin`]."""

@@ -27,6 +27,9 @@ class PruneSIDPaliGemmaModel(PrunedModelMixin, PaliGemmaModel):
     pools_tensor = ("image",)
     first_position = 1
 
+    def patches_per_token(self):
+        return 1
+
 
 class PruneSIDPaliGemmaForConditionalGeneration(
     PrunedGenerationMixin, PaliGemmaForConditionalGeneration, GenerationMixin

@@ -26,6 +26,9 @@ class PruneSIDPPChart2TableModel(TiledModelMixin, GotOcr2Model):
     config_class = PruneSIDPPChart2TableConfig
     pools_tensor = ("image",)
 
+    def patches_per_token(self):
+        return 16
+
 
 class PruneSIDPPChart2TableForConditionalGeneration(
     PrunedGenerationMixin, GotOcr2ForConditionalGeneration, GenerationMixin

@@ -27,6 +27,9 @@ class PruneSIDQianfanOCRModel(TiledModelMixin, QianfanOCRModel):
     pools_tensor = ("image",)
     patch_grids = square_grids
 
+    def patches_per_token(self):
+        return round(self.config.downsample_ratio**-2)
+
 
 class PruneSIDQianfanOCRForConditionalGeneration(
     PrunedGenerationMixin, QianfanOCRForConditionalGeneration, GenerationMixin

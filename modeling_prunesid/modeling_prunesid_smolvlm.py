@@ -30,8 +30,8 @@ class PruneSIDSmolVLMModel(TiledModelMixin, SmolVLMModel):
     config_class = PruneSIDSmolVLMConfig
     patch_grids = square_grids
 
-    def tiles(self, inputs, sizes):
-        return [self.image_seq_len] * (sum(sizes) // self.image_seq_len)
+    def tile_length(self, inputs):
+        return self.image_seq_len
 
 
 class PruneSIDSmolVLMForConditionalGeneration(PrunedGenerationMixin, SmolVLMForConditionalGeneration, GenerationMixin):

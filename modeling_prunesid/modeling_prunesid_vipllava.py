@@ -25,6 +25,9 @@ class PruneSIDVipLlavaModel(PrunedModelMixin, VipLlavaModel):
     config_class = PruneSIDVipLlavaConfig
     pools_tensor = ("image",)
 
+    def patches_per_token(self):
+        return 1
+
 
 class PruneSIDVipLlavaForConditionalGeneration(
     PrunedGenerationMixin, VipLlavaForConditionalGeneration, GenerationMixin

@@ -158,19 +158,22 @@ class _SalientEncoding(TowerEncoding):
 
     def _choose(self, compared, seen):
         num_layers, layers = len(self.model.language_model.layers), self.model.pruning_layers()
-        grid, kept = self.grid.to(compared.device), []
-        self.groups = []
+        grid, kept = self.grid.to(compared.device, non_blocking=True), []
+        self.clusters: list[torch.LongTensor] = []
+        self.layer_counts, self.num_clusters = [], []
         for image, total in enumerate(self.budgets.totals):
             count, num_centers = self.model.plan_tower(total, len(grid))
             patches = select_salient(seen["attention"][image], count)
             clusters = cluster_tokens(seen["keys"][image][patches].flatten(1), grid[patches], num_centers)
             kept.append(patches)
-            self.groups.append(describe_tokens(image, clusters, plan_counts(total, count, num_layers, *layers)))
+            self.clusters.append(clusters)
+            self.num_clusters.append(num_centers + 1)
+            self.layer_counts.append(plan_counts(total, count, num_layers, *layers))
         self.indices, self.counts = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True), list(map(len, kept))
 
     def _finish(self, output, projected_cls):
         output = super()._finish(output, projected_cls)
-        output["visual_groups"] = self.groups
+        describe_tokens(output, self.clusters, self.layer_counts, self.num_clusters)
         return output
 
 

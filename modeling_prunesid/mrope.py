@@ -109,7 +109,7 @@ class MRoPEModelMixin(CompressedModelMixin):
                 found += int(self.find_placeholders(modality, input_ids, None).sum())
         return found < num_tokens
 
-    def place(self, inputs: dict[str, Any], is_generation: bool) -> dict[str, Any]:
+    def place(self, inputs: dict[str, Any], is_generation: bool, plan: Any = None) -> dict[str, Any]:
         """Adds `position_ids` of the short prompt to the arguments of `forward`, and sets `rope_deltas`."""
         cache = cache_of(inputs)
         cached_length = cache.get_seq_length() if cache is not None else 0

@@ -125,6 +125,7 @@ class Plan:
         start (`int`): how many columns were shortened with the cache.
         seen (`int`): how many columns are in the cache. Those behind `start` are its answer, where the id of a
             placeholder is a word.
+        readings (`dict[str, Reading]`): how the placeholders of each modality were read.
     """
 
     input_ids: torch.LongTensor | None = None
@@ -139,6 +140,7 @@ class Plan:
     start: int = 0
     seen: int = 0
     is_known: bool = True
+    readings: dict[str, "Reading | None"] = field(default_factory=dict)
 
     @classmethod
     def behind(cls, cached: CachedPrompt | None, cached_length: int, repeats_cached: bool, host: dict) -> "Plan":
@@ -220,7 +222,7 @@ class Plan:
         self, modality: str, num_placeholders: list[int], num_kept: list[int], is_stated: bool
     ) -> "Reading | None":
         """
-        How the placeholders of `modality` are to be read: `read_placeholders`, behind a cache.
+        How the placeholders of `modality` are to be read: `read_placeholders`, behind a cache. None where they remain.
 
         Raises:
             `ValueError`: if columns would go that are in a cache, where they were not shortened.
@@ -233,7 +235,10 @@ class Plan:
         reading = read_placeholders(
             placeholders, num_placeholders, num_kept, modality, new, self.current_mask, is_stated
         )
-        if reading is not None and reading.drops_between(self.start, self.seen, num_kept):
+        self.readings[modality] = reading
+        if reading is None or not reading.shortens:
+            return None
+        if reading.drops_between(self.start, self.seen, num_kept):
             raise ValueError(
                 f"{CACHE_NAME} was filled by another prompt: input_ids have every placeholder of views in the "
                 "cache, which were not shortened there. Pass the cache that belongs to the conversation, or an "
@@ -278,6 +283,7 @@ class Reading:
         row_ends: list[int] | None = None,
     ):
         self.placeholders, self.is_full = placeholders, is_full
+        self.shortens = is_full and sum(num_placeholders) != sum(num_kept)
         self.num_placeholders, self.counts = num_placeholders, num_placeholders if is_full else num_kept
         self.view_ends = list(itertools.accumulate(self.counts, initial=0))
         self.row_ends = placeholders.sum(1).cumsum(0).tolist() if row_ends is None else row_ends
@@ -286,6 +292,12 @@ class Reading:
     def fits(self) -> bool:
         """Whether the rows hold whole views, and all of them."""
         return self.row_ends[-1] == self.view_ends[-1] and set(self.row_ends) <= set(self.view_ends)
+
+    @property
+    def views_of_rows(self) -> list[range]:
+        """The views of each row."""
+        ends = [self.view_ends.index(end) for end in self.row_ends]
+        return [range(start, end) for start, end in zip([0, *ends], ends)]
 
     @property
     def places(self) -> torch.LongTensor:
@@ -409,7 +421,7 @@ def read_placeholders(
         is_stated (`bool`): N was passed along with the prompt, as our processor does, which dispels any doubt.
 
     Returns:
-        The reading with T placeholders of each view, or None if the prompt has N placeholders for each view already.
+        The reading with T or with N placeholders of each view; None for N in a graph.
 
     Raises:
         `ValueError`: if the prompt has neither T nor N placeholders for each view, or may be read either way.
@@ -451,8 +463,7 @@ def read_placeholders(
             "pass the full prompt."
         )
     # The runs of a whole conversation tell apart what their sum does not.
-    reading = next((reading for reading in clear if reading.ends_runs_with_views), clear[0])
-    return reading if reading.is_full and full != short else None
+    return next((reading for reading in clear if reading.ends_runs_with_views), clear[0])
 
 
 def _read_traced(
@@ -492,7 +503,8 @@ def mark_kept_placeholders(
 ) -> torch.BoolTensor | None:
     """The columns `(batch, length)` of a prompt that remain; see `read_placeholders` and `Reading.mark_kept`."""
     reading = read_placeholders(placeholders, num_placeholders, list(map(len, keep_indices)), modality)
-    return None if reading is None else reading.mark_kept(keep_indices, placeholders.device)
+    shortens = reading is not None and reading.shortens
+    return reading.mark_kept(keep_indices, placeholders.device) if shortens else None
 
 
 def run_lengths(placeholders: torch.BoolTensor) -> list[int]:

@@ -22,15 +22,25 @@ class TiledModelMixin(PrunedModelMixin):
     # The modalities that are encoded as tiles.
     tiled: Sequence[str] = ("image",)
 
-    def tiles(self, inputs: dict[str, Any], sizes: list[int]) -> list[int]:
-        """Tokens of each tile of all inputs, for `sizes` of the entries of upstream's output."""
-        return sizes
+    def tile_length(self, inputs: dict[str, Any]) -> int | None:
+        """Tokens of a tile; None where each entry of upstream's output is one."""
+        return None
+
+    def sizes_of(self, modality, inputs):
+        length, counts = (
+            self.tile_length(inputs),
+            inputs.get("num_tiles" if modality == "image" else "num_video_tiles"),
+        )
+        if length is None or counts is None:
+            return super().sizes_of(modality, inputs)
+        return [length * count for count in torch.as_tensor(counts).tolist()]
 
     def views(self, modality, inputs, sizes):
         if modality not in self.tiled:
             return super().views(modality, inputs, sizes)
         name = "num_tiles" if modality == "image" else "num_video_tiles"
-        tiles, counts = self.tiles(inputs, sizes), inputs.get(name)
+        length, counts = self.tile_length(inputs), inputs.get(name)
+        tiles = sizes if length is None else [length] * (sum(sizes) // length)
         if counts is None:
             if self.config.prunesid_config.budget_scope == "image":
                 raise ValueError(

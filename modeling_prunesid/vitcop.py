@@ -130,7 +130,7 @@ def cluster_tokens(keys: torch.Tensor, positions: torch.Tensor, num_centers: int
 
 
 def merge_clusters(
-    hidden_states: torch.Tensor, norms: torch.Tensor, labels: torch.LongTensor, count: int
+    hidden_states: torch.Tensor, norms: torch.Tensor, labels: torch.LongTensor, count: int, num_clusters: int
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """
     Stage II: leaves `count` tokens. Of each cluster the tokens of smallest norm are kept, in proportion to its size,
@@ -145,56 +145,71 @@ def merge_clusters(
         norms (`torch.Tensor` of shape `(tokens,)`): L2 norm of each token's key.
         labels (`torch.LongTensor` of shape `(tokens,)`): clusters, numbered from 0 without gaps.
         count (`int`).
+        num_clusters (`int`): how many clusters there are, or one more: nothing waits for the device to count them.
 
     Returns:
         Hidden states `(count, hidden_size)` and the place of each among the tokens `(count,)`, ascending.
     """
-    tokens = torch.arange(len(labels), device=labels.device)
+    tokens, device = torch.arange(len(labels), device=labels.device), labels.device
     if count >= len(labels):
         return hidden_states, tokens
-    sizes = labels.bincount()
-    sums = torch.zeros(len(sizes), device=norms.device).index_add_(0, labels, norms.float())
-    if len(sizes) > count:
-        rank = sums.argsort(stable=True).argsort()
-        groups = rank[labels].clamp(max=count - 1)
+    sizes = torch.zeros(num_clusters, dtype=torch.long, device=device).index_add_(0, labels, torch.ones_like(labels))
+    sums = torch.zeros(num_clusters, device=device).index_add_(0, labels, norms.float())
+    if num_clusters > count:
+        rank = sums.masked_fill(sizes == 0, float("inf")).argsort(stable=True).argsort()
+        groups, num_groups = rank[labels].clamp(max=count - 1), count
         is_kept = torch.zeros_like(labels, dtype=torch.bool)
     else:
-        quotas = torch.tensor(cluster_quotas(sizes.tolist(), sums.tolist(), count), device=labels.device)
+        quotas = cluster_quotas(sizes, sums, len(labels), count)
         by_norm = norms.argsort(stable=True)
         order = by_norm[labels[by_norm].argsort(stable=True)]
         starts = sizes.cumsum(0) - sizes
-        place = torch.empty_like(tokens)
-        place[order] = tokens - starts[labels[order]]
-        groups, is_kept = labels, place < quotas[labels]
+        place = torch.empty_like(tokens).index_copy(0, order, tokens - starts[labels[order]])
+        groups, num_groups, is_kept = labels, num_clusters, place < quotas[labels]
 
-    members = tokens[~is_kept]
-    members = members[groups[members].argsort(stable=True)]
-    member_groups = groups[members]
-    member_sizes = member_groups.bincount()
-    middles = members[member_sizes.cumsum(0) - member_sizes + member_sizes // 2]
-    means = torch.zeros(len(member_sizes), hidden_states.shape[1], device=hidden_states.device)
-    means = means.index_add(0, member_groups, hidden_states[members].float()) / member_sizes[:, None]
-    means = means.to(hidden_states.dtype)
-    merged = hidden_states.index_copy(0, middles, hidden_states[middles] + means)
-    is_kept[middles] = True
-    return merged[is_kept], tokens[is_kept]
+    # Tokens that are kept as they are form one more group, and an empty cluster has its middle behind the last token.
+    groups = groups.masked_fill(is_kept, num_groups)
+    members = groups.argsort(stable=True)
+    sizes = torch.zeros(num_groups + 1, dtype=torch.long, device=device)
+    sizes = sizes.index_add_(0, groups, torch.ones_like(groups))[:-1]
+    middles = members[(sizes.cumsum(0) - sizes + sizes // 2).clamp(max=len(labels) - 1)]
+    middles = middles.masked_fill(sizes == 0, len(labels))
+    means = torch.zeros(num_groups + 1, hidden_states.shape[1], device=device)
+    means = means.index_add(0, groups[members], hidden_states[members].float())[:-1] / sizes[:, None]
+    merged = torch.nn.functional.pad(hidden_states, (0, 0, 0, 1))
+    merged = merged.index_copy(0, middles, merged[middles] + means.to(merged.dtype))
+    is_left = torch.nn.functional.pad(is_kept, (0, 1)).index_fill(0, middles, True)[:-1]
+    left = leading_true(is_left, count)
+    return merged[left], left
 
 
-def cluster_quotas(sizes: list[int], sums: list[float], count: int) -> list[int]:
+def leading_true(flags: torch.BoolTensor, count: int) -> torch.LongTensor:
+    """The first `count` places `(count,)` where `flags` `(n,)` are true, ascending, without a wait for the device."""
+    return (~flags).to(torch.uint8).argsort(stable=True)[:count]
+
+
+def cluster_quotas(sizes: torch.LongTensor, sums: torch.Tensor, tokens: int, count: int) -> torch.LongTensor:
     """
     How many tokens of each cluster are kept as they are, so that these and one merged token a cluster are `count`:
     in proportion to the other tokens of the clusters, rounded. What is then missing is added one by one to the
     clusters of smallest `sums` of norms, what is too much taken from those of largest.
+
+    Args:
+        sizes, sums (`torch.Tensor` of shape `(clusters,)`): of all `tokens`; the last cluster may be empty.
     """
-    free, others = count - len(sizes), sum(sizes) - len(sizes)
-    quotas = [min(round((size - 1) / others * free), size - 1) for size in sizes]
-    step = 1 if sum(quotas) < free else -1
-    order = sorted(range(len(sizes)), key=lambda cluster: step * sums[cluster])
-    while sum(quotas) != free:
-        for cluster in order:
-            if sum(quotas) != free and 0 <= quotas[cluster] + step <= sizes[cluster] - 1:
-                quotas[cluster] += step
-    return quotas
+    most, is_empty = len(sizes), (sizes[-1:] == 0).long()
+    others, shares = torch.arange(-1, tokens), []  # of a cluster of so many tokens, for both numbers of clusters
+    for clusters in (most, most - 1):
+        share = (others.double() / (tokens - clusters) * (count - clusters)).round().long()
+        shares.append(torch.minimum(share, others).clamp(min=0))
+    quotas = torch.stack(shares).to(sizes.device, non_blocking=True)[is_empty, sizes]
+    missing = count - most + is_empty - quotas.sum()
+    room = torch.where(missing > 0, sizes - 1 - quotas, quotas)
+    order = torch.where(missing > 0, sums, -sums).argsort(stable=True)
+    rounds = torch.arange(most // 2 + 1, device=sizes.device)[:, None]  # a share is rounded by half a token at most
+    has_room = rounds < room[order]
+    is_given = has_room & (has_room.flatten().cumsum(0).view(has_room.shape) <= missing.abs())
+    return quotas.index_add(0, order, is_given.sum(0) * missing.sign())
 
 
 def keep_smallest(norms: torch.Tensor, count: int) -> torch.LongTensor:

@@ -139,7 +139,7 @@ def build_chunk(processor, device, number: int, scenes: list[Scene], count: int)
 def repeat_views(encoded, rows: list[int]) -> BaseModelOutputWithPooling:
     """What `get_image_features` returned for pictures, with that of picture `rows[i]` at place i."""
     repeated = BaseModelOutputWithPooling(pooler_output=[encoded.pooler_output[row] for row in rows])
-    for name in ("keep_indices", "num_placeholders", "visual_groups"):
+    for name in ("keep_indices", "num_placeholders", "visual_groups", "visual_counts"):
         if encoded.get(name) is not None:
             repeated[name] = [encoded[name][row] for row in rows]
     return repeated

@@ -151,6 +151,47 @@ def test_signatures_are_those_of_the_stock_class(name):
             assert "num_visual_tokens" in own
 
 
+# Families, or rows of them, of which T is known only when the encoder has run.
+COUNTED_BY_THE_ENCODER = {
+    "aria",
+    "deepseek_ocr2",
+    "gemma4",
+    "gemma4_unified",
+    "inkling2",
+    "inkling2_loop",
+    "inkling_mm_model",
+    "kimi_k25",
+    "lfm2_vl",
+    "llava_next_video video",
+    "llava_onevision video",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "molmo2",
+    "nemotron_h_omni",
+    "step3p7",
+    "unlimited_ocr",
+    "video_llama_3",
+}
+
+
+@every_row()
+@torch.no_grad()
+def test_a_prompt_that_does_not_fit_is_refused_before_the_tower_runs(name):
+    ours, _, row = build(name)
+    base, inputs, runs = base_of(ours), prompt(row), []
+    place = tuple((inputs["input_ids"] == row.token).nonzero()[0])
+    inputs["input_ids"][place] = 7
+    encode = base._encode
+    base._encode = lambda *args: runs.append(1) or encode(*args)
+    try:
+        with pytest.raises(ValueError, match="features and .* tokens do not match"):
+            ours(**inputs)
+    finally:
+        del base._encode
+    assert bool(runs) == bool({row.family, name} & COUNTED_BY_THE_ENCODER)
+
+
 @every_row()
 @torch.no_grad()
 def test_a_batch_is_its_rows_alone(name):

@@ -5,7 +5,7 @@ import torch
 from tiny import TEXT
 from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
-from modeling_prunesid.layer_pruning import prune_layers, stack_rows
+from modeling_prunesid.layer_pruning import prune_layers
 from modeling_prunesid.upstream import CACHE_NAME
 
 
@@ -34,7 +34,7 @@ def dropper(dropped):
                 new[-1] = new[-1] + hidden[gone].mean(0)
             states.append(new)
             slots.append(kept)
-        return stack_rows(states, slots)
+        return states, slots
 
     return reduce
 

@@ -69,7 +69,7 @@ def test_arguments_are_upstreams_in_upstreams_order(ours, stock):
     # Ours must take what any promised version of Transformers takes.
     both_names = {"pixel_values", "pixel_values_images"} if "VideoLlava" in ours.__qualname__ else set()
     assert OURS in own
-    assert set(own) - set(expected) <= {OURS, "image_sizes", "visual_groups"} | both_names
+    assert set(own) - set(expected) <= {OURS, "image_sizes", "visual_groups", "visual_counts"} | both_names
 
 
 @pytest.mark.parametrize("ours, stock", [*overridden("forward")])

@@ -77,7 +77,8 @@ class TestStages:
         labels = random_labels(generator, tokens, clusters)
         states = torch.randn(tokens, 5, generator=generator)
         norms = torch.rand(tokens, generator=generator)
-        got, places = merge_clusters(states, norms, labels, count)
+        more = seed % 2  # one cluster more than there are
+        got, places = merge_clusters(states, norms, labels, count, clusters + more)
         expected, expected_places = naive_merge(states, norms.double().tolist(), labels.tolist(), count)
         assert places.tolist() == expected_places
         assert len(places) == min(count, tokens)
@@ -89,19 +90,26 @@ class TestStages:
         sizes = torch.randint(1, 30, (1 + seed % 9,), generator=generator).tolist()
         count = int(torch.randint(len(sizes), sum(sizes), (), generator=generator)) if sum(sizes) > len(sizes) else 0
         if count:
-            quotas = cluster_quotas(sizes, torch.rand(len(sizes), generator=generator).tolist(), count)
+            sums = torch.rand(len(sizes), generator=generator)
+            quotas = cluster_quotas(torch.tensor(sizes), sums, sum(sizes), count).tolist()
+            padded = torch.tensor([*sizes, 0]), torch.cat([sums, torch.zeros(1)])
+            assert cluster_quotas(*padded, sum(sizes), count).tolist() == [*quotas, 0]
             assert sum(quotas) + len(sizes) == count
             assert all(0 <= quota < size for quota, size in zip(quotas, sizes))
 
     def test_quotas_are_corrected_by_the_sums_of_norms(self):
         """Shares of 1.5 are rounded to 2, one too many; shares of 0.5 to 0, one too few."""
-        assert cluster_quotas([4, 4, 4, 4], [3.0, 9.0, 1.0, 2.0], 4 + 6) == [1, 1, 2, 2]
-        assert cluster_quotas([3, 3], [3.0, 9.0], 2 + 1) == [1, 0]
-        assert cluster_quotas([3, 3], [9.0, 3.0], 2 + 1) == [0, 1]
+
+        def quotas(sizes, sums, count):
+            return cluster_quotas(torch.tensor(sizes), torch.tensor(sums), sum(sizes), count).tolist()
+
+        assert quotas([4, 4, 4, 4], [3.0, 9.0, 1.0, 2.0], 4 + 6) == [1, 1, 2, 2]
+        assert quotas([3, 3], [3.0, 9.0], 2 + 1) == [1, 0]
+        assert quotas([3, 3], [9.0, 3.0], 2 + 1) == [0, 1]
 
     def test_the_middle_of_an_even_group_is_the_later_token(self):
         states = torch.eye(4)
-        merged, places = merge_clusters(states, torch.ones(4), torch.zeros(4, dtype=torch.long), 1)
+        merged, places = merge_clusters(states, torch.ones(4), torch.zeros(4, dtype=torch.long), 1, 1)
         assert places.tolist() == [2]
         assert torch.equal(merged[0], states[2] + 1 / 4)
 

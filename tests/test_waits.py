@@ -14,7 +14,7 @@ ANSWER = {"max_new_tokens": 1, "do_sample": False}
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("call", ["forward", "generate"])
-@pytest.mark.parametrize("name", ["LLaVA", "LLaVA-NeXT", "Qwen2_5_VL"])
+@pytest.mark.parametrize("name", ["LLaVA", "LLaVA-NeXT", "Qwen2_5_VL", "ViTCoP", "LLaVA with llm_budget"])
 def test_full_prompts_wait_no_oftener_than_the_stock_class(name, call, count):
     family, ours, stock = pair(name)
     inputs = batch_of(family, count)
@@ -36,8 +36,9 @@ def test_a_dynamic_budget_waits_once_more(count):
 
 
 @pytest.mark.parametrize("has_mask", [True, False])
-def test_a_decoding_step_waits_no_oftener_than_that_of_the_stock_class(has_mask):
-    family, ours, stock = pair("LLaVA")
+@pytest.mark.parametrize("name", ["LLaVA", "ViTCoP", "LLaVA with llm_budget"])
+def test_a_decoding_step_waits_no_oftener_than_that_of_the_stock_class(name, has_mask):
+    family, ours, stock = pair(name)
     found = []
     for model in (ours, stock):
         inputs, cache = batch_of(family, 1), DynamicCache(config=model.config.get_text_config())
@@ -88,7 +89,9 @@ def turns(name, call):
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
-@pytest.mark.parametrize("name", ["LLaVA", "LLaVA-NeXT"])  # stock Qwen-VL takes no images of a later turn alone
+@pytest.mark.parametrize(
+    "name", ["LLaVA", "LLaVA-NeXT", "ViTCoP", "LLaVA with llm_budget"]
+)  # stock Qwen-VL takes no images of a later turn alone
 def test_a_second_turn_waits_no_oftener_than_that_of_the_stock_class(name, call):
     found, expected = turns(name, call)
     assert found.total() <= expected.total(), found - expected

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_prunesid import LayerPrunedLlavaConfig, LayerPrunedLlavaForConditionalGeneration, PruneSIDConfig
 from modeling_prunesid.checks import resolve_budget
-from modeling_prunesid.layer_pruning import LayerInput, Reducer, prune_layers, stack_rows
+from modeling_prunesid.layer_pruning import LayerInput, Reducer, prune_layers
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 from .encoder import replaced, running_as, stock_fields
@@ -123,6 +123,7 @@ def llm_method(plan: Plan, rule: Rule, encoder: Callable[..., AbstractContextMan
 
             def forward_pruned(forward, **inputs):
                 groups, cache = inputs.pop("visual_groups", None), cache_of(inputs)
+                inputs.pop("visual_counts", None)
                 past = 0 if cache is None else int(cache.get_seq_length())
                 if groups is None or past:
                     if groups is not None and (groups[:, past:, _IMAGE] >= 0).any():
@@ -213,7 +214,7 @@ def _reducer(
     embedded: list[torch.Tensor],
     queries: list[torch.Tensor],
 ) -> Reducer:
-    def reduce(given: LayerInput) -> tuple[torch.Tensor, torch.LongTensor]:
+    def reduce(given: LayerInput) -> tuple[list[torch.Tensor], list[torch.LongTensor]]:
         scaling = decoder.layers[given.layer - 1].self_attn.scaling
         states, places = [], []
         for number, hidden_states in enumerate(given.hidden_states):
@@ -247,7 +248,7 @@ def _reducer(
             order = torch.cat([others, kept]).sort()
             places.append(order.values)
             states.append(torch.cat([hidden_states[others], left])[order.indices])
-        return stack_rows(states, places)
+        return states, places
 
     return reduce
 
