@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--budgets", nargs="+", type=int, default=[64, 32])
-    parser.add_argument("--max-steps", type=int, default=1000)
+    parser.add_argument("--max-steps", type=int, default=1700)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--scenes", type=int, default=200, help="that answers are measured on")
