@@ -3,6 +3,7 @@
 import json
 import re
 
+import clean_process
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -271,6 +272,12 @@ def test_the_processor_and_the_model_answer_a_chat_with_two_pictures(converted):
     inputs = processor(images=[picture(0), picture(1)], text=text, return_tensors="pt").to(model.dtype)
     assert int((inputs["input_ids"] == NUM_WORDS).sum()) == 2 * model.config.num_image_tokens
     assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """The clean process that verifies is forked; `test_convert.py` starts one."""
+    monkeypatch.setattr(convert, "subprocess", clean_process)
 
 
 def test_convert_goes_on_with_it(converted, tmp_path):
