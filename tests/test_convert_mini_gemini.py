@@ -280,6 +280,7 @@ def forked(monkeypatch):
     monkeypatch.setattr(convert, "subprocess", clean_process)
 
 
+@pytest.mark.contract
 def test_convert_goes_on_with_it(converted, tmp_path):
     report = convert.convert(
         str(converted / "out"), tmp_path / "variant", read_preset("mini_gemini_64").fields | {"budget": 8}
@@ -288,6 +289,7 @@ def test_convert_goes_on_with_it(converted, tmp_path):
     assert report["processor"]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("settings", [[], ["--preset", "mini_gemini_64", "--budget", "8"]], ids=["layout", "variant"])
 def test_one_command_converts_it(converted, towers, tmp_path, settings, capsys):
     given = ["--vision-tower", str(towers[0]), "--high-res-vision-tower", str(towers[1])]

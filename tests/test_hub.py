@@ -14,6 +14,7 @@ from hub_server import TOKEN, Hub
 from tiny_checkpoint import CARD
 
 
+pytestmark = pytest.mark.contract
 ROOT = Path(__file__).parents[1]
 
 PUBLISH = """
