@@ -1,11 +1,43 @@
-"""Processes that load a saved repo and have nothing of this one: neither its package, nor its caches."""
+"""
+Processes that load a saved repo and have nothing of this one: neither its package, nor its caches.
 
+To import PyTorch takes longer than most of what they do. So one process has it, and is forked for each of them before
+anything of Transformers or of the Hub's client is imported, which read their environment then.
+"""
+
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 
+PARENT = """
+import importlib, json, os, sys
+
+for name in (
+    "torch._dynamo", "torch.distributed.tensor", "torch.export", "scipy.optimize", "sklearn", "PIL.Image",
+    "tokenizers", "safetensors.torch", "jinja2", "regex", "yaml",
+):
+    importlib.import_module(name)
+assert not {"transformers", "huggingface_hub", "modeling_prunesid"} & set(sys.modules)
+for line in sys.stdin:
+    request, child = json.loads(line), os.fork()
+    if child == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+os.environ.clear()
+os.environ.update(request["env"])
+os.chdir(request["cwd"])
+for number, path in enumerate([os.devnull, *request["outputs"]]):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+sys.argv = request["argv"]
+exec(compile(request["code"], sys.argv[0], "exec"), globals())
+"""
 # Loads a repo of LLaVA's kind by every Auto class and as a pipeline, where our package cannot be imported.
 LOAD = """
 import json, sys
@@ -47,6 +79,36 @@ print(json.dumps(found))
 """
 
 
+@functools.cache
+def parent():
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", PARENT],
+        env={**kept, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(command, cwd, env, **_):
+    """
+    As `subprocess.run` with its output captured as text, of `python -I` with a script or with `-c` and its code. What
+    PyTorch reads of the environment when it is imported is that of the tests.
+    """
+    python, isolated, first, *rest = command
+    assert (python, isolated) == (sys.executable, "-I")
+    code, argv = (rest[0], ["-c", *rest[1:]]) if first == "-c" else (Path(first).read_text(), [first, *rest])
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [str(Path(folder, name)) for name in ("stdout", "stderr")]
+        request = {"code": code, "argv": argv, "env": env, "cwd": str(cwd), "outputs": outputs}
+        process = parent()
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        status = int(process.stdout.readline())
+        return subprocess.CompletedProcess(command, status, *(Path(path).read_text() for path in outputs))
+
+
 def run_clean(script, home, *arguments, **environment):
     """
     The last line that `script` prints, as JSON.
@@ -59,13 +121,6 @@ def run_clean(script, home, *arguments, **environment):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     own = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     home.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script, *map(str, arguments)],
-        cwd=home,
-        env=kept | own,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run([sys.executable, "-I", "-c", script, *map(str, arguments)], cwd=home, env=kept | own)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

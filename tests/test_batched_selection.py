@@ -124,6 +124,7 @@ def exact(matrices, count):
     return eigenvalues.flip(-1)[..., :count].float(), eigenvectors.flip(-1)[..., :count].float()
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("fp64", [True, False])
 @pytest.mark.parametrize("case", ["paper", "auto", "release", "spread", "spread_component"])
 def test_photographs_keep_the_tokens_of_an_exact_solver(case, fp64, monkeypatch):
@@ -293,6 +294,7 @@ class Selecting(torch.nn.Module):
         return METHODS[name](views, counts, settings, Context(max_count=self.most, attention=attention)).indices
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize(
     "case", ["paper", "spread", *[pytest.param(case, marks=pytest.mark.slow) for case in ("auto", "release")]]
 )

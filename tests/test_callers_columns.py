@@ -489,7 +489,9 @@ def test_whatever_indexes_columns_can_be_kept(name):
     """Forms of `logits_to_keep` that the stock class takes because a tensor can be indexed so."""
     family = FAMILIES[name]
     ours, _ = models(family)
-    rows = make_rows(family, ours, [[BOS, 11, equal_view(family, 1), 20, 21], [BOS, 12, equal_view(family, 2), 22, 23]])
+    rows = make_rows(
+        family, ours, [[BOS, 11, equal_view(family, 1), 20, 21], [BOS, 12, equal_view(family, 2), 22, 23]]
+    )
     inputs = inputs_of(family, rows)
     with torch.no_grad():
         logits = ours(**inputs).logits

@@ -121,6 +121,7 @@ def test_a_compile_config_leaves_the_answer_and_nothing_is_compiled(model, one):
     assert not hasattr(model, "_compiled_call")
 
 
+@pytest.mark.contract
 def test_a_compiled_forward_gives_the_same_logits(one):
     torch.compiler.reset()
     model = build_vitcop()

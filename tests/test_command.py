@@ -64,6 +64,7 @@ def test_a_processor_that_lacks_a_package_names_it(monkeypatch, capsys):
     )
 
 
+@pytest.mark.contract
 def test_a_reader_that_has_read_enough_is_no_error():
     script = "from prunesid_cli.command import entry_point; entry_point()"
     process = subprocess.Popen(

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import clean_process
 import datasets
 import matplotlib.image
 import numpy as np
@@ -41,6 +42,13 @@ from prunesid_cli.command import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "configuration").glob("*.json"))
+
+
+@pytest.fixture(autouse=True)
+def forked(request, monkeypatch):
+    """The clean process that verifies is forked, but for the one test that has it started."""
+    if "test_writes_a_verified_variant[thin]" not in request.node.name:
+        monkeypatch.setattr(convert, "subprocess", clean_process)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +186,7 @@ class TestConvert:
         assert "budget must be a positive integer" in message
         assert budget in message
 
+    @pytest.mark.contract
     def test_a_preset_of_vitcop_makes_a_variant_of_vitcop(self, base, tmp_path, capsys):
         run("convert", base, "--preset", "llava_1.5_vitcop_64", "--budget", 8, "--thin", "--output", tmp_path / "out")
         report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -200,12 +209,14 @@ class TestConvert:
         assert ("a file" if "file" in place else f"a link to {tmp_path / 'gone'}, which does not exist") in message
         assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
+    @pytest.mark.contract
     def test_a_link_to_an_empty_folder_is_kept(self, base, tmp_path):
         (tmp_path / "folder").mkdir()
         (tmp_path / "link").symlink_to("folder")
         run("convert", *arguments(base, tmp_path / "link", "--thin"))
         assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "config.json").exists()
 
+    @pytest.mark.contract
     def test_the_next_run_removes_what_a_killed_one_left(self, base, tmp_path, capsys):
         command = [sys.executable, "-m", "prunesid_cli", "convert", *arguments(base, tmp_path / "out" / "variant")]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -221,6 +232,7 @@ class TestConvert:
         assert f"removing {left}" in capsys.readouterr().err
         assert os.listdir(tmp_path) == ["out"]
 
+    @pytest.mark.contract
     def test_a_thin_variant_becomes_a_full_one(self, base, tmp_path):
         run("convert", *arguments(base, tmp_path / "thin", "--thin"))
         run("convert", str(tmp_path / "thin"), "--output", str(tmp_path / "full"))
@@ -230,6 +242,7 @@ class TestConvert:
         assert full["prunesid_config"].pop("base_model_name_or_path") is None
         assert full["prunesid_config"] == thin["prunesid_config"]
 
+    @pytest.mark.contract
     def test_a_variant_of_vitcop_becomes_a_full_one(self, base, tmp_path):
         model = ViTCoPLlavaForConditionalGeneration.from_pretrained(base, vitcop_config={"budget": 8})
         model.save_pretrained(tmp_path / "thin", thin=True)
@@ -240,6 +253,7 @@ class TestConvert:
         message = refusal(base, "--output", tmp_path / "out")
         assert "one of --budget and --preset is required: " in message and "has no settings of its own" in message
 
+    @pytest.mark.contract
     def test_nothing_is_left_behind_when_it_is_terminated(self, base, tmp_path):
         command = [sys.executable, "-m", "prunesid_cli", "convert", *arguments(base, tmp_path / "out" / "variant")]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -277,6 +291,7 @@ class TestConvert:
         """No user may create anything in /proc."""
         assert "/proc" in refusal(*arguments(base, "/proc/variant"))
 
+    @pytest.mark.contract
     def test_full_disk_leaves_nothing_behind(self, base, tmp_path):
         """A limit on the size of files refuses the weights in the way a full disk does."""
 

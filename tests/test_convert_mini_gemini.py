@@ -3,6 +3,7 @@
 import json
 import re
 
+import clean_process
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -273,6 +274,13 @@ def test_the_processor_and_the_model_answer_a_chat_with_two_pictures(converted):
     assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 3
 
 
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """The clean process that verifies is forked; `test_convert.py` starts one."""
+    monkeypatch.setattr(convert, "subprocess", clean_process)
+
+
+@pytest.mark.contract
 def test_convert_goes_on_with_it(converted, tmp_path):
     report = convert.convert(
         str(converted / "out"), tmp_path / "variant", read_preset("mini_gemini_64").fields | {"budget": 8}
@@ -281,6 +289,7 @@ def test_convert_goes_on_with_it(converted, tmp_path):
     assert report["processor"]
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("settings", [[], ["--preset", "mini_gemini_64", "--budget", "8"]], ids=["layout", "variant"])
 def test_one_command_converts_it(converted, towers, tmp_path, settings, capsys):
     given = ["--vision-tower", str(towers[0]), "--high-res-vision-tower", str(towers[1])]

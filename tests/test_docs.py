@@ -45,6 +45,7 @@ def test_pages_are_short(page):
     assert len((ROOT / "docs" / page).read_text().splitlines()) <= 85
 
 
+@pytest.mark.contract
 def test_the_page_on_methods_runs(tmp_path):
     """Written, run, saved and loaded elsewhere, on a tiny checkpoint in place of LLaVA's."""
     save_checkpoint(tmp_path / "stock")
@@ -81,6 +82,7 @@ def test_the_method_of_the_page_is_divprune(tmp_path, monkeypatch):
     assert page_divprune.needs({}) == {"projected"} and page_divprune.needs({"between": "compared"}) == frozenset()
 
 
+@pytest.mark.contract
 def test_the_page_on_families_declares_one(tmp_path):
     """In a copy of the repository that has no SmolVLM, all that the page says is done, and the contract holds."""
     for folder in ("modeling_prunesid", "tests"):
@@ -131,6 +133,7 @@ def code_of(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.contract
 def test_the_python_of_every_page_runs(tmp_path):
     """From top to bottom, with a tiny checkpoint in place of that on the Hub, and budgets below its 49 tokens."""
     save_checkpoint(tmp_path / "llava-hf" / "llava-1.5-7b-hf")

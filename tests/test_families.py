@@ -44,6 +44,7 @@ def test_every_model_type_is_declared_or_has_a_reason():
     assert not set(FAMILIES) & set(UNSUPPORTED)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_file_declares_its_family(family):
     if release_with(family) is not None:
@@ -65,6 +66,7 @@ print(json.dumps([loaded, "PruneSIDInternVLModel" in dir(modeling_prunesid)]))
     assert in_a_new_process(code) == [[], True]
 
 
+@pytest.mark.contract
 def test_auto_classes_find_a_saved_variant(tmp_path):
     row = ROWS["internvl"]
     torch.manual_seed(0)
@@ -83,6 +85,7 @@ print(json.dumps([*names, config.prunesid_config.budget]))
     assert in_a_new_process(code, tmp_path) == ["PruneSIDInternVLConfig", head, head, "PruneSIDInternVLModel", 7]
 
 
+@pytest.mark.contract
 def test_a_repo_carries_its_own_family_alone(tmp_path):
     row = ROWS["internvl"]
     row.head(row.head.config_class(**row.config)).save_pretrained(tmp_path)
@@ -174,6 +177,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("family", [name for name in PUBLISHED if release_with(name) is None])
 @torch.no_grad()
 def test_published_towers_have_the_tokens_that_are_known_of_them(family):

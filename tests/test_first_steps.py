@@ -178,6 +178,7 @@ class TestTheRightClass:
         assert torch.equal(stock(**inputs).logits, of_base(**inputs).logits)
 
 
+@pytest.mark.contract
 class TestVersions:
     @pytest.mark.parametrize("version", ["4.57.1", "5.17.0", "5.17.3"])
     def test_an_older_transformers_is_refused_with_its_version(self, monkeypatch, version):

@@ -5,15 +5,16 @@ our package is not imported, so that the code comes from the repo.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import clean_process
 import pytest
 from hub_server import TOKEN, Hub
 from tiny_checkpoint import CARD
 
 
+pytestmark = pytest.mark.contract
 ROOT = Path(__file__).parents[1]
 
 PUBLISH = """
@@ -154,9 +155,7 @@ def run(hub, home):
             **({"HF_TOKEN": token} if token else {}),
             **environment,
         }
-        return subprocess.run(
-            [sys.executable, "-I", "-c", script], cwd=home, env=environment, capture_output=True, text=True
-        )
+        return clean_process.run([sys.executable, "-I", "-c", script], cwd=home, env=environment)
 
     return run
 

@@ -697,6 +697,7 @@ class TestCompile:
         yield
         torch.compiler.reset()
 
+    @pytest.mark.contract
     @torch.no_grad()
     @pytest.mark.parametrize("count", [NUM_PATCHES, BUDGET], ids=["full", "short"])
     def test_forward(self, ours, count):
@@ -704,6 +705,7 @@ class TestCompile:
         expected = ours(**inputs).logits
         torch.testing.assert_close(torch.compile(ours, backend="eager")(**inputs).logits, expected)
 
+    @pytest.mark.contract
     @pytest.mark.parametrize("compiled", ["decoding step", "forward"])
     def test_generate_compiles_nothing_for_a_second_image(self, ours, compiled):
         images, text = pixels(2), one_row()["input_ids"]

@@ -228,6 +228,7 @@ class TestSavedFolder:
             imported |= {line.split()[1][1:] for line in path.read_text().splitlines() if line.startswith("from .")}
         assert {path.stem for path in folder.glob("*.py")} == imported
 
+    @pytest.mark.contract
     @pytest.mark.parametrize("method", ["paper", "release", "spread"])
     def test_a_repo_carries_its_own_method_and_names_it_where_another_is_asked_for(self, base, tmp_path, method):
         folder, home = tmp_path / "variant", tmp_path / "home"

@@ -599,6 +599,7 @@ class TestLoading:
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
 
+    @pytest.mark.contract
     def test_a_saved_repo_works_in_a_process_without_this_package(self, ours, tmp_path):
         repo, (picture,) = tmp_path / "repo", pictures(SIZES[:1])
         ours.save_pretrained(repo)

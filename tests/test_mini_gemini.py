@@ -509,6 +509,7 @@ class TestFolders:
         expected = load(base, prunesid_config={"budget": 5}).generate(**inputs, **GREEDY)
         assert torch.equal(model.generate(**inputs, **GREEDY), expected)
 
+    @pytest.mark.contract
     def test_a_clean_process_loads_it_by_every_auto_class(self, variant, tmp_path):
         found = run_clean(LOAD, tmp_path, variant)
         assert found["config"] == "PruneSIDMiniGeminiConfig"

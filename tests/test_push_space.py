@@ -67,6 +67,7 @@ def card(files):
     return yaml.safe_load(files["README.md"].decode().split("---\n")[1])
 
 
+@pytest.mark.contract
 def test_a_space_is_complete_and_a_second_push_replaces_it(pushed):
     hub, [(status, output, _), (second_status, *_), *_] = pushed
     assert status == second_status == 0

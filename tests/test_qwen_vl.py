@@ -774,6 +774,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.contract
 def test_saved_folders_run_where_the_package_cannot_be_imported(tmp_path):
     expected = {}
     for family in FAMILIES:

@@ -172,6 +172,7 @@ for stem in sys.argv[1:]:
 """
 
 
+@pytest.mark.contract
 def test_configurations_survive_pickling_by_value():
     """As an engine sends them to its workers, in a process of its own: registering is for good."""
     families = ["llava", "llava_next", "internvl", "paligemma", "gemma3", "mistral3", "smolvlm"]

@@ -184,6 +184,7 @@ def published(hub, tmp_path_factory):
     return home, run_clean(script, home, **environment)
 
 
+@pytest.mark.contract
 class TestPinnedBase:
     def test_saving_and_converting_name_the_commit_that_was_loaded(self, published):
         home, report = published
@@ -332,6 +333,7 @@ class TestBrokenFiles:
 
 
 class TestPartsOfTheProcessor:
+    @pytest.mark.contract
     def test_auto_tokenizer_and_auto_image_processor(self, thin, base, tmp_path):
         script = f"""
 import importlib
@@ -372,6 +374,7 @@ print(json.dumps([tokenizer("word7 <image> word8").input_ids, type(images).__nam
         )
 
 
+@pytest.mark.contract
 class TestTravellingCode:
     def test_two_folders_of_one_name_keep_their_own(self, model, tmp_path):
         for name in ("first", "second"):
@@ -468,6 +471,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_knows_its_weights_again(family, tmp_path):
     """Under whatever names the stock class saves them."""

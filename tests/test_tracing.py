@@ -54,18 +54,21 @@ def test_short_prompts_compile_to_one_graph(ours):
     assert torch.equal(compiled(ours)(**inputs).logits, ours(**inputs).logits)
 
 
+@pytest.mark.contract
 def test_short_prompts_are_exported(ours):
     inputs = {**short_prompts(), "use_cache": False}
     exported = torch.export.export(ours, (), inputs, strict=False).module()
     assert torch.equal(exported(**inputs).logits, ours(**inputs).logits)
 
 
+@pytest.mark.contract
 def test_a_graph_refuses_another_budget_than_it_was_traced_for(ours):
     inputs = short_prompts(num_visual_tokens=5)
     with pytest.raises(Exception, match="num_visual_tokens must be .*prunesid_config.budget=8"):
         compiled(ours)(**inputs)
 
 
+@pytest.mark.contract
 def test_full_prompts_of_equal_numbers_of_images_compile_to_one_graph(ours):
     graph = compiled(ours)
     for rows in ([[1, 7], [1, 7, 8, 9]], [[2, 7, 8], [2, 9]]):
@@ -75,6 +78,7 @@ def test_full_prompts_of_equal_numbers_of_images_compile_to_one_graph(ours):
         assert torch.equal(got.keep_mask[is_token], expected.keep_mask[is_token])
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("rows", [[[1, 7], [2, 8]], [[1, 7], [3, 8]]], ids=["at once", "in the graph"])
 def test_full_prompts_of_other_numbers_of_images_are_refused_by_name(ours, rows):
     inputs = full_prompts(*rows)

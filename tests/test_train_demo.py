@@ -181,6 +181,7 @@ def test_scenes_without_features_are_skipped_and_named(modules, scene, tmp_path,
         train.Cache(tmp_path, "val")
 
 
+@pytest.mark.contract
 def test_training_goes_on_where_it_was_stopped(modules, scene, tmp_path, capsys):
     train, _ = modules
     steps = {"align": 2, "read": 1, "part": 2, "full": 2}
@@ -202,6 +203,7 @@ def test_training_goes_on_where_it_was_stopped(modules, scene, tmp_path, capsys)
     assert reports == ["part", "full", "part", "part", "full"]  # none of a stage that had nothing left to do
 
 
+@pytest.mark.contract
 def test_an_exported_folder_answers(modules, scene, tmp_path):
     train, _ = modules
     write_cache(train, tmp_path, scene)

@@ -92,6 +92,7 @@ def pack(smol, tokenizer, folder):
         pass
 
 
+@pytest.mark.contract
 def test_a_tiny_run_writes_its_result_and_report(smol, tokenizer, tmp_path, monkeypatch):
     pack(smol, tokenizer, tmp_path)
     monkeypatch.setattr(smol, "TINY_SCENES", {"train": 4, "crowded": 2, "val": 2})

@@ -481,6 +481,7 @@ def run_script(script, folder, torchvision_folder, **environment):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.contract
 class TestProcessor:
     def test_without_a_budget_it_is_the_stock_processor(self, saved):
         assert saved[1]["full"] == [2 * NUM_PATCHES, 2 * FRAMES * FED]

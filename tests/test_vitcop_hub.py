@@ -26,6 +26,7 @@ def loaded(base):
     return model.eval()
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("thin", [False, True], ids=["weights", "thin"])
 def test_a_clean_process_answers(base, loaded, tmp_path, thin):
     folder = tmp_path / "variant"

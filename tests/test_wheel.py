@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 
+pytestmark = pytest.mark.contract
 ROOT = Path(__file__).parents[1]
 SOURCES = ("modeling_prunesid", "prunesid_cli", "configuration", "embedded", "README.md", "LICENSE", "setup.cfg")
 
