@@ -539,7 +539,7 @@ def run_shortened(
         finally:
             is_counted.set(False)
     inputs = dict(inputs)
-    return_dict, keep = inputs.pop("return_dict", None), inputs.pop("logits_to_keep", 0)
+    return_dict, (keep, places) = inputs.pop("return_dict", None), _without_mask(inputs.pop("logits_to_keep", 0))
     columns = prompt.callers_columns()
     needed, wanted = _logits_to_keep(model, prompt, columns, keep)
     if needed is not None:
@@ -551,7 +551,9 @@ def run_shortened(
             is_counted.set(False)
     CachedPrompt(input_ids, prompt).remember(cache_of(output))
     if output.get("logits") is not None:
-        output["logits"] = _gather_logits(output["logits"], wanted, keep)
+        output["logits"] = gather_columns(output["logits"], wanted)
+        if places is not None:
+            output["logits"] = output["logits"][places]
     if output.get("last_hidden_state") is not None:
         output["last_hidden_state"] = gather_columns(output["last_hidden_state"], columns)
     if output.get("hidden_states") is not None:
@@ -577,9 +579,9 @@ def _logits_to_keep(
         return needed, wanted - (prompt.length - needed)
     if wanted is columns:
         return None, wanted
-    if wanted.dim() == 2 and len(wanted) == 1:
+    if len(wanted) == 1:
         return wanted[0], torch.arange(wanted.shape[1], device=wanted.device)[None]
-    if wanted.dim() == 2 and _takes_rows(model):
+    if _takes_rows(model):
         return wanted, torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
     return wanted.unique(return_inverse=True)  # of all rows, for which the device is waited for
 
@@ -595,19 +597,26 @@ def _select(columns: torch.LongTensor, keep: int | torch.Tensor) -> torch.LongTe
     if isinstance(keep, int):
         return columns[:, -keep:] if keep else columns
     if isinstance(keep, torch.Tensor):
-        keep = keep.to(columns.device)
-        if keep.dim() == 2 and keep.dtype != torch.bool:
-            return columns.gather(1, keep % columns.shape[1])
+        keep = keep.to(columns.device, non_blocking=True)
         if keep.dim() == 2:
-            return columns[keep]
+            return columns.gather(1, keep % columns.shape[1])
     return columns[:, keep]
 
 
-def _gather_logits(logits: torch.Tensor, columns: torch.LongTensor, keep: int | torch.Tensor) -> torch.Tensor:
-    """The `columns` of logits `(batch, length, vocabulary)`; a mask of columns gives `(columns, vocabulary)`."""
-    if columns.dim() == 1:
-        return logits[keep.nonzero()[:, 0].to(logits.device), columns.to(logits.device)]
-    return gather_columns(logits, columns)
+def _without_mask(keep: int | torch.Tensor) -> tuple[Any, tuple[torch.LongTensor, torch.LongTensor] | None]:
+    """
+    A mask `(batch, length)` of `logits_to_keep` as as many columns of each row, read on the host, and where in their
+    logits the marked ones are, row by row. All else as it is, and None.
+    """
+    if not isinstance(keep, torch.Tensor) or keep.dim() != 2 or keep.dtype != torch.bool:
+        return keep, None
+    mask = keep.cpu()
+    counts = mask.sum(1, keepdim=True)
+    most = max(int(counts.max()), 1)
+    columns = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    rows, places = (torch.arange(most) < counts).nonzero(as_tuple=True)
+    columns, rows, places = (part.to(keep.device, non_blocking=True) for part in (columns, rows, places))
+    return columns, (rows, places)
 
 
 def _columns_of(inputs: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from .attention import attending_layer, watch_attention
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
 from .methods import OF_CLS, needs_of, options_of
 from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
+from .upstream import install_capturing
 
 
 def as_views(views: list[int] | list[View]) -> list[View]:
@@ -201,6 +202,7 @@ class TowerEncoding:
 
     def _run_without_hooks(self, encode: Callable) -> Any:
         """In a compiled graph, which does not look for hooks: all tokens are projected."""
+        install_capturing(self.tower)
         output = encode(**{**self.inputs, "output_hidden_states": True})
         compared = output.hidden_states[self.selection_layer][:, self.num_prefix :]
         self._choose(compared, {})

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from transformers import VideoLlavaModel
+import torch
+from transformers import PreTrainedModel, VideoLlavaModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 
 _OLD_CACHE_NAME = "past_key_values"
@@ -32,6 +34,13 @@ def rename_cache(arguments: dict[str, Any]) -> dict[str, Any]:
     if CACHE_NAME == _OLD_CACHE_NAME or _OLD_CACHE_NAME not in arguments or CACHE_NAME in arguments:
         return arguments
     return {CACHE_NAME if name == _OLD_CACHE_NAME else name: value for name, value in arguments.items()}
+
+
+@torch.compiler.assume_constant_result
+def install_capturing(model: PreTrainedModel) -> bool:
+    """What reads hidden states of `model`, put in when a graph is traced: upstream does so in a first run."""
+    maybe_install_capturing_hooks(model)
+    return True
 
 
 def like_upstream(upstream: Callable, further: Sequence[str] = ()) -> Callable[[Callable], Callable]:

@@ -269,7 +269,8 @@ def test_any_numbers_give_n_tokens_and_a_finite_rho(case):
         torch.testing.assert_close(on_cpu(batched.rho), alone.rho, rtol=0, atol=1e-5)
 
 
-def test_long_chains_of_nms():
+@pytest.mark.parametrize("fp64", [True, False])
+def test_long_chains_of_nms(fp64):
     """Each token reaches tau with the next one only: every second one survives. What 31 rounds settle is right."""
     tokens = 101
     similarity = torch.full((1, tokens, tokens), -1.0)
@@ -278,9 +279,10 @@ def test_long_chains_of_nms():
     greedy = torch.arange(tokens) % 2 == 0
     tau = torch.tensor([[0.5]])
     assert torch.equal(survivors(similarity, tau)[0, 0], greedy)
-    with Pretended() as device:
+    with Pretended(fp64) as device:
         batched = on_cpu(survivors(device.put(similarity), device.put(tau)))[0, 0]
-    assert torch.equal(batched[:NMS_ROUNDS], greedy[:NMS_ROUNDS])
+        short = on_cpu(survivors(device.put(similarity[:, :NMS_ROUNDS, :NMS_ROUNDS]), device.put(tau)))[0, 0]
+    assert torch.equal(batched[:NMS_ROUNDS], greedy[:NMS_ROUNDS]) and torch.equal(short, greedy[:NMS_ROUNDS])
     assert not (batched & ~greedy).any()
 
 

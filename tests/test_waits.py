@@ -97,7 +97,7 @@ def test_a_second_turn_waits_no_oftener_than_that_of_the_stock_class(name, call)
     assert found.total() <= expected.total(), found - expected
 
 
-@pytest.mark.parametrize("form", ["tensor", "of each row", "slice", "mask"])
+@pytest.mark.parametrize("form", ["tensor", "of each row", "slice", "mask", "mask of each row"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_logits_of_some_columns_wait_no_oftener(form, count):
     family, ours, stock = pair("LLaVA")
@@ -108,8 +108,9 @@ def test_logits_of_some_columns_wait_no_oftener(form, count):
         "of each row": torch.tensor([[length - 1, 4]] * batch),
         "slice": slice(-3, None),
         "mask": torch.arange(length) > length - 4,
+        "mask of each row": torch.arange(length) > length - 3 - torch.arange(batch)[:, None],
     }[form]
-    if form == "of each row" and not hasattr(modeling_utils, "slice_logits_to_keep"):
+    if "of each row" in form and not hasattr(modeling_utils, "slice_logits_to_keep"):
         keep = torch.tensor([length - 1])
     if isinstance(keep, torch.Tensor):
         (keep,) = put({"keep": keep}).values()
