@@ -12,7 +12,7 @@ PRIOR_STRENGTH = 10
 
 
 def fit_prior(questions: Iterable[Question]) -> Callable[[Question], str]:
-    """The best answer from the question alone, learnt on `questions` without their pictures.
+    """The question-only baseline: the best answer without the picture, learned on `questions` without their pictures.
 
     It is the most frequent answer to the very wording; the answers to the question's template, whatever the noun,
     count as `PRIOR_STRENGTH` further observations, so that rare nouns do not decide by chance.

@@ -63,6 +63,32 @@ class SmallAria(transformers.AriaImageProcessorPil):
         return output
 
 
+def minicpm_tokenizer():
+    return tokenizer(
+        {IMAGE: "<image_pad>", VIDEO: "<video_pad>", **{60 + i: f"<tag{i}>" for i in range(6)}},
+        image_token="<image_pad>",
+        video_token="<video_pad>",
+        image_start_token="<tag0>",
+        image_end_token="<tag1>",
+        slice_start_token="<tag2>",
+        slice_end_token="<tag3>",
+        image_id_start_token="<tag4>",
+        image_id_end_token="<tag5>",
+    )
+
+
+def gemma4_tokenizer():
+    return tokenizer(
+        {IMAGE: "<|image|>", VIDEO: "<|video|>", 102: "<|image>", 103: "<image|>", 104: "<audio>"},
+        image_token="<|image|>",
+        audio_token="<audio>",
+        boa_token="<s>",
+        eoa_token="</s>",
+        boi_token="<|image>",
+        eoi_token="<image|>",
+    )
+
+
 TILE_TAGS = {60 + 6 * row + col: f"<row_{row + 1}_col_{col + 1}>" for row in range(6) for col in range(6)}
 GRIDS = [[32, 64], [64, 32], [64, 64]]
 # Family: what makes its processor's parts, the text that stands for an image, the packages that it needs.
@@ -432,15 +458,7 @@ PROCESSORS = {
         lambda: {
             "image_processor": pil("Gemma4ImageProcessor", patch_size=4, max_soft_tokens=70, pooling_kernel_size=2),
             "feature_extractor": transformers.Gemma4AudioFeatureExtractor(),
-            "tokenizer": tokenizer(
-                {IMAGE: "<|image|>", VIDEO: "<|video|>", 102: "<|image>", 103: "<image|>", 104: "<audio>"},
-                image_token="<|image|>",
-                audio_token="<audio>",
-                boa_token="<s>",
-                eoa_token="</s>",
-                boi_token="<|image>",
-                eoi_token="<image|>",
-            ),
+            "tokenizer": gemma4_tokenizer(),
             "video_processor": video("Gemma4VideoProcessor", patch_size=4, max_soft_tokens=70, pooling_kernel_size=2),
         },
         "<|image|>",
@@ -486,17 +504,7 @@ PROCESSORS = {
     "minicpmv4_6": (
         lambda: {
             "image_processor": pil("MiniCPMV4_6ImageProcessor", patch_size=4, scale_resolution=32, max_slice_nums=4),
-            "tokenizer": tokenizer(
-                {IMAGE: "<image_pad>", VIDEO: "<video_pad>", **{60 + i: f"<tag{i}>" for i in range(6)}},
-                image_token="<image_pad>",
-                video_token="<video_pad>",
-                image_start_token="<tag0>",
-                image_end_token="<tag1>",
-                slice_start_token="<tag2>",
-                slice_end_token="<tag3>",
-                image_id_start_token="<tag4>",
-                image_id_end_token="<tag5>",
-            ),
+            "tokenizer": minicpm_tokenizer(),
             "video_processor": video("MiniCPMV4_6VideoProcessor", patch_size=4, scale_resolution=32),
         },
         "<image_pad>",
@@ -530,6 +538,126 @@ PROCESSORS = {
         "<image>",
         ("timm", "torchvision"),
     ),
+    "minicpm_ocr": (
+        lambda: {
+            "image_processor": transformers.MiniCPMOcrImageProcessor(
+                patch_size=4, scale_resolution=32, max_slice_nums=4, downsample_mode="16x"
+            ),
+            "tokenizer": minicpm_tokenizer(),
+            "video_processor": video(
+                "MiniCPMOcrVideoProcessor", patch_size=4, scale_resolution=32, downsample_mode="16x"
+            ),
+        },
+        "<image_pad>",
+        ("torchvision",),
+    ),
+    "minicpmv4_7": (
+        lambda: {
+            "image_processor": pil("MiniCPMV4_6ImageProcessor", patch_size=4, scale_resolution=32, max_slice_nums=4),
+            "tokenizer": minicpm_tokenizer(),
+            "video_processor": video("MiniCPMV4_6VideoProcessor", patch_size=4, scale_resolution=32),
+        },
+        "<image_pad>",
+        ("torchvision",),
+    ),
+    "gemma4_unified": (
+        lambda: {
+            "image_processor": transformers.Gemma4UnifiedImageProcessor(
+                patch_size=4, max_soft_tokens=70, pooling_kernel_size=2
+            ),
+            "feature_extractor": transformers.Gemma4UnifiedAudioFeatureExtractor(),
+            "tokenizer": gemma4_tokenizer(),
+            "video_processor": video(
+                "Gemma4UnifiedVideoProcessor", patch_size=4, max_soft_tokens=70, pooling_kernel_size=2
+            ),
+        },
+        "<|image|>",
+        ("torchvision",),
+    ),
+    "deepseek_ocr2": (
+        lambda: {
+            "image_processor": pil("DeepseekOcr2ImageProcessor", size={"height": 64, "width": 64}, tile_size=64),
+            "tokenizer": tokenizer({IMAGE: "<image>"}),
+            "patch_size": 4,
+            "downsample_ratio": 1.4,  # of 64 pixels, the 12 x 12 tokens that the tower makes of them
+        },
+        "<image>",
+        (),
+    ),
+    "unlimited_ocr": (
+        lambda: {
+            "image_processor": transformers.UnlimitedOcrImageProcessor(size={"height": 64, "width": 64}, tile_size=64),
+            "tokenizer": tokenizer({IMAGE: "<image>"}),
+            "patch_size": 4,
+        },
+        "<image>",
+        ("torchvision",),
+    ),
+    "granite4_vision": (
+        lambda: {
+            "image_processor": pil(
+                "LlavaNextImageProcessor", size={"shortest_edge": 32}, crop_size=SIZE, image_grid_pinpoints=GRIDS
+            ),
+            "tokenizer": tokenizer({IMAGE: "<image>"}),
+            "patch_size": 4,
+            "vision_feature_select_strategy": "full",
+            "downsample_rate": "1/2",
+        },
+        "<image>",
+        (),
+    ),
+    "inkling_mm_model": (
+        lambda: {
+            "image_processor": transformers.InklingImageProcessor(),
+            "feature_extractor": transformers.InklingFeatureExtractor(),
+            "tokenizer": tokenizer({IMAGE: "<image>", 104: "<audio>", 105: "<image|>", 106: "<audio|>"}),
+            "image_token": "<image>",
+            "audio_token": "<audio>",
+            "image_bos_token": "<image|>",
+            "audio_bos_token": "<audio|>",
+        },
+        "<image>",
+        ("torchvision",),
+    ),
+    **{
+        name: (
+            lambda: {
+                "image_processor": transformers.Inkling2ImageProcessor(size={"height": 8, "width": 8}),
+                "tokenizer": tokenizer({IMAGE: "<image>"}, image_token="<image>"),
+            },
+            "<image>",
+            ("torchvision",),
+        )
+        for name in ("inkling2", "inkling2_loop")
+    },
+    "nemotron_h_omni": (
+        lambda: {
+            "image_processor": transformers.NemotronH_Omni_Reasoning_V3ImageProcessor(
+                patch_size=4, min_num_patches=16, max_num_patches=64
+            ),
+            "tokenizer": tokenizer({IMAGE: "<image>", VIDEO: "<video>", 110: "<img>", 112: "</img>"}),
+            "video_processor": video(
+                "NemotronH_Omni_Reasoning_V3VideoProcessor",
+                patch_size=4,
+                video_target_num_patches=64,
+                norm_mean=[0.5] * 3,
+                norm_std=[0.5] * 3,
+            ),
+            "feature_extractor": transformers.ParakeetFeatureExtractor(),
+        },
+        "<image>",
+        ("torchvision",),
+    ),
+    "fast_vlm": (
+        lambda: {
+            "image_processor": pil("CLIPImageProcessor", size={"height": 128, "width": 128}, do_center_crop=False),
+            "tokenizer": tokenizer({IMAGE: "<image>"}),
+            "patch_size": 32,
+            "vision_feature_select_strategy": "full",
+        },
+        "<image>",
+        ("timm",),
+    ),
 }
 ROWS_OF = [
     name
@@ -550,7 +678,10 @@ def picture(width, height, seed):
 
 PICTURES = [picture(64, 40, 0), picture(30, 33, 1), picture(90, 30, 2)]
 # Budgets of a view, where it has fewer tokens than five.
-FEW_TOKENS = {"step3p7": (2, 0.5), "minicpmv4_6": (2, 0.5), "perception_lm": (2, 0.5)}
+FEW_TOKENS = {
+    **dict.fromkeys(("step3p7", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "perception_lm"), (2, 0.5)),
+    "inkling_mm_model": (1, 0.5),
+}
 
 
 def pictures_of(name):
@@ -603,7 +734,7 @@ def build_model(name, budget):
 def test_without_a_budget_the_stock_prompt_is_written(name):
     ours, stock = classes(name)
     got, expected = ask(name, make(name, ours)), ask(name, make(name, stock))
-    assert set(got) - set(expected) <= {"num_tiles"}
+    assert set(got) - set(expected) <= {"num_tiles", "num_patches"}
     assert all(torch.equal(torch.as_tensor(got[key]), torch.as_tensor(expected[key])) for key in expected)
 
 
@@ -637,7 +768,10 @@ def part(logits, inputs, place, length):
 
 
 def as_double(inputs):
-    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 @every_processor
