@@ -46,7 +46,7 @@ class PruneSIDNemotronHOmniForConditionalGeneration(PrunedWholeMixin, NemotronH_
         if self.video_pruning_rate > 0:
             raise ValueError(
                 f"video_pruning_rate={self.video_pruning_rate} is upstream's own pruning of videos, which this class "
-                "replaces. Set config.video_pruning_rate=0 when the model is loaded."
+                "replaces. Pass video_pruning_rate=0 to from_pretrained."
             )
         slices = inputs["pixel_values_videos"].shape[1]
         return [[size // slices] * slices for size in sizes]

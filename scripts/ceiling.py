@@ -24,9 +24,9 @@ from prunesid_cli.baselines import METHODS, Method
 from prunesid_cli.baselines.encoder import Kept, encoder_method, patch_features
 from prunesid_cli.evaluate import BUDGETS, Answers, collect, list_cases, load_model, num_patches, scene_of
 from prunesid_cli.evaluation_pages import percent, ranged
-from prunesid_cli.tables import print_rows
 from prunesid_cli.measuring import machine
 from prunesid_cli.scenes import KINDS, SPLITS, Scene
+from prunesid_cli.tables import print_rows
 
 
 TEXT_PATCHES = 4
