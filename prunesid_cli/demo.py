@@ -38,6 +38,7 @@ from transformers.utils import logging
 from modeling_prunesid.family import PrunedGenerationMixin, PrunedModelMixin, stock_class
 from modeling_prunesid.visualize import beside, draw_kept
 from prunesid_cli.convert import find_family, parse_budget
+from prunesid_cli.generate import load_processor
 from prunesid_cli.images import open_image
 from prunesid_cli.measuring import machine, peak_bytes, seconds_interleaved
 from prunesid_cli.tables import print_rows
@@ -72,7 +73,7 @@ def load_checkpoint(name: str):
         )
     device_map = "auto" if torch.cuda.is_available() else None
     model = model_class.from_pretrained(name, dtype="auto", device_map=device_map)
-    processor = AutoProcessor.from_pretrained(name)
+    processor = load_processor(name)
     if hasattr(processor, "num_visual_tokens"):
         processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
     return model.eval(), processor
