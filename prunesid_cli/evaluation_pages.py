@@ -176,8 +176,8 @@ def markdown(result: dict, page: str) -> str:
 
 def draw(result: dict, path: Path) -> None:
     """
-    Relative accuracy against tokens and, where it was measured, time to first token: one line a method, PruneSID's with
-    their intervals. Controls that keep all tokens are left out.
+    Relative accuracy against tokens and, where it was measured, time to first token: one line a method, PruneSID's
+    with their intervals. Controls that keep all tokens are left out.
     """
     full, *rows = result["rows"]
     rows = [row for row in rows if row.get("place") != full.get("place", "nowhere")]

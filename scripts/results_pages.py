@@ -152,9 +152,9 @@ def which_budget(result: dict) -> str:
             "# Which budget for which task",
             "",
             f"The cost of pruning depends on the question. {WRITTEN}: {result['questions']:,} questions about "
-            f"{result['scenes']} synthetic scenes, answered by the embedded model (DINOv2-S/14 and a language model of "
-            "1.8 M weights). **Read the order of the tasks from it, not the numbers**: measure your own model on your own "
-            "images with `prunesid evaluate --data`.",
+            f"{result['scenes']} synthetic scenes, answered by the embedded model (DINOv2-S/14 and a language model "
+            "of 1.8 M weights). **Read the order of the tasks from it, not the numbers**: measure your own model on "
+            "your own images with `prunesid evaluate --data`.",
             "",
             "## The smallest budget without a measurable loss",
             "",
