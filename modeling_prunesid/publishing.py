@@ -333,9 +333,8 @@ def _check_weights(model: Any, base: str, source: dict[str, Any]) -> None:
         names.setdefault(identity, []).append(name)
         if not verdicts.get(identity):
             verdicts[identity] = of_base.holds(name, tensor)
-    changed = {names[key][0]: names[key] for key, is_same in verdicts.items() if not is_same}
-    if changed:
-        wanted = {name for own in changed.values() for name in own}
+    wanted = {name for key, is_same in verdicts.items() if not is_same for name in names[key]}
+    if wanted:
         weights = {name: tensor for name, _, tensor in _weights_in(model) if name in wanted}
         try:
             saved = revert_weight_conversion(model, weights)
@@ -344,7 +343,13 @@ def _check_weights(model: Any, base: str, source: dict[str, Any]) -> None:
         if sum(map(torch.numel, saved.values())) < sum(map(torch.numel, weights.values())):
             saved = weights
         names_here = {tensor.data_ptr(): name for name, tensor in weights.items()}
-        differ = [names_here.get(own.data_ptr(), name) for name, own in saved.items() if not of_base.holds(name, own)]
+        found: dict[int, bool] = {}
+        shown: dict[int, str] = {}
+        for name, own in saved.items():  # tied weights have one address
+            place = own.data_ptr()
+            shown.setdefault(place, names_here.get(place, name))
+            found[place] = found.get(place, False) or of_base.holds(name, own)
+        differ = [shown[place] for place, is_same in found.items() if not is_same]
         if differ:
             raise ValueError(
                 f"thin=True saves no weights, but {len(differ)} of this model's are not those of its base {base!r}, "
