@@ -345,6 +345,8 @@ def _has_weights(name: str | os.PathLike, location: dict[str, Any]) -> bool:
 def _check_family(base: str, config: PretrainedConfig, fields: dict[str, Any]) -> None:
     """The base must be a checkpoint of the same parts: `model_type` of the whole, of its tower and language model."""
     own = {getattr(base, "model_type", "") for base in type(config).__mro__} - {""}  # with that of the stock class
+    if fields.get("model_type") in getattr(config, "_also_loads", ()):
+        return
     parts = [("", own, fields)]
     for part in ("text_config", "vision_config"):
         if isinstance(fields.get(part), dict) and hasattr(getattr(config, part, None), "model_type"):

@@ -10,7 +10,7 @@ from transformers import (
     Granite4VisionProcessor,
 )
 
-from .anyres import PackedModelMixin
+from .anyres import PackedModelMixin, views_of_crops
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
@@ -49,6 +49,13 @@ class PruneSIDGranite4VisionForConditionalGeneration(
 
 class PruneSIDGranite4VisionProcessor(PrunedProcessorMixin, Granite4VisionProcessor):
     """[`Granite4VisionProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+    def view_lengths(self, modality, inputs, index, runs):
+        crop = inputs["pixel_values"][0][0].shape[-1]
+        side = int(crop // self.patch_size * fractions.Fraction(self.downsample_rate or 1))
+        size, grids = inputs["image_sizes"][index], self.image_processor.image_grid_pinpoints
+        views = views_of_crops([int(length) for length in size], grids, crop, crop // side)
+        return [len(view.rows) for view in views if len(view.rows)]
 
 
 PruneSIDGranite4VisionAutoModel = register_family(

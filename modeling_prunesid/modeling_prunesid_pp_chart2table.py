@@ -1,5 +1,7 @@
 """PP-Chart2Table with PruneSID: tokens are compared as they enter the language model."""
 
+import re
+
 from transformers import (
     GenerationMixin,
     GotOcr2ForConditionalGeneration,
@@ -39,10 +41,20 @@ class PruneSIDPPChart2TableForConditionalGeneration(
 
 
 class PruneSIDPPChart2TableProcessor(TiledProcessorMixin, PPChart2TableProcessor):
-    """[`PPChart2TableProcessor`] that writes short prompts; see [`TiledProcessorMixin`]."""
+    """
+    [`PPChart2TableProcessor`] that writes short prompts; see [`TiledProcessorMixin`]. Upstream's writes no
+    placeholders: its chat template does, a run for each image. Here a run may have any length.
+    """
 
-    def num_tiles(self, modality, inputs, index, runs):
-        return sum(runs) // self.num_image_tokens
+    image_token, num_image_tokens = "<imgpad>", 256  # as in GOT-OCR 2.0
+
+    def __call__(self, images=None, text=None, **kwargs):
+        pattern = f"(?:{re.escape(self.image_token)})+"
+        texts = [re.sub(pattern, self.image_token, own) for own in ([text] if isinstance(text, str) else text or [])]
+        return super().__call__(images=images, text=texts or None, **kwargs)
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+        return self.image_token * self.num_image_tokens
 
 
 PruneSIDPPChart2TableAutoModel = register_family(

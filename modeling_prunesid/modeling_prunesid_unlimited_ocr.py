@@ -1,6 +1,7 @@
 """Unlimited-OCR with PruneSID: tokens are compared as they enter the language model."""
 
 import itertools
+import math
 
 import torch
 from transformers import (
@@ -72,6 +73,13 @@ class PruneSIDUnlimitedOcrForConditionalGeneration(
 
 class PruneSIDUnlimitedOcrProcessor(PrunedProcessorMixin, UnlimitedOcrProcessor):
     """[`UnlimitedOcrProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
+
+    def view_lengths(self, modality, inputs, index, runs):
+        """The crops, then the whole image; the newline behind each row and the separator are of no view."""
+        size, tile = self.image_processor.size, self.image_processor.tile_size
+        sides = (tile, max(size["height"], size["width"]))
+        crop, whole = (math.ceil(side // self.patch_size / self.downsample_ratio) ** 2 for side in sides)
+        return [crop] * int(inputs["num_local_patches"][index]) + [whole]
 
 
 PruneSIDUnlimitedOcrAutoModel = register_family(

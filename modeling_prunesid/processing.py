@@ -267,16 +267,28 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         """The text that stands for one input, with its runs of placeholders shortened."""
         token, runs = self._placeholder(modality), self._runs(text, modality)
         views = self.view_lengths(modality, inputs, index, runs)
-        kept = self._kept_of_views(views, num_visual_tokens) if runs else None
+        kept = self._kept_of_views(views, num_visual_tokens)
         if kept is None:
             return text
         kept_of_runs = iter(share_over_runs(runs, views, kept))
         return re.sub(f"(?:{re.escape(token)})+", lambda run: token * next(kept_of_runs), text)
 
     def _runs(self, text: str, modality: str) -> list[int]:
-        """The lengths of the runs of placeholders in a text."""
+        """
+        The lengths of the runs of placeholders in the text that stands for one input.
+
+        Raises:
+            `ValueError`: if there are none, because the processor and its tokenizer name other placeholders.
+        """
         token = self._placeholder(modality)
-        return [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
+        runs = [len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text)]
+        if not runs:
+            raise ValueError(
+                f"The stock processor writes {text[:80]!r} for this {modality}, which does not hold the placeholder "
+                f"{token!r} of {type(self).__name__}. Set `tokenizer.{modality}_token` and "
+                f"`tokenizer.{modality}_token_id` to what the checkpoint's tokenizer has."
+            )
+        return runs
 
     def _process_images(self, images, num_visual_tokens: int | float | None = None, **kwargs):
         inputs, texts = super()._process_images(images, **kwargs)

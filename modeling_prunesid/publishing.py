@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import safe_open
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save, get_relative_imports
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -316,33 +317,64 @@ def _check_weights(model: Any, base: str, source: dict[str, Any]) -> None:
     Raise a `ValueError` unless every weight of the model is the base's, bit for bit in the model's dtype.
 
     Names differ by what upstream renames when it loads: the base's tensor is the one of the same shape that shares
-    most of the last parts of the name, or any of those that share as many. Tied weights count as one.
+    most of the last parts of the name, or any of those that share as many. Tied weights count as one. Weights that
+    are not found so are compared in the layout in which upstream saves them (a merged tensor of experts is one for
+    each expert in the files).
     """
     quantised = getattr(model, "hf_quantizer", None) is not None
-    of_base = _weights_of(base, source)
-    by_last: dict[str, list[str]] = {}
-    for name in of_base:
-        by_last.setdefault(name.rpartition(".")[2], []).append(name)
+    of_base = _BaseWeights(base, source)
     verdicts: dict[Any, bool] = {}
-    names: dict[Any, str] = {}
+    names: dict[Any, list[str]] = {}
     for name, identity, tensor in _weights_in(model):
         if quantised and not (type(tensor) is torch.Tensor and tensor.is_floating_point()):
             continue
-        shares = {other: _shared_parts(name, other) for other in by_last.get(name.rpartition(".")[2], [])}
-        shares = {other: count for other, count in shares.items() if of_base[other][0] == tuple(tensor.shape)}
-        if quantised and not shares:
+        if quantised and not of_base.nearest(name, tensor):
             continue
-        nearest = [other for other, count in shares.items() if count == max(shares.values())]
-        names.setdefault(identity, name)
+        names.setdefault(identity, []).append(name)
         if not verdicts.get(identity):
-            verdicts[identity] = any(_is_same(of_base[other][1](), tensor) for other in nearest)
-    changed = [names[key] for key, is_same in verdicts.items() if not is_same]
-    if changed:
-        raise ValueError(
-            f"thin=True saves no weights, but {len(changed)} of this model's are not those of its base {base!r}, for "
-            f"example {', '.join(changed[:3])}: they were trained, merged, resized or loaded from elsewhere. Save the "
-            "model with its weights (thin=False)."
-        )
+            verdicts[identity] = of_base.holds(name, tensor)
+    wanted = {name for key, is_same in verdicts.items() if not is_same for name in names[key]}
+    if wanted:
+        weights = {name: tensor for name, _, tensor in _weights_in(model) if name in wanted}
+        try:
+            saved = revert_weight_conversion(model, weights)
+        except NotImplementedError:  # a conversion that upstream cannot revert
+            saved = weights
+        if sum(map(torch.numel, saved.values())) < sum(map(torch.numel, weights.values())):
+            saved = weights
+        names_here = {tensor.data_ptr(): name for name, tensor in weights.items()}
+        found: dict[int, bool] = {}
+        shown: dict[int, str] = {}
+        for name, own in saved.items():  # tied weights have one address
+            place = own.data_ptr()
+            shown.setdefault(place, names_here.get(place, name))
+            found[place] = found.get(place, False) or of_base.holds(name, own)
+        differ = [shown[place] for place, is_same in found.items() if not is_same]
+        if differ:
+            raise ValueError(
+                f"thin=True saves no weights, but {len(differ)} of this model's are not those of its base {base!r}, "
+                f"for example {', '.join(differ[:3])}: they were trained, merged, resized or loaded from elsewhere. "
+                "Save the model with its weights (thin=False)."
+            )
+
+
+class _BaseWeights:
+    """The weights in the files of a base, by their names there."""
+
+    def __init__(self, base: str, source: dict[str, Any]):
+        self._weights = _weights_of(base, source)
+        self._by_last: dict[str, list[str]] = {}
+        for name in self._weights:
+            self._by_last.setdefault(name.rpartition(".")[2], []).append(name)
+
+    def nearest(self, name: str, tensor: torch.Tensor) -> list[str]:
+        """Those of the shape of `tensor` whose names share most of the last parts of `name`."""
+        shares = {other: _shared_parts(name, other) for other in self._by_last.get(name.rpartition(".")[2], [])}
+        shares = {other: count for other, count in shares.items() if self._weights[other][0] == tuple(tensor.shape)}
+        return [other for other, count in shares.items() if count == max(shares.values())]
+
+    def holds(self, name: str, tensor: torch.Tensor) -> bool:
+        return any(_is_same(self._weights[other][1](), tensor) for other in self.nearest(name, tensor))
 
 
 def _shared_parts(name: str, other: str) -> int:

@@ -45,7 +45,7 @@ def view_by_view(choose: Callable) -> Callable:
                 if indices.shape != (count,):
                     raise ValueError(
                         f"prunesid_config.method={settings.method!r} must choose {count} of {length} tokens, got "
-                        f"indices of shape {tuple(indices.shape)}. Mend its `select`."
+                        f"indices of shape {tuple(indices.shape)}. Fix its `select`."
                     )
                 kept.append(indices)
                 merged += [] if features is None else [features]

@@ -12,7 +12,7 @@ PRIOR_STRENGTH = 10
 
 
 def fit_prior(questions: Iterable[Question]) -> Callable[[Question], str]:
-    """The best answer from the question alone, learnt on `questions` without their pictures.
+    """The question-only baseline: the best answer without the picture, learned on `questions` without their pictures.
 
     It is the most frequent answer to the very wording; the answers to the question's template, whatever the noun,
     count as `PRIOR_STRENGTH` further observations, so that rare nouns do not decide by chance.
@@ -101,11 +101,11 @@ FILTER = "downsample-image"
 
 def hard_questions(right: dict, budget: int) -> np.ndarray | None:
     """
-    Which questions are hard at a budget: those that the model answers rightly from all tokens and wrongly from a
-    picture made so much smaller (VTC-Bench, arXiv 2510.07143). None where `downsample-image` was not asked.
+    Which questions are hard at a budget: those that the model answers correctly with all tokens and incorrectly with
+    an image downsampled to that budget (VTC-Bench, arXiv 2510.07143). None where `downsample-image` was not run.
 
     Args:
-        right (`dict`): for each case (method and budget), whether each question was answered rightly.
+        right (`dict`): for each case (method and budget), whether each question was answered correctly.
     """
     if (FILTER, budget) not in right:
         return None
@@ -115,10 +115,10 @@ def hard_questions(right: dict, budget: int) -> np.ndarray | None:
 def summarise(found: dict, guess: Callable[[Question], str]) -> dict:
     """All figures of an evaluation, from what `evaluate.collect` found and the answers that `guess` gives unseen.
 
-    `rows` has one entry for each method and budget, "full" first. `behind_best` is the share of full less the highest
-    at that budget among the methods that keep to it, `is_within_budget`; so it is of each variant of the scenes.
-    `to_full_by_type` is the accuracy of each question type less that with all tokens.
-    `hard` is the share of the budget's [`hard_questions`] answered rightly, of whatever type they are, or None.
+    `rows` has one entry for each method and budget, "full" first. `behind_best` is the relative accuracy minus the
+    highest one at that budget among the methods that keep to it, `is_within_budget`; also for each variant of the
+    scenes. `to_full_by_type` is the accuracy of each question type minus that with all tokens.
+    `hard` is the accuracy on the budget's [`hard_questions`], whatever their type, or None.
     Answers are compared in any case and with or without a full stop (`as_compared`).
     """
     questions, scenes = found["questions"], np.array(found["scenes"])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modeling_prunesid import PruneSIDForImageTextToText
 from modeling_prunesid.methods import DEFAULT_METHOD, METHODS, module_of
@@ -22,7 +22,7 @@ from modeling_prunesid.visualize import Explanation, explain_views
 from prunesid_cli import baselines
 from prunesid_cli.baselines.encoder import replaced
 from prunesid_cli.clip_frames import ask_about_clip
-from prunesid_cli.generate import ask
+from prunesid_cli.generate import ask, load_processor
 
 
 MAX_NEW_TOKENS = 48
@@ -93,7 +93,7 @@ class AppModel:
         self.model = PruneSIDForImageTextToText.from_pretrained(
             name, dtype="auto", device_map=device_map, trust_remote_code=False
         ).eval()
-        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        self.processor = load_processor(name, trust_remote_code=False)
         if hasattr(self.processor, "num_visual_tokens"):
             self.processor.num_visual_tokens = None  # full prompts, which any budget accepts
         settings = self.model.config.prunesid_config

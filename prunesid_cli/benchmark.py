@@ -29,7 +29,7 @@ from unittest.mock import Mock, patch
 from prunesid_cli.measuring import (  # first: it quietens PyTorch's profiler
     machine,
     peak_bytes,
-    seconds_by_turns,
+    seconds_interleaved,
     spread,
 )
 
@@ -188,7 +188,7 @@ def time_stages(features: torch.Tensor, budget: int, rounds: int) -> dict[str, f
         select_tokens(features, budget)
     cases: dict[str, Callable[[], object]] = {"whole": lambda: select_tokens(features, budget)}
     cases |= {name: partial(stages[name], *spy.call_args.args) for name, spy in spies.items() if spy.called}
-    seconds = seconds_by_turns(cases, rounds)
+    seconds = seconds_interleaved(cases, rounds)
     taken = {name: statistics.median(times) / statistics.median(seconds["whole"]) for name, times in seconds.items()}
     components = taken["principal_components"]
     nms = taken.get("similarity", 0) + taken.get("survivors", 0)
@@ -207,7 +207,7 @@ def compare_selection(tokens: torch.Tensor, cases: list[tuple[int, int, int]], r
             "release": lambda features=features, budget=budget: release_style(features, budget),
             "ours": lambda features=features, budget=budget: select_tokens(features, budget),
         }
-        seconds = seconds_by_turns(ways, rounds)
+        seconds = seconds_interleaved(ways, rounds)
         memory = {name: peak_bytes(run) for name, run in ways.items()}
         faster = statistics.median(seconds["release"]) / statistics.median(seconds["ours"])
         smaller = memory["release"] / memory["ours"]
@@ -223,7 +223,7 @@ def compare_selection(tokens: torch.Tensor, cases: list[tuple[int, int, int]], r
         )
         name = f"b{batch}_n{budget}"
         ratios |= {f"selection_time_ratio_{name}": faster, f"selection_memory_ratio_{name}": smaller}
-    print_rows(rows, "\na. Selection: ours against the way of the release")
+    print_rows(rows, "\na. Selection: ours against the reference implementation")
     return ratios
 
 
@@ -256,7 +256,7 @@ def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, f
         eager = AutoModel.from_config(CLIPVisionConfig(**CLIP_L), attn_implementation="eager").eval().to(DEVICE)
         eager.load_state_dict(tower.state_dict())
         cases["output_attentions=True"] = lambda: eager(pixels, output_attentions=True, output_hidden_states=True)
-    seconds = seconds_by_turns(cases, rounds)
+    seconds = seconds_interleaved(cases, rounds)
     rows = [
         {
             "": name,
@@ -276,7 +276,7 @@ def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, f
     }
     whole = statistics.median(seconds["stock, every layer"])
     shares = {}
-    for name, times in seconds_by_turns(pieces, 15).items():
+    for name, times in seconds_interleaved(pieces, 15).items():
         shares[name] = statistics.median(times) / whole
         rows.append({"": name, "time": spread(times), "of the stock tower": f"{100 * shares[name]:.3f}%"})
     print_rows(rows, "\nb. CLIP ViT-L/14-336, one image")
@@ -410,14 +410,14 @@ def compare_models(
         for _ in range(DECODED):
             case.model.model(input_ids=word, **{CACHE_NAME: cache})
 
-    first = seconds_by_turns({label: partial(answer, case) for label, case in cases.items()}, rounds)
+    first = seconds_interleaved({label: partial(answer, case) for label, case in cases.items()}, rounds)
     with remembered(stock.model.vision_tower):
         prefills = {label: partial(prefill, case, encode(case)) for label, case in cases.items()}
-    seconds = seconds_by_turns(prefills, max(rounds, 3))
+    seconds = seconds_interleaved(prefills, max(rounds, 3))
     caches = {label: run() for label, run in prefills.items()}
     held = {label: sum(row.keys.nbytes + row.values.nbytes for row in cache.layers) for label, cache in caches.items()}
     lengths = {label: [row.get_seq_length() for row in cache.layers] for label, cache in caches.items()}
-    decoding = seconds_by_turns({label: partial(decode, case, caches[label]) for label, case in cases.items()}, 3)
+    decoding = seconds_interleaved({label: partial(decode, case, caches[label]) for label, case in cases.items()}, 3)
     peaks = {label: peak_bytes(partial(answer, case)) for label, case in cases.items()}
 
     weights = sum(parameter.nbytes for parameter in stock.model.language_model.layers.parameters())
@@ -480,7 +480,7 @@ def grow(tokens: torch.Tensor, rounds: int) -> None:
         cases[f"{frames} x 256 -> 17"] = lambda clip=clip: select_tokens(clip, 17)
     rows = [
         {"views": name, "time": spread(times), "peak": f"{peak_bytes(cases[name]) / 2**20:.1f} MiB"}
-        for name, times in seconds_by_turns(cases, rounds).items()
+        for name, times in seconds_interleaved(cases, rounds).items()
     ]
     print_rows(rows, "\ne. How selection grows")
 

@@ -333,6 +333,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.budget is None and arguments.preset is None:
         raise ValueError("one of --budget and --preset is required")
     settings = {} if arguments.preset is None else read_preset(arguments.preset).fields
-    settings |= {name: getattr(arguments, name) for name in ("budget", "min_budget") if getattr(arguments, name)}
+    settings |= {
+        name: getattr(arguments, name) for name in ("budget", "min_budget") if getattr(arguments, name) is not None
+    }
     images = itertools.islice(find_images(arguments.images, arguments.split, arguments.column), arguments.limit)
     return calibrate(arguments.model, images, settings, arguments.output, Path(arguments.images).name)

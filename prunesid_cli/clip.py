@@ -29,7 +29,8 @@ from transformers import (
 from modeling_prunesid import PruneSIDVideoLlavaConfig, PruneSIDVideoLlavaForConditionalGeneration
 from prunesid_cli import clip_frames
 from prunesid_cli.demo import ROUNDS, answer, load_assembled
-from prunesid_cli.measuring import seconds_by_turns
+from prunesid_cli.measuring import seconds_interleaved
+from prunesid_cli.tables import print_rows
 
 
 FRAME_SIZE = 224
@@ -94,7 +95,7 @@ def _around_modules(model_class, config, model, tower):
     return built.eval()
 
 
-def stock_twin(model) -> VideoLlavaForConditionalGeneration:
+def reference_model(model) -> VideoLlavaForConditionalGeneration:
     """The stock class around the very modules of `model`: the same weights, held once."""
     settings = model.config.to_dict()
     for name in ("model_type", "prunesid_config", "architectures", "auto_map"):
@@ -124,7 +125,7 @@ def cases_of(budgets: list, num_frames: int) -> dict[str, dict]:
 def measure(model, inputs: dict, cases: dict[str, dict]) -> list[dict]:
     """One row for the stock class, one for ours with compression off, and one for each of `cases`."""
     off = {"budget": None}
-    candidates = {"stock class": (stock_twin(model), off), "PruneSID off": (model, off)}
+    candidates = {"stock class": (reference_model(model), off), "PruneSID off": (model, off)}
     candidates |= {name: (model, settings) for name, settings in cases.items()}
 
     def first_token(candidate, settings):
@@ -132,7 +133,7 @@ def measure(model, inputs: dict, cases: dict[str, dict]) -> list[dict]:
         candidate.generate(**inputs, max_new_tokens=1, do_sample=False)
 
     runs = {name: partial(first_token, *candidate) for name, candidate in candidates.items()}
-    seconds = seconds_by_turns(runs, ROUNDS)
+    seconds = seconds_interleaved(runs, ROUNDS)
 
     rows = []
     for name, (candidate, settings) in candidates.items():
@@ -163,14 +164,15 @@ def kept_tokens(model, pixels: torch.Tensor) -> torch.Tensor:
     return is_kept.view(-1, tokens)
 
 
-def print_table(rows: list[dict]) -> None:
-    print(f"\n{'':14}{'visual':>8}{'first':>12}{'times':>9}")
-    print(f"{'':14}{'tokens':>8}{'token':>12}{'as fast':>9}   tokens of each frame")
-    for row in rows:
-        frames = " ".join(map(str, row["tokens_of_frames"]))
-        print(
-            f"{row['case']:14}{row['visual_tokens']:8}{row['first_token_ms']:9.0f} ms{row['speedup']:9.2f}   {frames}"
-        )
+def columns(row: dict) -> dict[str, str]:
+    """What the table shows of a row of `measure`."""
+    return {
+        "": row["case"],
+        "visual tokens": str(row["visual_tokens"]),
+        "first token": f"{row['first_token_ms']:.0f} ms",
+        "speed-up": f"{row['speedup']:.2f}x",
+        "tokens of each frame": " ".join(map(str, row["tokens_of_frames"])),
+    }
 
 
 def draw(path: Path, frames: torch.Tensor, selections: dict[str, torch.Tensor]) -> None:
@@ -204,14 +206,17 @@ def run(arguments) -> dict:
     inputs = ask(model, tokenizer, images, text, frames, arguments.prompt)
     cases = cases_of(arguments.budgets or [17], len(frames))
     rows = measure(model, inputs, cases)
-    print_table(rows)
+    print()
+    print_rows([columns(row) for row in rows], left=("tokens of each frame",))
     if not arguments.model:
         print("\nThe projector is untrained, so the answers show that generation runs, not what is in the clip.")
-    selections = {}
+    selections, answers = {}, []
     for name, settings in cases.items():
         model.config.prunesid_config = settings
         selections[name] = kept_tokens(model, inputs["pixel_values_videos"])
-        print(f"{name:>14}: {answer(model, tokenizer, inputs)[0]!r}")
+        answers.append({"": name, "answer": answer(model, tokenizer, inputs)[0]})
+    print()
+    print_rows(answers, left=("answer",))
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (images.image_mean, images.image_std))
     shown = (inputs["pixel_values_videos"][0].float().cpu() * deviation + mean).clamp(0, 1)
     figure = arguments.output / "kept_patches_of_frames.png"

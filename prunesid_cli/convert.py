@@ -49,6 +49,7 @@ from modeling_prunesid import (
 from modeling_prunesid.auto import head_of
 from modeling_prunesid.presets import check_model_type, read_preset
 from modeling_prunesid.publishing import check_base_is_public, push_folder
+from prunesid_cli.tables import print_rows
 from prunesid_cli.verify import answer
 
 
@@ -349,8 +350,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         private=arguments.private,
         method=method,
     )
-    for path in sorted(arguments.output.iterdir()):
-        print(f"{path.stat().st_size:>14,}  {path.name}")
+    sizes = {path.name: path.stat().st_size for path in sorted(arguments.output.iterdir())}
+    print_rows([{"file": name, "bytes": f"{size:,}"} for name, size in {**sizes, "in all": report["bytes"]}.items()])
     question = "" if report["processor"] else " (to text alone: the checkpoint has no processor that loads)"
-    print(f"{report['bytes']:>14,}  bytes in all; a clean process loads it and gives the same answer{question}")
+    print(f"A clean process loads it and gives the same answer{question}.")
     return report

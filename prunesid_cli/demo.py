@@ -38,8 +38,9 @@ from transformers.utils import logging
 from modeling_prunesid.family import PrunedGenerationMixin, PrunedModelMixin, stock_class
 from modeling_prunesid.visualize import beside, draw_kept
 from prunesid_cli.convert import find_family, parse_budget
+from prunesid_cli.generate import load_processor
 from prunesid_cli.images import open_image
-from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
+from prunesid_cli.measuring import machine, peak_bytes, seconds_interleaved
 from prunesid_cli.tables import print_rows
 
 
@@ -72,7 +73,7 @@ def load_checkpoint(name: str):
         )
     device_map = "auto" if torch.cuda.is_available() else None
     model = model_class.from_pretrained(name, dtype="auto", device_map=device_map)
-    processor = AutoProcessor.from_pretrained(name)
+    processor = load_processor(name)
     if hasattr(processor, "num_visual_tokens"):
         processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
     return model.eval(), processor
@@ -101,7 +102,7 @@ def load_photograph(source: str) -> Image.Image:
         raise ValueError(f"--image must be the path or URL of an image, got {source!r}: {error}") from error
 
 
-def stock_twin(model) -> Any:
+def reference_model(model) -> Any:
     """The stock class around the very modules and weights of `model`, which are held once."""
     twin = copy.copy(model)
     for name in ("_modules", "_parameters", "_buffers"):
@@ -198,7 +199,7 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
     """One row for the stock class, one for ours with compression off, and one for each budget."""
     settings = model.config.prunesid_config
     cases, runs = list_runs(model, stock, question, budgets)
-    seconds = seconds_by_turns(runs, ROUNDS)
+    seconds = seconds_interleaved(runs, ROUNDS)
     rows = []
     for name, candidate, settings.budget in cases:
         text, prompt_tokens = answer(candidate, processor, question)
@@ -229,8 +230,8 @@ def time_assembled(picture: Image.Image, prompt: str, budgets: list) -> tuple[di
 
     model, processor = assemble(budget=64)
     processor.num_visual_tokens = None
-    _, runs = list_runs(model, stock_twin(model), ask(processor, picture, prompt, model), budgets)
-    seconds = seconds_by_turns(runs, ROUNDS)
+    _, runs = list_runs(model, reference_model(model), ask(processor, picture, prompt, model), budgets)
+    seconds = seconds_interleaved(runs, ROUNDS)
     return {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}, count_weights(model)
 
 
@@ -365,7 +366,7 @@ def run(arguments: argparse.Namespace) -> dict:
         scenes = [make_scene(variant, "test", seed) for variant, seed in SCENES]
         pictures = {f"{scene.variant} {scene.seed}": scene.image for scene in scenes}
     model, processor = load(arguments)
-    stock = stock_twin(model)
+    stock = reference_model(model)
     print(f"{type(model).__name__} from {type(model).__module__}, {model.dtype}")
     print(machine())
 
@@ -409,8 +410,7 @@ def run(arguments: argparse.Namespace) -> dict:
         )
     else:
         print()
-        for row in rows:
-            print(f"{row['case']:>14}: {row['answer']!r}")
+        print_rows([{"": row["case"], "answer": row["answer"]} for row in rows], left=("answer",))
     if arguments.model == "assembled":
         print("\nThe projector is untrained, so the answers show that generation runs, not what is in the photograph.")
     if figure is not None:

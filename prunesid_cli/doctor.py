@@ -18,16 +18,18 @@ from transformers import LlavaForConditionalGeneration
 import modeling_prunesid
 from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGeneration, compress
 from prunesid_cli import embedded_folder
+from prunesid_cli.tables import print_rows
 
 
 NEWEST_TESTED = "5.24"
 # extra: the packages whose modules its commands import
 EXTRAS = {
     "app": ("av", "gradio", "onnx"),
-    "demo": ("av", "gguf", "matplotlib", "onnx", "rich", "skimage", "sklearn"),
+    "demo": ("av", "gguf", "matplotlib", "onnx", "skimage", "sklearn"),
     "docs": ("mkdocs", "material", "mkdocstrings_handlers"),
     "lmms-eval": ("decord", "lmms_eval"),
     "test": ("cloudpickle", "datasets", "peft", "pytest"),
+    "train": ("peft",),
 }
 PACKAGES = ("torch", "transformers", "accelerate", "huggingface-hub", "safetensors", "numpy", "pillow", "peft")
 
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             problems.append(f"Pruning fails on {device}: {type(error).__name__}: {error}")
     if torch.version.cuda is not None and not torch.cuda.is_available():
         problems.append("PyTorch is built for CUDA but finds no GPU. Check the driver with nvidia-smi.")
-    works["model families"] = f"{len(modeling_prunesid.FAMILIES)}, listed in docs/families.md"
+    works["model families"] = f"{len(modeling_prunesid.FAMILIES)}, listed by modeling_prunesid.FAMILIES"
     works["clips"] = "torchvision is installed"
     if importlib.util.find_spec("torchvision") is None:
         works["clips"] = "processors of Qwen-VL, InternVL, Video-LLaVA and others need: pip install torchvision"
@@ -64,9 +66,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         works["Hugging Face Hub"] = "offline (HF_HUB_OFFLINE is set): only what is cached can be loaded"
 
-    width = max(map(len, {**versions, **works}))
-    for name, value in {**versions, **works}.items():
-        print(f"{name:{width}}  {value}")
+    print_rows([{"what": name, "found": value} for name, value in {**versions, **works}.items()], left=("found",))
     print("\nProblems: none" if not problems else "\nProblems:\n" + "\n".join(f"- {problem}" for problem in problems))
     return {"versions": versions, "works": works, "problems": problems}
 
@@ -79,7 +79,7 @@ def _version_of(package: str) -> str | None:
 
 
 def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} thread(s)"
 
 
 @torch.no_grad()

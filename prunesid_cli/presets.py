@@ -12,6 +12,7 @@ import argparse
 from typing import Any
 
 from modeling_prunesid.presets import preset_names, read_preset
+from prunesid_cli.tables import print_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.name is not None:
         return read_preset(arguments.name).fields
-    names = preset_names()
-    width = max(map(len, names))
-    print(f"{'preset':{width}}  {'budget':>7}  {'models':29}  other settings")
-    for name in names:
-        fields, method, model_types = read_preset(name)
-        budget = fields.pop("budget")
-        shown = f"{budget:.1%}" if isinstance(budget, float) else str(budget)
-        settings = ", ".join(f"{key}={value}" for key, value in fields.items())
-        print(f"{name:{width}}  {shown:>7}  {', '.join(model_types):29}  {settings}".rstrip())
+    print_rows([columns(name) for name in preset_names()], left=("models", "other settings"))
     return None
+
+
+def columns(name: str) -> dict[str, str]:
+    fields, _, model_types = read_preset(name)
+    budget = fields.pop("budget")
+    return {
+        "preset": name,
+        "budget": f"{budget:.1%}" if isinstance(budget, float) else str(budget),
+        "models": ", ".join(model_types),
+        "other settings": ", ".join(f"{key}={value}" for key, value in fields.items()),
+    }

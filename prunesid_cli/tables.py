@@ -28,5 +28,10 @@ def print_rows(rows: Sequence[dict[str, str]], title: str | None = None, left: S
         shown.add_row(*(escape(row.get(name, "")) for name in rows[0]))
     if title:
         print(title)
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    Console(file=sys.stdout, width=width, highlight=False).print(shown)
+    if sys.stdout.isatty():
+        Console(highlight=False).print(shown)
+        return
+    console = Console(width=PIPE_WIDTH, highlight=False, color_system=None)
+    with console.capture() as capture:
+        console.print(shown)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))

@@ -1,6 +1,6 @@
 """What a selector that is told where everything is drawn keeps of the accuracy: a ceiling beside `prunesid evaluate`.
 
-It knows the scene and not the question. In every round each printed text hands over four patches in reading order,
+It knows the scene and not the question. In every round each printed text contributes four patches in reading order,
 each object the one that it covers most, each band of a material a random one, until the budget is met; what is left of
 it goes to random patches of the photograph. Scenes, questions, prompts and decoding are those of `prunesid evaluate`.
 
@@ -26,6 +26,7 @@ from prunesid_cli.evaluate import BUDGETS, Answers, collect, list_cases, load_mo
 from prunesid_cli.evaluation_pages import percent, ranged
 from prunesid_cli.measuring import machine
 from prunesid_cli.scenes import KINDS, SPLITS, Scene
+from prunesid_cli.tables import print_rows
 
 
 TEXT_PATCHES = 4
@@ -84,10 +85,12 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(None)
     result = measure(model, processor, arguments.split, arguments.scenes, arguments.questions)
     print(f"{machine()}; {result['questions']} questions, {result['scenes']} {arguments.split} scenes")
-    print(f"{'tokens':>6}  {'share of full, %':22}" + "".join(f"{kind:>10}" for kind in KINDS))
-    for row in result["rows"]:
-        cells = "".join(f"{percent(share):>10}" for share in row["by_type"].values())
-        print(f"{row['budget']:6}  {ranged(row['share_of_full']):22}{cells}")
+    rows = [
+        {"tokens": str(row["budget"]), "relative accuracy, %": ranged(row["share_of_full"])}
+        | {kind: percent(share) for kind, share in zip(KINDS, row["by_type"].values())}
+        for row in result["rows"]
+    ]
+    print_rows(rows)
     print(json.dumps({str(row["budget"]): row["share_of_full"]["value"] for row in result["rows"]}))
 
 

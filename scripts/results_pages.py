@@ -1,6 +1,6 @@
 """Write what README and docs/ say of an evaluation, from the JSON that `prunesid evaluate` wrote.
 
-- `docs/which_budget.md`: what a budget costs each type of question, and where not to prune;
+- `docs/which_budget.md`: what a budget costs for each type of question, and where not to prune;
 - the tables between `<!-- accuracy -->` and `<!-- end -->` of README.md and docs/results.md.
 
     python scripts/results_pages.py                       # after docs/accuracy.json was measured anew
@@ -32,9 +32,9 @@ NAMES = {
     "visionzip": "VisionZip",
     "hired": "HiRED",
     "prumerge+": "PruMerge+",
-    "downsample-image": "smaller picture (downsampling)",
-    "downsample-features": "averaged features (downsampling)",
-    "downsample-enlarged": "the smaller picture enlarged again, all tokens (control)",
+    "downsample-image": "downsampled image",
+    "downsample-features": "average-pooled features",
+    "downsample-enlarged": "downsampled image, upsampled again, all tokens (control)",
     "uniform": "uniform stride",
     "vitcop": "ViTCoP (mean over the layers)",
     "random": "random",
@@ -72,7 +72,7 @@ def is_level(row: dict) -> bool:
 
 
 def accuracy_table(result: dict, budgets: list[int], with_time: bool, methods: Sequence[str] = ()) -> list[str]:
-    """Relative accuracy of the named methods; `=` marks those that are level with the best of the budget."""
+    """Relative accuracy of the named methods; `=` marks those that tie with the best of the budget."""
     lines = [{"method": NAMES["full"], **{f"{budget} tokens": "100" for budget in budgets}}]
     full = row_of(result, "full", result["rows"][0]["budget"])
     if with_time and full and "first_token_ms" in full:
@@ -92,10 +92,9 @@ def accuracy_table(result: dict, budgets: list[int], with_time: bool, methods: S
     return [
         *grid(lines),
         "",
-        f"{count}, {result['machine']}. Percent of the accuracy with all tokens; 95% intervals of a paired bootstrap "
-        "over scenes in brackets. "
-        "`=`: level with the best of that budget, the interval of the difference reaches 0. Downsampling gives 196, "
-        "121, 64, 36 and 16 tokens.",
+        f"{count}, {result['machine']}. Relative accuracy in percent, with 95% intervals of a paired bootstrap over "
+        "scenes in brackets. `=`: ties with the best of that budget (the interval of the difference includes 0). "
+        "Downsampling gives 196, 121, 64, 36 and 16 tokens.",
     ]
 
 
@@ -140,7 +139,7 @@ def which_budget(result: dict) -> str:
     free, costs = [], []
     for kind, (example, field) in TASKS.items():
         line = {"type": kind, "here": example, "in the field": field, "all tokens": percent(full["by_type"][kind])}
-        line |= {"question alone": percent(result["prior_by_type"][kind])}
+        line |= {"question-only baseline": percent(result["prior_by_type"][kind])}
         for method in methods:
             budget = smallest_free(result, method, kind)
             line[method] = "none" if budget is None else str(budget)
@@ -152,22 +151,22 @@ def which_budget(result: dict) -> str:
         [
             "# Which budget for which task",
             "",
-            f"What pruning costs depends on the question. {WRITTEN}: {result['questions']:,} questions about "
-            f"{result['scenes']} synthetic scenes, asked to the embedded model (DINOv2-S/14 and a language model of "
-            "1.8 M weights). **Take the order of the tasks from it, not the numbers**: on your model and your "
-            "pictures, measure with `prunesid evaluate --data`.",
+            f"The cost of pruning depends on the question. {WRITTEN}: {result['questions']:,} questions about "
+            f"{result['scenes']} synthetic scenes, answered by the embedded model (DINOv2-S/14 and a language model "
+            "of 1.8 M weights). **Read the order of the tasks from it, not the numbers**: measure your own model on "
+            "your own images with `prunesid evaluate --data`.",
             "",
             "## The smallest budget without a measurable loss",
             "",
-            "Of 576 tokens: down to this budget, the 95% interval of the difference to all tokens reaches 0. `none`: "
-            "every budget that was tried costs accuracy. `question alone` is what the best guess without the picture "
-            "gets right.",
+            "Of 576 tokens: the smallest budget at which the 95% interval of the difference to all tokens still "
+            "includes 0. `none`: every budget that was tried costs accuracy. The question-only baseline is the best "
+            "guess without the image.",
             "",
             *grid(free),
             "",
             f"## What a budget costs ({methods[0]})",
             "",
-            "Points of accuracy less than with all tokens, with 95% intervals of a paired bootstrap over scenes:",
+            "Difference in accuracy to all tokens, in points, with 95% intervals of a paired bootstrap over scenes:",
             "",
             *grid(costs),
             "",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from tiny_checkpoint import picture, save_checkpoint
 
 from prunesid_cli import command, embedded_folder
 from prunesid_cli.command import COMMANDS, main
+from prunesid_cli.generate import load_processor
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,19 @@ def test_generate_answers_with_fewer_tokens_and_with_all(base, tmp_path, capsys,
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["answers"][1]["visual_tokens"] == 49
     assert report["answers"][0]["visual_tokens"] < 49
+
+
+def test_generate_asks_a_processor_without_a_chat_template(base, tmp_path, capsys):
+    """As PaliGemma's."""
+    folder = shutil.copytree(base, tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    picture().save(tmp_path / "picture.png")
+    main(["generate", str(folder), "--budget", "8", "--image", str(tmp_path / "picture.png"), "--max-new-tokens", "2"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["answers"][0]["visual_tokens"] == 8
+    read = load_processor(str(folder)).apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "word7"}, {"type": "image"}]}]
+    )
+    assert read == "<image>word7"
 
 
 def test_generate_refuses_a_preset_of_another_model(base, tmp_path, capsys):

@@ -6,6 +6,7 @@ beside what is equal.
 """
 
 import inspect
+import random
 
 import pytest
 import torch
@@ -127,6 +128,25 @@ def test_stock_checkpoints_load(name, tmp_path):
         assert not info["unexpected_keys"] or cls is not type(ours)
         expected = (reference if cls is type(ours) else base_of(reference)).state_dict()
         assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in loaded.state_dict().items())
+
+
+@every_row(lambda row: " " not in row.name)
+def test_thin_variants_are_saved_of_the_very_weights_of_a_base(name, tmp_path):
+    ours, reference, row = build(name)
+    if not row.checks_loading:
+        return
+    reference.save_pretrained(tmp_path / "base")
+    model = type(ours).from_pretrained(tmp_path / "base", dtype=torch.float64)
+    model.save_pretrained(tmp_path / "thin", thin=True)
+    loaded, info = type(ours).from_pretrained(tmp_path / "thin", dtype=torch.float64, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+    for parameter in random.Random(name).sample(list(model.parameters()), 4):
+        place = (-1,) * parameter.dim()
+        parameter.data[place] += 1
+        with pytest.raises(ValueError, match="not those of its base"):
+            model.save_pretrained(tmp_path / "changed", thin=True)
+        parameter.data[place] -= 1
 
 
 def check_loads_what_the_stock_class_loads(ours, reference, folder):

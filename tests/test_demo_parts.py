@@ -152,9 +152,9 @@ def test_chat_template_places_the_image_before_the_question():
     )
 
 
-def test_stock_twin_shares_the_weights_and_agrees_with_the_model_switched_off():
+def test_the_reference_model_shares_the_weights_and_agrees_with_the_model_switched_off():
     model = build(budget=None)
-    twin = demo.stock_twin(model)
+    twin = demo.reference_model(model)
     inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7, 8])]), "pixel_values": pixels(1)}
     assert twin.lm_head.weight is model.lm_head.weight
     assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
@@ -169,7 +169,7 @@ def test_a_checkpoint_and_its_variants_answer_at_every_budget(tmp_path, capsys, 
         model.save_pretrained(folder, thin=kind == "thin variant")
     model, processor = demo.load_checkpoint(str(folder))
     question = demo.ask(processor, picture(), "word7 word8", model)
-    rows = demo.measure(model, demo.stock_twin(model), processor, question, [8, 3])
+    rows = demo.measure(model, demo.reference_model(model), processor, question, [8, 3])
     assert [row["visual_tokens"] for row in rows] == [NUM_PATCHES, NUM_PATCHES, 8, 3]
     assert rows[0]["answer"] == rows[1]["answer"] != rows[3]["answer"]
     demo.print_rows([demo.columns(row) for row in rows])

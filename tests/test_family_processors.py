@@ -36,7 +36,10 @@ def picture(width, height, seed):
 
 PICTURES = [picture(64, 40, 0), picture(30, 33, 1), picture(90, 30, 2)]
 # Budgets of a view, where it has fewer tokens than five.
-FEW_TOKENS = {"step3p7": (2, 0.5), "minicpmv4_6": (2, 0.5), "perception_lm": (2, 0.5)}
+FEW_TOKENS = {
+    **dict.fromkeys(("step3p7", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "perception_lm"), (2, 0.5)),
+    "inkling_mm_model": (1, 0.5),
+}
 
 
 def pictures_of(name):
@@ -52,7 +55,7 @@ def classes(name):
 
 def make(name, cls, **settings):
     processor = cls(**PROCESSORS[name][0](), **settings)
-    if name == "got_ocr2":  # no argument
+    if name in ("got_ocr2", "pp_chart2table"):  # no argument
         processor.num_image_tokens = 16
     return processor
 
@@ -89,7 +92,7 @@ def build_model(name, budget):
 def test_without_a_budget_the_stock_prompt_is_written(name):
     ours, stock = classes(name)
     got, expected = ask(name, make(name, ours)), ask(name, make(name, stock))
-    assert set(got) - set(expected) <= {"num_tiles"}
+    assert set(got) - set(expected) <= {"num_tiles", "num_patches"}
     assert all(torch.equal(torch.as_tensor(got[key]), torch.as_tensor(expected[key])) for key in expected)
 
 
@@ -123,7 +126,10 @@ def part(logits, inputs, place, length):
 
 
 def as_double(inputs):
-    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 @every_processor
@@ -174,7 +180,15 @@ VIDEO_TEXTS = {
     "molmo2": "<|video|>",
     "minicpmv4_6": "<video_pad>",
     "video_llama_3": "<video>",
+    "smolvlm": "<video>",
+    "perception_lm": "<video>",
+    "minicpm_ocr": "<video_pad>",
+    "minicpmv4_7": "<video_pad>",
+    "gemma4_unified": "<|video|>",
+    "nemotron_h_omni": "<video>",
 }
+# Processors that ask which row an image is of.
+PICTURES_BY_ROW = ("gemma4", "gemma4_unified")
 
 
 def clip(frames, seed):
@@ -182,20 +196,26 @@ def clip(frames, seed):
 
 
 def ask_of_videos(name, processor):
-    """An image and a video in a row, a video in the other; Molmo 2 takes no images beside videos."""
+    """
+    An image and a video in a row, a video in the other. Molmo 2 and SmolVLM take no images beside videos (SmolVLM's
+    processor drops their pixels), and Nemotron H Omni no second row either.
+    """
     image, film = PROCESSORS[name][1], VIDEO_TEXTS[name]
-    images = {"images": [[PICTURES[0]], []] if name == "gemma4" else [[PICTURES[0]]]}
-    first = f"word7 {image} word9 {film} word11"
-    if name == "molmo2":
-        images, first = {}, f"word7 {film} word11"
+    images = {"images": [[PICTURES[0]], []] if name in PICTURES_BY_ROW else [[PICTURES[0]]]}
+    texts, clips = [f"word7 {image} word9 {film} word11", f"word7 {film} word12"], [[clip(4, 0)], [clip(4, 1)]]
+    if name in ("molmo2", "smolvlm", "nemotron_h_omni"):
+        images, texts[0] = {}, f"word7 {film} word11"
+    if name == "nemotron_h_omni":
+        texts, clips = [" ".join(texts)], [[clip(4, 0), clip(4, 1)]]
+    metadata = {"total_num_frames": 4, "fps": 2.0, "frames_indices": [0, 1, 2, 3], "duration": 2.0}
     return processor(
         **images,
-        videos=[[clip(4, 0)], [clip(4, 1)]],
-        text=[first, f"word7 {film} word12"],
+        videos=clips,
+        text=texts,
         padding=True,
         return_tensors="pt",
         do_sample_frames=False,
-        video_metadata=[[{"total_num_frames": 4, "fps": 2.0, "frames_indices": [0, 1, 2, 3], "duration": 2.0}]] * 2,
+        video_metadata=[[metadata] * len(row) for row in clips],
     )
 
 
@@ -217,3 +237,22 @@ def test_short_prompts_of_images_and_videos_are_what_the_model_keeps(name):
                 part(outputs[1].logits[place], short, place, length),
             ]
             assert torch.allclose(*logits, rtol=0, atol=1e-6 * float(logits[0].abs().max()))
+
+
+@every_processor
+def test_a_text_without_the_placeholder_is_an_error(name, monkeypatch):
+    if name == "idefics2":  # shortens what it writes before it is written
+        return
+    processor = make(name, classes(name)[0], num_visual_tokens=1)
+    monkeypatch.setattr(type(processor), "_placeholder", lambda self, modality: "<other>")
+    with pytest.raises(
+        ValueError, match=r"does not hold the placeholder '<other>' of PruneSID.* `tokenizer.image_token"
+    ):
+        ask(name, processor)
+
+
+def test_upstreams_own_pruning_of_videos_is_refused():
+    model, row = build_model("nemotron_h_omni video", 5)
+    model.video_pruning_rate = 0.5
+    with pytest.raises(ValueError, match=r"video_pruning_rate=0.5 .* Pass video_pruning_rate=0"):
+        model.get_video_features(**row.inputs([[0]]))

@@ -60,7 +60,7 @@ def test_a_csv_a_tsv_and_a_jsonl_hold_the_same_rows(tmp_path):
         (["image,question,answer", "0.png,a, . "], "row 1: answer must be some text, got ' . '"),
         (["image,question,answer", "0.png,a,b", "9.png,a,b"], "row 2: 9.png is not a readable image: .*No such file"),
         (["image,question,answer", "0.png,a,b", "rows.csv,a,b"], "row 2: rows.csv is not a readable image"),
-        (["image,question,answer", *["9.png,a,b"] * 7], r"mend or remove them. row 1: .* row 5: .*\(and 2 more\)"),
+        (["image,question,answer", *["9.png,a,b"] * 7], r"fix or remove them. row 1: .* row 5: .*\(and 2 more\)"),
     ],
 )
 def test_bad_rows_are_named_before_anything_is_loaded(tmp_path, capsys, lines, message):

@@ -50,6 +50,32 @@ class SmallAria(transformers.AriaImageProcessorPil):
         return output
 
 
+def minicpm_tokenizer():
+    return tokenizer(
+        {IMAGE: "<image_pad>", VIDEO: "<video_pad>", **{60 + i: f"<tag{i}>" for i in range(6)}},
+        image_token="<image_pad>",
+        video_token="<video_pad>",
+        image_start_token="<tag0>",
+        image_end_token="<tag1>",
+        slice_start_token="<tag2>",
+        slice_end_token="<tag3>",
+        image_id_start_token="<tag4>",
+        image_id_end_token="<tag5>",
+    )
+
+
+def gemma4_tokenizer():
+    return tokenizer(
+        {IMAGE: "<|image|>", VIDEO: "<|video|>", 102: "<|image>", 103: "<image|>", 104: "<audio>"},
+        image_token="<|image|>",
+        audio_token="<audio>",
+        boa_token="<s>",
+        eoa_token="</s>",
+        boi_token="<|image>",
+        eoi_token="<image|>",
+    )
+
+
 TILE_TAGS = {60 + 6 * row + col: f"<row_{row + 1}_col_{col + 1}>" for row in range(6) for col in range(6)}
 
 
@@ -109,7 +135,9 @@ PROCESSORS = {
             "tokenizer": tokenizer(
                 {**TILE_TAGS, IMAGE: "<image>", 50: "<fake_token_around_image>", 51: "<global-img>"}
             ),
-            "video_processor": video("SmolVLMVideoProcessor", size={"longest_edge": 32}),
+            "video_processor": video(
+                "SmolVLMVideoProcessor", size={"longest_edge": 32}, max_image_size={"longest_edge": 32}
+            ),
             "image_seq_len": 16,
         },
         "<image>",
@@ -423,15 +451,7 @@ PROCESSORS = {
         lambda: {
             "image_processor": pil("Gemma4ImageProcessor", patch_size=4, max_soft_tokens=70, pooling_kernel_size=2),
             "feature_extractor": transformers.Gemma4AudioFeatureExtractor(),
-            "tokenizer": tokenizer(
-                {IMAGE: "<|image|>", VIDEO: "<|video|>", 102: "<|image>", 103: "<image|>", 104: "<audio>"},
-                image_token="<|image|>",
-                audio_token="<audio>",
-                boa_token="<s>",
-                eoa_token="</s>",
-                boi_token="<|image>",
-                eoi_token="<image|>",
-            ),
+            "tokenizer": gemma4_tokenizer(),
             "video_processor": video("Gemma4VideoProcessor", patch_size=4, max_soft_tokens=70, pooling_kernel_size=2),
         },
         "<|image|>",
@@ -477,17 +497,7 @@ PROCESSORS = {
     "minicpmv4_6": (
         lambda: {
             "image_processor": pil("MiniCPMV4_6ImageProcessor", patch_size=4, scale_resolution=32, max_slice_nums=4),
-            "tokenizer": tokenizer(
-                {IMAGE: "<image_pad>", VIDEO: "<video_pad>", **{60 + i: f"<tag{i}>" for i in range(6)}},
-                image_token="<image_pad>",
-                video_token="<video_pad>",
-                image_start_token="<tag0>",
-                image_end_token="<tag1>",
-                slice_start_token="<tag2>",
-                slice_end_token="<tag3>",
-                image_id_start_token="<tag4>",
-                image_id_end_token="<tag5>",
-            ),
+            "tokenizer": minicpm_tokenizer(),
             "video_processor": video("MiniCPMV4_6VideoProcessor", patch_size=4, scale_resolution=32),
         },
         "<image_pad>",
@@ -515,10 +525,138 @@ PROCESSORS = {
         lambda: {
             "image_processor": pil("PerceptionLMImageProcessor", tile_size=64, max_num_tiles=4),
             "tokenizer": tokenizer({IMAGE: "<image>", VIDEO: "<video>"}, image_token="<image>", video_token="<video>"),
-            "video_processor": video("PerceptionLMVideoProcessor", size=SIZE),
+            "video_processor": video("PerceptionLMVideoProcessor", size={"height": 64, "width": 64}),
             "patch_size": 16,
         },
         "<image>",
         ("timm", "torchvision"),
+    ),
+    "minicpm_ocr": (
+        lambda: {
+            "image_processor": transformers.MiniCPMOcrImageProcessor(
+                patch_size=4, scale_resolution=32, max_slice_nums=4, downsample_mode="16x"
+            ),
+            "tokenizer": minicpm_tokenizer(),
+            "video_processor": video(
+                "MiniCPMOcrVideoProcessor", patch_size=4, scale_resolution=32, downsample_mode="16x"
+            ),
+        },
+        "<image_pad>",
+        ("torchvision",),
+    ),
+    "minicpmv4_7": (
+        lambda: {
+            "image_processor": pil("MiniCPMV4_6ImageProcessor", patch_size=4, scale_resolution=32, max_slice_nums=4),
+            "tokenizer": minicpm_tokenizer(),
+            "video_processor": video("MiniCPMV4_6VideoProcessor", patch_size=4, scale_resolution=32),
+        },
+        "<image_pad>",
+        ("torchvision",),
+    ),
+    "gemma4_unified": (
+        lambda: {
+            "image_processor": transformers.Gemma4UnifiedImageProcessor(
+                patch_size=4, max_soft_tokens=70, pooling_kernel_size=2
+            ),
+            "feature_extractor": transformers.Gemma4UnifiedAudioFeatureExtractor(),
+            "tokenizer": gemma4_tokenizer(),
+            "video_processor": video(
+                "Gemma4UnifiedVideoProcessor", patch_size=4, max_soft_tokens=70, pooling_kernel_size=2
+            ),
+        },
+        "<|image|>",
+        ("torchvision",),
+    ),
+    "deepseek_ocr2": (
+        lambda: {
+            "image_processor": pil("DeepseekOcr2ImageProcessor", size={"height": 64, "width": 64}, tile_size=64),
+            "tokenizer": tokenizer({IMAGE: "<image>"}),
+            "patch_size": 4,
+            "downsample_ratio": 1.4,  # of 64 pixels, the 12 x 12 tokens that the tower makes of them
+        },
+        "<image>",
+        (),
+    ),
+    "unlimited_ocr": (
+        lambda: {
+            "image_processor": transformers.UnlimitedOcrImageProcessor(size={"height": 64, "width": 64}, tile_size=64),
+            "tokenizer": tokenizer({IMAGE: "<image>"}),
+            "patch_size": 4,
+        },
+        "<image>",
+        ("torchvision",),
+    ),
+    "granite4_vision": (
+        lambda: {
+            "image_processor": pil(
+                "LlavaNextImageProcessor", size={"shortest_edge": 32}, crop_size=SIZE, image_grid_pinpoints=GRIDS
+            ),
+            "tokenizer": tokenizer({IMAGE: "<image>"}),
+            "patch_size": 4,
+            "vision_feature_select_strategy": "full",
+            "downsample_rate": "1/2",
+        },
+        "<image>",
+        (),
+    ),
+    "pp_chart2table": (
+        lambda: {
+            "image_processor": pil("PPChart2TableImageProcessor", size={"height": 64, "width": 64}),
+            "tokenizer": tokenizer({IMAGE: "<imgpad>", 110: "<img>", 112: "</img>"}),
+        },
+        "<img> " + "<imgpad>" * 16 + " </img>",
+        (),
+    ),
+    "inkling_mm_model": (
+        lambda: {
+            "image_processor": transformers.InklingImageProcessor(),
+            "feature_extractor": transformers.InklingFeatureExtractor(),
+            "tokenizer": tokenizer({IMAGE: "<image>", 104: "<audio>", 105: "<image|>", 106: "<audio|>"}),
+            "image_token": "<image>",
+            "audio_token": "<audio>",
+            "image_bos_token": "<image|>",
+            "audio_bos_token": "<audio|>",
+        },
+        "<image>",
+        ("torchvision",),
+    ),
+    **{
+        name: (
+            lambda: {
+                "image_processor": transformers.Inkling2ImageProcessor(size={"height": 8, "width": 8}),
+                "tokenizer": tokenizer({IMAGE: "<image>"}, image_token="<image>"),
+            },
+            "<image>",
+            ("torchvision",),
+        )
+        for name in ("inkling2", "inkling2_loop")
+    },
+    "nemotron_h_omni": (
+        lambda: {
+            "image_processor": transformers.NemotronH_Omni_Reasoning_V3ImageProcessor(
+                patch_size=4, min_num_patches=16, max_num_patches=64
+            ),
+            "tokenizer": tokenizer({IMAGE: "<image>", VIDEO: "<video>", 110: "<img>", 112: "</img>"}),
+            "video_processor": video(
+                "NemotronH_Omni_Reasoning_V3VideoProcessor",
+                patch_size=4,
+                video_target_num_patches=64,
+                norm_mean=[0.5] * 3,
+                norm_std=[0.5] * 3,
+            ),
+            "feature_extractor": transformers.ParakeetFeatureExtractor(),
+        },
+        "<image>",
+        ("torchvision",),
+    ),
+    "fast_vlm": (
+        lambda: {
+            "image_processor": pil("CLIPImageProcessor", size={"height": 128, "width": 128}, do_center_crop=False),
+            "tokenizer": tokenizer({IMAGE: "<image>"}),
+            "patch_size": 32,
+            "vision_feature_select_strategy": "full",
+        },
+        "<image>",
+        ("timm",),
     ),
 }
