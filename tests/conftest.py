@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: a collection of garbage, of which Trainer and compilers ask, is ten times faster."""
+    """What is imported by now stays: collections of garbage, which Trainer and compilers ask for, need not look at it."""
     gc.collect()
     gc.freeze()
 

@@ -2,7 +2,7 @@
 The table of the family contract (`test_contract.py`): a row for each declared family and kind of input.
 
 Configurations are tiny, weights random, and what a processor would return is written here by hand: no network, no
-image library. Rows are added at the end of the file, by `add`.
+image library. Rows are added at the end of the file, by `add`, or by a helper for what many have in common.
 """
 
 import functools
@@ -52,7 +52,7 @@ class Row:
         inputs (`Callable`):
             What the processor returns beside the prompt, for inputs given as a list of indices a row of the batch:
             `[[0, 1], [2]]`. An input is the same whatever the others are.
-        tokens, kept (`tuple[int, ...]`): T and N of inputs 0, 1, 2, ... at `budget`.
+        tokens, kept (`tuple[int, ...]`): T and N of inputs 0, 1, 2, ... at `budget`; by default one view each.
         view (`str`): what a view is, in words.
         budget (`int`): of each view.
         modality (`"image"` or `"video"`).
@@ -85,8 +85,8 @@ class Row:
     name: str
     config: dict[str, Any]
     inputs: Callable[[list[list[int]]], dict[str, Any]]
-    tokens: tuple[int, ...]
-    kept: tuple[int, ...]
+    tokens: tuple[int, ...] = (64,) * 3
+    kept: tuple[int, ...] = ()
     view: str = "image"
     budget: int = 5
     modality: str = "image"
@@ -116,6 +116,7 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        self.kept = self.kept or (self.budget,) * len(self.tokens)
         self.family = self.family or self.name.split()[0]
         self.token = self.token or (IMAGE if self.modality == "image" else VIDEO)
 
@@ -240,28 +241,55 @@ def patches(
     return inputs
 
 
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 120,
-    "max_position_embeddings": 512,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "initializer_range": 0.3,
+# Fields of the stock configurations by their size in this table; others are named where they are.
+FIELDS = {
+    0.3: "initializer_range",
+    1: "n_group topk_group n_shared_experts first_k_dense_replace",
+    2: (
+        "num_hidden_layers depth num_heads temporal_patch_size spatial_merge_size pooling_kernel_size "
+        "linear_num_key_heads linear_num_value_heads num_experts_per_tok swa_num_key_value_heads "
+        "index_n_heads hc_mult"
+    ),
+    4: (
+        "num_attention_heads num_key_value_heads patch_size linear_conv_kernel_dim n_routed_experts "
+        "swa_num_attention_heads d_rel num_local_experts"
+    ),
+    8: (
+        "head_dim linear_key_head_dim linear_value_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim "
+        "pos_emb_height pos_emb_width swa_head_dim index_head_dim"
+    ),
+    16: "sliding_window q_lora_rank kv_lora_rank sliding_window_size rel_extent",
+    32: "hidden_size image_size moe_intermediate_size text_hidden_size out_hidden_size adapter_out_dim",
+    64: "intermediate_size num_position_embeddings index_topk num_patches max_image_size",
+    120: "unpadded_vocab_size",
+    512: "max_position_embeddings",
 }
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 4,
-    "initializer_range": 0.3,
-}
+SIZE_OF = {name: size for size, names in FIELDS.items() for name in names.split()}
+
+
+def tiny(names: str, **others: Any) -> dict[str, Any]:
+    """Fields of the sizes of this table, and others."""
+    return {**{name: SIZE_OF[name] for name in names.split()}, **others}
+
+
+TEXT = tiny(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings initializer_range",
+    num_key_value_heads=2,
+    vocab_size=120,
+    pad_token_id=PAD,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+)
+
+
+def language(names: str, **others: Any) -> dict[str, Any]:
+    """A language model's fields: those of all in this table, and as `tiny`."""
+    return {**TEXT, **tiny(names, **others)}
+
+
+VISION = tiny(
+    "hidden_size intermediate_size num_attention_heads image_size patch_size initializer_range", num_hidden_layers=3
+)
 CLIP = {**VISION, "model_type": "clip_vision_model", "projection_dim": 32}
 SIGLIP = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
 PIXTRAL = {**VISION, "model_type": "pixtral", "head_dim": 8}
@@ -279,8 +307,6 @@ add(
     "llava",
     {"vision_config": CLIP, "text_config": LLAMA, "image_token_index": IMAGE, "image_seq_length": 64},
     images(3, 32, 32),
-    tokens=(64,) * 3,
-    kept=(5,) * 3,
 )
 ANYRES = {
     "vision_config": CLIP,
@@ -314,15 +340,7 @@ for modality, name, shape in (("image", "", (3, 32, 32)), ("video", " video", (2
         view="frame" if name else "image",
     )
 GRIDS = [[1, 8, 8], [1, 4, 8], [1, 8, 8]]
-QWEN_VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "patch_size": 4,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "initializer_range": 0.3,
-}
+QWEN_VISION = tiny("depth hidden_size num_heads patch_size temporal_patch_size spatial_merge_size initializer_range")
 QWEN_IDS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -356,13 +374,21 @@ for name, vision, text in (
         },
         patches(GRIDS, 96),
         tokens=(16, 8, 16),
-        kept=(5, 5, 5),
         view="temporal slice",
         write=lambda num_tokens, index, token: [VISION_START, *[token] * num_tokens, VISION_END],
         along=types_of(IMAGE, 1),
         mrope=True,
         settings={"min_budget": None},
     )
+
+
+BOTH_TILES = ("num_tiles", "num_video_tiles")
+
+
+def add_tiles(name: str, config: dict[str, Any], **columns: Any) -> None:
+    """A row of images of two tiles, one and one, each of 16 tokens."""
+    common = {"tokens": (32, 16, 16), "kept": (10, 5, 5), "view": "tile", "ours": BOTH_TILES}
+    add(name, config, **{"inputs": tiles((2, 1, 1), 3, 32, 32), **common, **columns})
 
 
 def image_token(text: dict = LLAMA, vision: dict = SIGLIP, index: bool = False, **fields: Any) -> dict[str, Any]:
@@ -389,40 +415,21 @@ def double_router(model):
             module.float()
 
 
-BOTH_TILES = ("num_tiles", "num_video_tiles")
-SAM = {
-    "hidden_size": 32,
-    "output_channels": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 64,
-    "patch_size": 4,
-    "window_size": 4,
-    "global_attn_indexes": [1],
-    "mlp_dim": 64,
-    "initializer_range": 0.3,
-}
-add(
-    "vipllava",
-    image_token(vision=CLIP, index=True, vision_feature_layer=(-2, -1)),
-    images(3, 32, 32),
-    tokens=(64,) * 3,
-    kept=(5,) * 3,
+SAM = tiny(
+    "hidden_size num_hidden_layers num_attention_heads patch_size initializer_range",
+    output_channels=16,
+    image_size=64,
+    window_size=4,
+    global_attn_indexes=[1],
+    mlp_dim=64,
 )
-add(
+add("vipllava", image_token(vision=CLIP, index=True, vision_feature_layer=(-2, -1)), images(3, 32, 32))
+add_tiles(
     "internvl",
     image_token(
-        QWEN2,
-        {**VISION, "image_size": [32, 32], "patch_size": [4, 4]},
-        image_seq_length=16,
-        downsample_ratio=0.5,
+        QWEN2, {**VISION, "image_size": [32, 32], "patch_size": [4, 4]}, image_seq_length=16, downsample_ratio=0.5
     ),
-    tiles((2, 1, 1), 3, 32, 32),
-    tokens=(32, 16, 16),
-    kept=(10, 5, 5),
-    view="tile",
     write=lambda num_tokens, index, token: [110, *[token] * num_tokens, 112],
-    ours=BOTH_TILES,
 )
 ONEVISION = {
     "vision_config": SIGLIP,
@@ -487,15 +494,11 @@ add(
     view="frame",
 )
 for name, vision in (("smolvlm", "smolvlm_vision"), ("idefics3", "idefics3_vision")):
-    add(
+    add_tiles(
         name,
         image_token(vision={**VISION, "model_type": vision}, scale_factor=2, pad_token_id=PAD),
-        tiles_of_rows((2, 1, 1), 3, 32, 32),
-        tokens=(32, 16, 16),
-        kept=(10, 5, 5),
-        view="tile",
+        inputs=tiles_of_rows((2, 1, 1), 3, 32, 32),
         write=runs(16),
-        ours=BOTH_TILES,
     )
 add(
     "idefics2",
@@ -529,8 +532,6 @@ add(
         "projection_dim": 32,
     },
     images(3, 32, 32),
-    tokens=(64,) * 3,
-    kept=(5,) * 3,
     along=types_of(IMAGE, 0, "token_type_ids"),  # without these, upstream masks the rows of a batch by one another
     answer=1,
     cached_chat=False,  # a second turn looks back only, while a whole conversation is a prefix that sees all of itself
@@ -542,29 +543,18 @@ GEMMA3_TEXT = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention"],
 }
-add(
+add_tiles(
     "gemma3",
     image_token(GEMMA3_TEXT, index=True, mm_tokens_per_image=16, boi_token_index=102, eoi_token_index=103),
-    tiles((2, 1, 1), 3, 32, 32),
-    tokens=(32, 16, 16),
-    kept=(10, 5, 5),
     view="image or crop",
     write=runs(16, [102], [103]),
     along=types_of(IMAGE, 1, "token_type_ids"),
-    ours=BOTH_TILES,
 )
-GEMMA4_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "pooling_kernel_size": 2,
-    "patch_size": 4,
-    "position_embedding_size": 64,
-    "initializer_range": 0.3,
-}
+GEMMA4_VISION = tiny(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim pooling_kernel_size patch_size initializer_range",
+    position_embedding_size=64,
+)
 GEMMA4_TEXT = {
     **TEXT,
     "head_dim": 8,
@@ -574,12 +564,7 @@ GEMMA4_TEXT = {
     "use_bidirectional_attention": "vision",
     "tie_word_embeddings": False,
 }
-GEMMA4 = {
-    "video_token_id": VIDEO,
-    "audio_token_id": 104,
-    "boi_token_id": 102,
-    "eoi_token_id": 103,
-}
+GEMMA4 = {"video_token_id": VIDEO, "audio_token_id": 104, "boi_token_id": 102, "eoi_token_id": 103}
 PLACES = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="xy"), -1).reshape(64, 2)
 
 
@@ -603,7 +588,6 @@ add(
     image_token({**GEMMA4_TEXT, **PER_LAYER}, GEMMA4_VISION, **GEMMA4),
     gemma4_images(64, 48),
     tokens=(16,) * 3,
-    kept=(5,) * 3,
     write=runs(16, [102], [103]),
     along=types_of(IMAGE, 1),
     since="5.23.0",
@@ -636,7 +620,6 @@ add(
     ),
     gemma4_images(16, 192),
     tokens=(16,) * 3,
-    kept=(5,) * 3,
     write=runs(16, [102], [103]),
     along=types_of(IMAGE, 1),
     since="5.23.0",
@@ -646,29 +629,17 @@ add(
     image_token({**TEXT, "model_type": "mistral", "head_dim": 8}, PIXTRAL, index=True, vision_feature_layer=-1),
     images(3, 32, 32, image_sizes=[[32, 32], [16, 32], [32, 32]]),
     tokens=(16, 8, 16),
-    kept=(5, 5, 5),
     write=runs(4),
     several_runs=True,
 )
 add(
     "mistral_large4",
     image_token(
-        {
-            **TEXT,
-            "num_key_value_heads": 4,
-            "moe_intermediate_size": 32,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "index_topk": 64,
-            "index_head_dim": 8,
-            "index_n_heads": 2,
-            "head_dim": 8,
-            "first_k_dense_replace": 1,
-        },
+        language(
+            "num_key_value_heads moe_intermediate_size n_routed_experts num_experts_per_tok "
+            "kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim index_topk index_head_dim "
+            "index_n_heads head_dim first_k_dense_replace"
+        ),
         PIXTRAL,
         index=True,
         spatial_merge_size=2,
@@ -676,13 +647,12 @@ add(
     ),
     images(3, 32, 32, image_sizes=[[32, 32]] * 3),
     tokens=(16,) * 3,
-    kept=(5,) * 3,
     write=runs(4),
     several_runs=True,
     since="5.22.0",
     prepare=plain_experts,
 )
-add(
+add_tiles(
     "aya_vision",
     image_token(
         {**TEXT, "model_type": "cohere2", "head_dim": 8, "sliding_window": 64},
@@ -690,36 +660,22 @@ add(
         downsample_factor=2,
         adapter_layer_norm_eps=1e-6,
     ),
-    tiles((2, 1, 1), 3, 32, 32),
-    tokens=(32, 16, 16),
-    kept=(10, 5, 5),
-    view="tile",
     write=runs(16, [TAG], []),
-    ours=BOTH_TILES,
 )
-add(
+add_tiles(
     "cohere2_vision",
     image_token(
         {**TEXT, "model_type": "cohere2", "head_dim": 8, "sliding_window": 64},
         downsample_factor=2,
         alignment_intermediate_size=64,
     ),
-    tiles((2, 1, 1), 3, 32, 32),
-    tokens=(32, 16, 16),
-    kept=(10, 5, 5),
-    view="tile",
     write=runs(16),
-    ours=BOTH_TILES,
 )
-LINEAR = {
-    "head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_conv_kernel_dim": 4,
-}
+LINEAR = tiny(
+    "head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim "
+    "linear_value_head_dim linear_conv_kernel_dim",
+    layer_types=["linear_attention", "full_attention"],
+)
 MINICPM = {
     "vision_config": {**VISION, "insert_layer_id": 1, "window_kernel_size": (2, 2)},
     "text_config": {
@@ -777,46 +733,21 @@ add(
     since="5.23.0",
 )
 KIMI = image_token(
-    {
-        **TEXT,
-        "model_type": "deepseek_v3",
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
-    },
-    {
-        "patch_size": 4,
-        "pos_emb_height": 8,
-        "pos_emb_width": 8,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-    },
+    language(
+        "num_key_value_heads n_routed_experts n_group topk_group num_experts_per_tok "
+        "moe_intermediate_size n_shared_experts first_k_dense_replace q_lora_rank kv_lora_rank "
+        "qk_nope_head_dim qk_rope_head_dim v_head_dim",
+        model_type="deepseek_v3",
+    ),
+    tiny(
+        "patch_size pos_emb_height pos_emb_width num_attention_heads num_hidden_layers hidden_size intermediate_size"
+    ),
     projection_hidden_size=32,
     video_token_id=VIDEO,
     vision_start_token_id=VISION_START,
     vision_end_token_id=VISION_END,
 )
-add(
-    "kimi_k25",
-    KIMI,
-    patches(GRIDS, 3, 4, 4),
-    tokens=(16, 8, 16),
-    kept=(5, 5, 5),
-    ours=BOTH_TILES,
-    prepare=plain_experts,
-)
+add("kimi_k25", KIMI, patches(GRIDS, 3, 4, 4), tokens=(16, 8, 16), ours=BOTH_TILES, prepare=plain_experts)
 
 
 def chunks(rows: list[list[int]]) -> dict[str, Any]:
@@ -841,28 +772,16 @@ add(
     prepare=plain_experts,
 )
 MOLMO2 = {
-    "vision_config": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "image_size": [32, 32],
-        "patch_size": 4,
-        "num_position_embeddings": 64,
-        "initializer_range": 0.3,
-    },
-    "adapter_config": {
-        "vision_feature_layer": [-1, -2],
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "intermediate_size": 64,
-        "text_hidden_size": 32,
-        "initializer_range": 0.3,
-    },
+    "vision_config": tiny(
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "head_dim patch_size num_position_embeddings initializer_range",
+        image_size=[32, 32],
+    ),
+    "adapter_config": tiny(
+        "hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size "
+        "text_hidden_size initializer_range",
+        vision_feature_layer=[-1, -2],
+    ),
     "text_config": {**TEXT, "head_dim": 8, "additional_vocab_size": 8},
     "image_patch_id": IMAGE,
     "image_start_token_id": 110,
@@ -939,22 +858,17 @@ def mend_llama4(model):
             )
 
 
-add(
+add_tiles(
     "llama4",
     {
-        "vision_config": {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-            "vision_output_dim": 32,
-            "image_size": 32,
-            "patch_size": 4,
-            "projector_input_dim": 32,
-            "projector_output_dim": 32,
-            "initializer_range": 0.3,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
+        "vision_config": tiny(
+            "hidden_size num_hidden_layers num_attention_heads image_size patch_size initializer_range",
+            intermediate_size=128,
+            vision_output_dim=32,
+            projector_input_dim=32,
+            projector_output_dim=32,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
         "text_config": {
             **TEXT,
             "head_dim": 8,
@@ -967,23 +881,12 @@ add(
         "boi_token_index": 102,
         "eoi_token_index": 103,
     },
-    tiles((2, 1, 1), 3, 32, 32),
-    tokens=(32, 16, 16),
-    kept=(10, 5, 5),
-    view="tile",
     write=runs(16),
     features=lambda output: output.last_hidden_state.flatten(0, -2),
     put_features=put_before_projector,
     prepare=mend_llama4,
-    ours=BOTH_TILES,
 )
-add(
-    "deepseek_vl",
-    image_token(),
-    images(3, 32, 32),
-    tokens=(64,) * 3,
-    kept=(5,) * 3,
-)
+add("deepseek_vl", image_token(), images(3, 32, 32))
 
 
 def two_resolutions(rows: list[list[int]]) -> dict[str, Any]:
@@ -995,8 +898,6 @@ add(
     "deepseek_vl_hybrid",
     image_token(high_res_vision_config={**SAM, "image_size": 128, "num_pos_feats": 16}),
     two_resolutions,
-    tokens=(64,) * 3,
-    kept=(5,) * 3,
 )
 add(
     "janus",
@@ -1015,19 +916,9 @@ add(
         },
     ),
     images(3, 32, 32),
-    tokens=(64,) * 3,
-    kept=(5,) * 3,
 )
-add(
-    "got_ocr2",
-    image_token(QWEN2, SAM, index=True),
-    tiles((2, 1, 1), 3, 64, 64),
-    tokens=(32, 16, 16),
-    kept=(10, 5, 5),
-    view="page or tile",
-    ours=BOTH_TILES,
-)
-add(
+add_tiles("got_ocr2", image_token(QWEN2, SAM, index=True), inputs=tiles((2, 1, 1), 3, 64, 64), view="page or tile")
+add_tiles(
     "qianfan_ocr",
     image_token(
         {**TEXT, "model_type": "qwen3", "head_dim": 8},
@@ -1035,13 +926,8 @@ add(
         image_seq_length=16,
         downsample_ratio=0.5,
     ),
-    tiles((2, 1, 1), 3, 32, 32),
-    tokens=(32, 16, 16),
-    kept=(10, 5, 5),
-    view="tile",
-    ours=BOTH_TILES,
 )
-add(
+add_tiles(
     "ovis2",
     image_token(
         QWEN2,
@@ -1050,12 +936,7 @@ add(
         vocab_size=120,
         hidden_size=32,
     ),
-    tiles((2, 1, 1), 3, 32, 32),
-    tokens=(32, 16, 16),
-    kept=(10, 5, 5),
-    view="tile",
     write=runs(16, [111], [112]),
-    ours=BOTH_TILES,
     special=(111, 112, 113, 114, 115),
 )
 
@@ -1099,16 +980,11 @@ add(
     "lfm2_vl",
     image_token(
         {**TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
-        {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_patches": 64,
-            "patch_size": 4,
-            "vision_use_head": False,
-            "initializer_range": 0.3,
-        },
+        tiny(
+            "hidden_size intermediate_size num_hidden_layers num_attention_heads num_patches "
+            "patch_size initializer_range",
+            vision_use_head=False,
+        ),
         downsample_factor=2,
         projector_hidden_size=32,
     ),
@@ -1123,10 +999,9 @@ add(
     image_token({**TEXT, "model_type": "qwen3", "head_dim": 8}, PIXTRAL, spatial_merge_size=2),
     images(3, 32, 32, image_sizes=[[32, 32], [16, 32], [32, 32]]),
     tokens=(16, 8, 16),
-    kept=(5, 5, 5),
     checks_loading=False,
 )
-add(
+add_tiles(
     "granite_docling",
     image_token(
         {
@@ -1147,12 +1022,8 @@ add(
         pad_token_id=PAD,
         density_router_hidden_size=None,
     ),
-    tiles_of_rows((2, 1, 1), 3, 32, 32, mask="pixel_attention_mask"),
-    tokens=(32, 16, 16),
-    kept=(10, 5, 5),
-    view="tile",
+    inputs=tiles_of_rows((2, 1, 1), 3, 32, 32, mask="pixel_attention_mask"),
     write=runs(16),
-    ours=BOTH_TILES,
     since="5.23.0",
 )
 
@@ -1176,19 +1047,13 @@ add(
     "step3p7",
     {
         "vision_config": {**VISION, "max_position_embeddings": 64},
-        "text_config": {
-            **TEXT,
-            "head_dim": 8,
-            "sliding_window": 16,
-            "num_sliding_attention_heads": 4,
-            "num_experts_per_tok": 2,
-            "num_local_experts": 4,
-            "n_routed_experts": 4,
-            "moe_intermediate_size": 32,
-            "share_expert_dim": 32,
-            "layer_types": ["full_attention", "full_attention"],
-            "mlp_layer_types": ["dense", "sparse"],
-        },
+        "text_config": language(
+            "head_dim sliding_window num_experts_per_tok num_local_experts n_routed_experts moe_intermediate_size",
+            num_sliding_attention_heads=4,
+            share_expert_dim=32,
+            layer_types=["full_attention", "full_attention"],
+            mlp_layer_types=["dense", "sparse"],
+        ),
         "image_token_id": IMAGE,
     },
     step_crops(32),
@@ -1203,27 +1068,16 @@ add(
     {
         "vision_config": {
             "sam_config": {**SAM, "downsample_channels": [16, 32]},
-            "encoder_config": {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 4,
-                "max_position_embeddings": 512,
-                "initializer_range": 0.3,
-            },
+            "encoder_config": tiny(
+                "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+                "max_position_embeddings initializer_range"
+            ),
         },
-        "text_config": {
-            **TEXT,
-            "max_position_embeddings": 2048,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "n_group": 1,
-            "topk_group": 1,
-            "mlp_layer_types": ["dense", "sparse"],
-        },
+        "text_config": language(
+            "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size n_group topk_group",
+            max_position_embeddings=2048,
+            mlp_layer_types=["dense", "sparse"],
+        ),
         "image_token_id": IMAGE,
     },
     step_crops(64),
@@ -1233,43 +1087,20 @@ add(
     prepare=plain_experts,
 )
 INKLING2 = {
-    "vision_config": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "posemb_grid_size": 8,
-        "projection_hidden_dim": 32,
-        "text_hidden_size": 32,
-        "initializer_range": 0.3,
-    },
-    "text_config": {
-        **TEXT,
-        "head_dim": 8,
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 2,
-        "swa_head_dim": 8,
-        "sliding_window_size": 16,
-        "d_rel": 4,
-        "rel_extent": 16,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "unpadded_vocab_size": 120,
-    },
+    "vision_config": tiny(
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size "
+        "spatial_merge_size text_hidden_size initializer_range",
+        posemb_grid_size=8,
+        projection_hidden_dim=32,
+    ),
+    "text_config": language(
+        "head_dim swa_num_attention_heads swa_num_key_value_heads swa_head_dim "
+        "sliding_window_size d_rel rel_extent n_routed_experts num_experts_per_tok "
+        "moe_intermediate_size unpadded_vocab_size"
+    ),
     "image_token_id": IMAGE,
 }
-add(
-    "inkling2",
-    INKLING2,
-    patches([[1, 4, 4]] * 3, 8, 8, 3),
-    tokens=(16,) * 3,
-    kept=(5,) * 3,
-    since="5.23.0",
-    prepare=double_router,
-)
+add("inkling2", INKLING2, patches([[1, 4, 4]] * 3, 8, 8, 3), tokens=(16,) * 3, since="5.23.0", prepare=double_router)
 add(
     "inkling2_loop",
     {
@@ -1284,7 +1115,6 @@ add(
     },
     patches([[1, 4, 4]] * 3, 8, 8, 3),
     tokens=(16,) * 3,
-    kept=(5,) * 3,
     since="5.24.0",
     prepare=double_router,
 )
@@ -1327,16 +1157,10 @@ add(
             "sam_config": {**SAM, "downsample_channels": [16, 32]},
             "encoder_config": {**VISION, "image_size": 16},
         },
-        "text_config": {
-            **TEXT,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "n_group": 1,
-            "topk_group": 1,
-            "mlp_layer_types": ["dense", "sparse"],
-        },
+        "text_config": language(
+            "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size n_group topk_group",
+            mlp_layer_types=["dense", "sparse"],
+        ),
         "image_token_id": IMAGE,
     },
     lambda rows: {**step_crops(64)(rows), "patches_grid": [[(2, 1), (0, 0), (0, 0)][index] for index in flat(rows)]},
@@ -1347,17 +1171,12 @@ add(
     since="5.20.0",
 )
 NEMOTRON = {
-    "vision_config": {
-        "model_type": "radio",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 32,
-        "patch_size": 4,
-        "max_img_size": 64,
-        "video_temporal_patch_size": 2,
-        "initializer_range": 0.3,
-    },
+    "vision_config": tiny(
+        "hidden_size num_hidden_layers num_attention_heads image_size patch_size initializer_range",
+        model_type="radio",
+        max_img_size=64,
+        video_temporal_patch_size=2,
+    ),
     "text_config": {
         **{name: value for name, value in TEXT.items() if name != "num_hidden_layers"},
         "model_type": "nemotron_h",
@@ -1376,13 +1195,7 @@ NEMOTRON = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
 }
-add(
-    "nemotron_h_omni",
-    NEMOTRON,
-    patches([[8, 8], [4, 8], [8, 8]], 48, grid="image_grid_hw"),
-    tokens=(16, 8, 16),
-    kept=(5, 5, 5),
-)
+add("nemotron_h_omni", NEMOTRON, patches([[8, 8], [4, 8], [8, 8]], 48, grid="image_grid_hw"), tokens=(16, 8, 16))
 add(
     "nemotron_h_omni video",
     NEMOTRON,
@@ -1406,7 +1219,6 @@ add(
     VIDEO_LLAMA,
     patches([[1, 8, 8], [1, 4, 16], [1, 8, 8]], 48, image_merge_sizes=[1, 2, 2]),
     tokens=(64, 16, 16),
-    kept=(5, 5, 5),
 )
 add(
     "video_llama_3 video",
@@ -1448,24 +1260,11 @@ add(
         *[TAG, *[token] * (num_tokens - 16)] * (num_tokens > 16),
     ],
 )
-add(
-    "pp_chart2table",
-    image_token(QWEN2, SAM, index=True),
-    tiles((2, 1, 1), 3, 64, 64),
-    tokens=(32, 16, 16),
-    kept=(10, 5, 5),
-    view="page or tile",
-    ours=BOTH_TILES,
+add_tiles(
+    "pp_chart2table", image_token(QWEN2, SAM, index=True), inputs=tiles((2, 1, 1), 3, 64, 64), view="page or tile"
 )
 RESNET = {"model_type": "timm_wrapper", "architecture": "resnet18", "do_pooling": False, "hidden_size": 512}
-add(
-    "fast_vlm",
-    image_token(QWEN2, RESNET, index=True),
-    images(3, 128, 128),
-    tokens=(16,) * 3,
-    kept=(5,) * 3,
-    needs=("timm",),
-)
+add("fast_vlm", image_token(QWEN2, RESNET, index=True), images(3, 128, 128), tokens=(16,) * 3, needs=("timm",))
 PERCEPTION = image_token(
     LLAMA,
     {
@@ -1557,7 +1356,6 @@ add(
     },
     images(3, 128, 128),
     tokens=(16,) * 3,
-    kept=(5,) * 3,
     token=113,
     prepare=give_gradients,
     needs=("timm",),
@@ -1573,23 +1371,13 @@ def inkling_patches(rows: list[list[int]]) -> dict[str, Any]:
 add(
     "inkling_mm_model",
     {
-        "text_config": {
-            **TEXT,
-            "head_dim": 8,
-            "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
-            "swa_head_dim": 8,
-            "sliding_window_size": 16,
-            "d_rel": 4,
-            "rel_extent": 16,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "moe_intermediate_size": 32,
-            "unpadded_vocab_size": 120,
-            "logits_mup_width_multiplier": 1.0,
-            "local_layer_ids": [0],
-        },
+        "text_config": language(
+            "head_dim swa_num_attention_heads swa_num_key_value_heads swa_head_dim "
+            "sliding_window_size d_rel rel_extent n_routed_experts num_experts_per_tok "
+            "n_shared_experts moe_intermediate_size unpadded_vocab_size",
+            logits_mup_width_multiplier=1.0,
+            local_layer_ids=[0],
+        ),
         "vision_config": {
             "text_hidden_size": 32,
             "hidden_size": 64,
@@ -1605,7 +1393,6 @@ add(
     },
     inkling_patches,
     tokens=(16, 8, 16),
-    kept=(5, 5, 5),
     ours=("num_patches",),
     prepare=double_router,
     static_cache=False,

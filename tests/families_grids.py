@@ -15,8 +15,10 @@ from families import (
     VISION_END,
     VISION_START,
     add,
+    language,
     patches,
     slices,
+    tiny,
     types_of,
 )
 from families import MROPE as ROPE
@@ -24,29 +26,15 @@ from families import MROPE as ROPE
 
 CLIPS = [[2, 8, 8], [1, 4, 8], [3, 4, 8]]
 INTERLEAVED = {**ROPE, "mrope_interleaved": True}
-VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "out_hidden_size": 32,
-    "intermediate_size": 64,
-    "num_heads": 2,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "initializer_range": 0.3,
-}
+VISION = tiny(
+    "depth hidden_size out_hidden_size intermediate_size num_heads patch_size "
+    "spatial_merge_size temporal_patch_size initializer_range"
+)
 QWEN3_VISION = {**VISION, "num_position_embeddings": 64}
 DEEPSTACK = {**QWEN3_VISION, "deepstack_visual_indexes": (0, 1)}
 WINDOWED = {**VISION, "window_size": 16, "fullatt_block_indexes": [1]}
 GLM_VISION = {**VISION, "image_size": 32}
-NAMED_LAYERS = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "patch_size": 4,
-    "initializer_range": 0.3,
-}
+NAMED_LAYERS = tiny("hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size initializer_range")
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 INDICES = {"image_token_index": IMAGE, "video_token_index": VIDEO}
 VIDEO_START, VIDEO_END, SECONDS = 104, 105, 12
@@ -61,14 +49,10 @@ HEADS = {**TEXT, "head_dim": 8}
 UNTIED = {**HEADS, "tie_word_embeddings": False}
 TWO_KINDS = ["sliding_attention", "full_attention"]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_conv_kernel_dim": 4,
-}
+LINEAR = tiny(
+    "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim",
+    layer_types=["linear_attention", "full_attention"],
+)
 LINEAR_MOE = {**HEADS, **LINEAR, **MOE, "shared_expert_intermediate_size": 32, "rope_parameters": INTERLEAVED}
 LINEAR_MOE = {name: value for name, value in LINEAR_MOE.items() if name != "intermediate_size"}
 
@@ -108,12 +92,7 @@ def add_grids(
     def size_of(frames, height, width):
         return frames * (height // 2) * (width // 2 + newlines)
 
-    common: dict[str, Any] = {
-        "prepare": settle,
-        "settings": {"min_budget": None},
-        "view": "temporal slice",
-        **columns,
-    }
+    common: dict[str, Any] = {"prepare": settle, "settings": {"min_budget": None}, "view": "temporal slice", **columns}
     tokens = tuple(size_of(*grid) for grid in GRIDS)
     if columns.get("mrope", False):
         common["along"] = along(IMAGE, 1)
@@ -206,15 +185,10 @@ add_grids(
     video=None,
     mrope=True,
 )
-GLM_MOE = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
+GLM_MOE = tiny(
+    "n_routed_experts num_experts_per_tok moe_intermediate_size n_shared_experts n_group "
+    "topk_group first_k_dense_replace"
+)
 for name, text in (("glm4v", {}), ("glm4v_moe", GLM_MOE), ("glm46v", {}), ("glmga", {}), ("glm_ocr", {})):
     add_grids(
         name,
@@ -296,14 +270,12 @@ add_grids(
     {
         "vision_config": {
             **NAMED_LAYERS,
-            "num_key_value_heads": 4,
-            "out_hidden_size": 32,
-            "text_hidden_size": 32,
-            "spatial_merge_size": 2,
-            "img_max_token_num": 64,
-            "max_image_size": 64,
-            "min_image_size": 16,
-            "max_vit_seq_len": 256,
+            **tiny(
+                "num_key_value_heads out_hidden_size text_hidden_size spatial_merge_size max_image_size",
+                img_max_token_num=64,
+                min_image_size=16,
+                max_vit_seq_len=256,
+            ),
         },
         "text_config": {
             **UNTIED,
@@ -326,19 +298,12 @@ add_grids(
         "vision_config": {**NAMED_LAYERS, "out_hidden_size": 32, "spatial_merge_size": 2, "max_image_size": 64},
         "text_config": {
             **UNTIED,
-            "moe_intermediate_size": 32,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-            "index_topk": 64,
-            "index_head_dim": 8,
-            "index_n_heads": 2,
-            "hc_mult": 2,
-            "rope_parameters": ROPE,
+            **tiny(
+                "moe_intermediate_size n_routed_experts num_experts_per_tok q_lora_rank kv_lora_rank "
+                "qk_nope_head_dim qk_rope_head_dim v_head_dim index_topk index_head_dim index_n_heads "
+                "hc_mult",
+                rope_parameters=ROPE,
+            ),
         },
         **IDS,
     },
@@ -449,42 +414,27 @@ add_grids(
     {
         "vision_config": {
             **NAMED_LAYERS,
-            "moe_intermediate_size": 32,
-            "spatial_merge_size": 2,
-            "mlp_layer_types": ["dense", "sparse"],
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "router_scaling_factor": 1.0,
-            "adapter_in_dim": 32,
-            "adapter_out_dim": 32,
+            **tiny(
+                "moe_intermediate_size spatial_merge_size num_local_experts num_experts_per_tok adapter_out_dim",
+                mlp_layer_types=["dense", "sparse"],
+                router_scaling_factor=1.0,
+                adapter_in_dim=32,
+            ),
         },
-        "audio_config": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "downsample_hidden_size": 8,
-            "adapter_input_size": 32,
-            "adapter_out_dim": 32,
-        },
-        "text_config": {
-            **TEXT,
-            "num_key_value_heads": 4,
-            "moe_intermediate_size": 32,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-            "head_dim": 16,
-            "index_topk": 64,
-            "index_head_dim": 8,
-            "index_n_heads": 2,
-            "shared_experts_intermediate_size": 32,
-            "mlp_layer_types": ["dense", "sparse"],
-        },
+        "audio_config": tiny(
+            "hidden_size intermediate_size num_attention_heads adapter_out_dim",
+            num_hidden_layers=1,
+            downsample_hidden_size=8,
+            adapter_input_size=32,
+        ),
+        "text_config": language(
+            "num_key_value_heads moe_intermediate_size n_routed_experts num_experts_per_tok "
+            "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim index_topk "
+            "index_head_dim index_n_heads",
+            head_dim=16,
+            shared_experts_intermediate_size=32,
+            mlp_layer_types=["dense", "sparse"],
+        ),
         "audio_token_id": 109,
         **IDS,
     },
@@ -495,26 +445,16 @@ add_grids(
     "glm5_next",
     {
         "vision_config": {**GLM_VISION, "projection_intermediate_size": 64},
-        "text_config": {
-            **TEXT,
-            "num_key_value_heads": 4,
-            "moe_intermediate_size": 32,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "mlp_layer_types": ["dense", "sparse"],
-            "layer_types": ["linear_attention", "indexed_attention"],
-            "linear_head_dim": 8,
-            "linear_num_heads": 4,
-            "index_topk": 64,
-            "index_head_dim": 8,
-            "index_n_heads": 2,
-            "index_kpool": 4,
-            "hc_mult": 2,
-        },
+        "text_config": language(
+            "num_key_value_heads moe_intermediate_size n_routed_experts num_experts_per_tok "
+            "q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim index_topk index_head_dim "
+            "index_n_heads hc_mult",
+            mlp_layer_types=["dense", "sparse"],
+            layer_types=["linear_attention", "indexed_attention"],
+            linear_head_dim=8,
+            linear_num_heads=4,
+            index_kpool=4,
+        ),
         **GLM_IDS,
     },
     96,

@@ -121,7 +121,7 @@ def test_the_page_on_families_declares_one(tmp_path):
             run(*arguments, folder=tmp_path)
         return
     told = run(*arguments, folder=tmp_path)
-    assert re.search(r"\b1[0-9] passed, \d+ deselected", told), told
+    assert re.search(r"\b[12][0-9] passed, \d+ deselected", told), told
 
 
 PAGES = sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
