@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: collections of garbage, which Trainer and compilers ask for, need not look at it."""
+    """What is imported by now stays, and collections of garbage, for which Trainer and compilers ask, skip it."""
     gc.collect()
     gc.freeze()
 
