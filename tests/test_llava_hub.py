@@ -295,7 +295,7 @@ class TestSavedFolder:
         report = json.loads(done.stdout.splitlines()[-1])
         assert report["kept"] == BUDGET and report["saved again"] == method
         message = (
-            f"prunesid_config.method must be one of ('{method}',), the methods that are carried here, got '{other}'"
+            f"prunesid_config.method must be one of ('{method}',), got '{other}'"
         )
         assert all(message in refused for refused in report["refused"]), report
         assert sorted(path.name for path in folder.glob("*.py")) == report["code of the copy"]
