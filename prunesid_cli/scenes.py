@@ -17,7 +17,7 @@ The splits share no photograph: near-duplicate photographs are kept together, an
 disjoint strips. Seeds of the splits are independent streams.
 
 What it needs beside the package: its `demo` extra; `parts.py` fetches the interiors.
-Licences: photographs under the Pexels licence, from scikit-image (public domain, CC0 and its listed sources) and from
+Licenses: photographs under the Pexels license, from scikit-image (public domain, CC0 and its listed sources) and from
 scikit-learn (CC BY); `scenes_emoji.ttf` is a subset of Noto Color Emoji (SIL OFL 1.1); DejaVu comes with matplotlib.
 
     python -m prunesid_cli.scenes --out scenes.png --split train      # a contact sheet with one question of each type

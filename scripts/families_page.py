@@ -30,7 +30,7 @@ def tables() -> str:
         since = "this package" if family in _OWN else _RELEASES.get(family, "5.18.0")
         presets = len([preset for preset in preset_names() if family in read_preset(preset).model_types])
         lines.append(f"| {title} | `{name}` | {where} | {since} | {presets or ''} |")
-    lines += ["", "## What does not fit", "", "| `model_type` | why |", "|---|---|"]
+    lines += ["", "## Unsupported models", "", "| `model_type` | why |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in UNSUPPORTED.items()]
     return "\n".join(lines) + "\n"
 

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -94,6 +94,7 @@ TEXTS = ("word", "number")
 LABELS = NOUNS + tuple(COLOURS) + WORDS + DIGITS + MATERIALS + PLACES + TEXTS
 PROMPT = "USER: <image>\n{} ASSISTANT:"
 CHAT_TEMPLATE = """\
+{{- bos_token -}}
 {%- for message in messages -%}
 {{ message['role'] | upper }}: {% if message['content'] is string %}{{ message['content'] }}{% else -%}
 {%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>\n' }}{%- endfor -%}
@@ -226,14 +227,13 @@ class Cache:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: all words of the questions and answers, lower case."""
+    """One token a word: all words of the questions and answers, lower case. The chat template writes BOS."""
     text = " ".join([PROMPT, "yes no photograph floor wall", *QUADRANTS, *LABELS, *sum(TEMPLATES.values(), ())])
     words = sorted(set(re.findall(r"\w+|[^\w\s]", re.sub(r"<image>|{}", " ", text.lower()))))
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, *words))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"}, padding_side="left", model_max_length=2048,
@@ -372,7 +372,7 @@ def pack(tokenizer, rows: list[list[Question]], pictures: int) -> dict[str, torc
     Returns `ids`, `position_ids`, `labels` (rows, T) and the boolean `mask` (rows, 1, T, T), True to attend.
     """
     before, after = PROMPT.split("<image>")
-    head = tokenizer(before).input_ids
+    head = [tokenizer.bos_token_id, *tokenizer(before).input_ids]
     prefix = len(head) + pictures
     packed = []
     for questions in rows:

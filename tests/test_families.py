@@ -211,7 +211,7 @@ def test_published_towers_have_the_tokens_that_are_known_of_them(family):
 @torch.no_grad()
 def test_the_demo_has_the_stock_class_beside_any_family(family):
     ours, reference, row = contract.build(family)
-    twin = demo.stock_twin(ours)
+    twin = demo.reference_model(ours)
     assert type(twin) is type(reference) and type(ours) is row.head
     inputs = contract.for_stock(row, contract.prompt(row))
     assert torch.equal(twin(**inputs).logits, reference(**inputs).logits)

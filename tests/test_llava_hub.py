@@ -238,7 +238,7 @@ class TestSavedFolder:
         report = run_clean(CARRIED, home, folder, other)
         assert report["kept"] == BUDGET and report["saved again"] == method
         message = (
-            f"prunesid_config.method must be one of ('{method}',), the methods that are carried here, got '{other}'"
+            f"prunesid_config.method must be one of ('{method}',), got '{other}'"
         )
         assert all(message in refused for refused in report["refused"]), report
         assert sorted(path.name for path in folder.glob("*.py")) == report["code of the copy"]
