@@ -175,7 +175,7 @@ class CoPrunedModelMixin:
     @torch.compiler.disable  # the hooks between the layers come and go, and lengths follow the images
     def _run_pruned(self, forward: Callable, **inputs):
         groups, cache = inputs.get("visual_groups"), cache_of(inputs)
-        counts = None if groups is None else inputs["visual_counts"].tolist()
+        counts: Any = None if groups is None else inputs["visual_counts"].tolist()
         inputs = _without_groups(inputs)
         columns = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         groups = None if groups is None else _align(groups, counts, cache, columns.shape[1])

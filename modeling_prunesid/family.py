@@ -186,7 +186,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         merged = self.patches_per_token()
         if merged is None:
             return None
-        return [sum(own) // merged for own in PrunedModelMixin.views(self, modality, inputs, None)]
+        patches: Any = PrunedModelMixin.views(self, modality, inputs, None)
+        return [sum(own) // merged for own in patches]
 
     def patches_per_token(self) -> int | None:
         """How many patches of the pixels become a token, where it is the same number for all."""

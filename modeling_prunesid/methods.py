@@ -42,8 +42,8 @@ def check_name(name: str, field: str = "prunesid_config.method") -> None:
     """Raise a `ValueError` for a method that is not carried here."""
     if name not in MODULES:
         raise ValueError(
-            f"{field} must be one of {tuple(MODULES)}, got {name!r}. Add your own with `register_method`. A repository "
-            "on the Hub has the code of its own method only: convert it with the package to change the method."
+            f"{field} must be one of {tuple(MODULES)}, got {name!r}. Add your own with `register_method`. A Hub "
+            "repository has the code of its own method only: convert it with the package to change the method."
         )
 
 

@@ -237,9 +237,7 @@ class TestSavedFolder:
         other = "spread" if method == "paper" else "paper"
         report = run_clean(CARRIED, home, folder, other)
         assert report["kept"] == BUDGET and report["saved again"] == method
-        message = (
-            f"prunesid_config.method must be one of ('{method}',), got '{other}'"
-        )
+        message = f"prunesid_config.method must be one of ('{method}',), got '{other}'"
         assert all(message in refused for refused in report["refused"]), report
         assert sorted(path.name for path in folder.glob("*.py")) == report["code of the copy"]
         assert "thin=True needs the package prunesid-transformers" in report["thin"]
