@@ -5,7 +5,9 @@ The oracle is the stock class (`oracle_family.py`). A token more or less changes
 beside what is equal.
 """
 
+import copy
 import inspect
+import json
 import random
 
 import pytest
@@ -326,6 +328,21 @@ def test_saved_models_load_through_auto_classes(name, tmp_path):
     # Some parts are loaded in float32.
     assert close(loaded.eval()(**inputs).logits, ours(**inputs).logits, 1e-5)
     assert type(base_of(AutoModel.from_pretrained(tmp_path, dtype=torch.float64))) is type(base_of(ours))
+
+
+@every_row()
+def test_weights_are_saved_as_those_of_the_stock_class_which_loads_them(name, tmp_path):
+    ours, reference, row = build(name)
+    for model, folder in ((ours, "ours"), (reference, "stock")):
+        model.save_pretrained(tmp_path / folder)
+    first, second = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("ours", "stock"))
+    assert first == second
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["architectures"] == [type(ours).__name__]
+    if row.checks_loading:
+        options = {"config": copy.deepcopy(reference.config), "dtype": torch.float64, "output_loading_info": True}
+        _, info = type(reference).from_pretrained(tmp_path / "ours", **options)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
 @every_row()

@@ -3,8 +3,6 @@ LLaVA-NeXT. The oracle is the stock class: its packed features of whole images s
 and its `generate`, on short prompts and the kept ones of these features, says what must be answered.
 """
 
-import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -13,12 +11,10 @@ import pytest
 import torch
 from clean_process import run_clean
 from PIL import Image
-from safetensors.torch import load_file
 from tiny import EOS, IMAGE, PAD, batch, prompt
 from tiny_llava_next import (
     BUDGET,
     CROP,
-    GREEDY,
     GRIDS,
     PATCH,
     ROWS,
@@ -32,14 +28,12 @@ from tiny_llava_next import (
     new_tokens,
     packed,
     rows,
-    stock_config,
     stock_twin,
 )
 from tiny_processor import check_what_is_set_is_obeyed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     PreTrainedTokenizerFast,
 )
@@ -48,15 +42,12 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from modeling_prunesid import (
     PruneSIDConfig,
-    PruneSIDLlavaNextForConditionalGeneration,
-    PruneSIDLlavaNextModel,
     PruneSIDLlavaNextProcessor,
 )
 from modeling_prunesid.anyres import NEWLINE, views_of_crops
 from modeling_prunesid.budgets import share_total
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
-from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
 PATCHES = SIDE * SIDE
@@ -336,21 +327,6 @@ class TestGenerate:
             if side == "left":
                 assert torch.equal(answers[row], new_tokens(ours, alone)[0])
 
-    def test_a_chat_goes_on_with_its_cache(self, ours):
-        first = {**batch(rows(full_count, ROWS[:1])), **images(SIZES[:2])}
-        output = ours.generate(**first, **GREEDY, return_dict_in_generate=True)
-        text = torch.cat([output.sequences, torch.tensor([[12, 13]])], dim=1)
-        another = torch.cat([text, torch.tensor([prompt([full_count(SIZES[2])], [14])])], dim=1)
-        later = images(SIZES[:3])
-        for ids, pixels, variants in (
-            (text, {name: value[:2] for name, value in later.items()}, ({}, {n: v[:2] for n, v in later.items()})),
-            (another, later, ({name: value[2:] for name, value in later.items()}, later)),
-        ):
-            expected = new_tokens(ours, {"input_ids": ids, **pixels})
-            for given in variants:
-                cache = copy.deepcopy(cache_of(output))
-                assert torch.equal(new_tokens(ours, {"input_ids": ids, **given}, **{CACHE_NAME: cache}), expected)
-
 
 class TestForward:
     def test_loss_and_keep_mask(self, ours, stock):
@@ -381,14 +357,6 @@ class TestForward:
     def test_a_tuple_is_returned_on_request(self, ours):
         assert isinstance(ours(**full_batch(), return_dict=False), tuple)
         assert isinstance(ours.model.get_image_features(**images(), return_dict=False), tuple)
-
-    def test_gradients_reach_projector_language_model_and_tower(self, ours):
-        inputs = full_batch("right")
-        ours(**inputs, labels=inputs["input_ids"]).loss.backward()
-        model = ours.model
-        embeddings = next(module for name, module in model.vision_tower.named_modules() if name.endswith("embeddings"))
-        for module in (model.multi_modal_projector, model.language_model.layers[0], embeddings):
-            assert all(float(weight.grad.abs().sum()) > 0 for weight in module.parameters())
 
     @pytest.mark.slow
     def test_a_compiled_forward_agrees(self, ours):
@@ -574,31 +542,6 @@ print(json.dumps({
 
 
 class TestLoading:
-    def test_a_stock_checkpoint_loads_whole_and_ours_loads_into_the_stock_class(self, ours, stock, tmp_path):
-        stock.save_pretrained(tmp_path / "stock")
-        for ours_class, reference in (
-            (PruneSIDLlavaNextForConditionalGeneration, stock),
-            (PruneSIDLlavaNextModel, stock.model),
-        ):
-            loaded, info = ours_class.from_pretrained(
-                tmp_path / "stock", prunesid_config={"budget": BUDGET}, output_loading_info=True
-            )
-            assert not info["missing_keys"]
-            assert not [key for key in info["unexpected_keys"] if "lm_head" not in key]
-            for name, weight in reference.state_dict().items():
-                assert torch.equal(loaded.state_dict()[name], weight), name
-        ours.save_pretrained(tmp_path / "ours")
-        one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "ours"))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
-        config = json.loads((tmp_path / "ours" / "config.json").read_text())
-        assert config["architectures"] == ["PruneSIDLlavaNextForConditionalGeneration"]
-        _, info = LlavaNextForConditionalGeneration.from_pretrained(
-            tmp_path / "ours", config=stock_config(ours.config), output_loading_info=True
-        )
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-
     @pytest.mark.contract
     def test_a_saved_repo_works_in_a_process_without_this_package(self, ours, tmp_path):
         repo, (picture,) = tmp_path / "repo", pictures(SIZES[:1])

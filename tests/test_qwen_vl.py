@@ -21,7 +21,6 @@ from tiny_qwen import (
     pixels,
     positions_seen,
     prompt,
-    stock_class,
     stock_twin,
     tokens_of,
 )
@@ -704,31 +703,6 @@ def assert_nothing_is_missing(info):
     assert not info["missing_keys"], info
     assert not info["unexpected_keys"], info
     assert not info["mismatched_keys"], info
-
-
-def test_stock_checkpoints_load_whole_and_ours_load_into_stock_classes(ours, stock, family, tmp_path):
-    stock.save_pretrained(tmp_path / "stock")
-    settings = {"budget": 0.25, "min_budget": 4}
-    loaded, info = our_class(family).from_pretrained(
-        tmp_path / "stock", prunesid_config=settings, output_loading_info=True
-    )
-    assert_nothing_is_missing(info)
-    inputs = inputs_of(family, "image and video")
-    answer = ours.generate(**inputs, **GREEDY)
-    assert torch.equal(loaded.generate(**inputs, **GREEDY), answer)
-    base, info = our_class(family, "Model").from_pretrained(tmp_path / "stock", output_loading_info=True)
-    assert not info["missing_keys"], info
-    assert all(torch.equal(base.state_dict()[name], value) for name, value in ours.model.state_dict().items())
-
-    loaded.save_pretrained(tmp_path / "ours")
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("stock", "ours")]
-    assert weights[0] == weights[1]
-    config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert config["architectures"] == [our_class(family).__name__]
-    assert config["model_type"] == our_class(family, "Config").model_type
-    again, info = stock_class(family).from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert_nothing_is_missing(info)
-    assert torch.equal(again.generate(**inputs, **GREEDY), stock.generate(**inputs, **GREEDY))
 
 
 @pytest.mark.parametrize("family", ["Qwen2VL", "Qwen2_5_VL"])

@@ -3,7 +3,6 @@ Video-LLaVA. The oracle is the stock class: its features of whole images and cli
 placeholder, and its `generate`, on short prompts and the kept ones of these features, says what must be answered.
 """
 
-import copy
 import json
 import os
 import shutil
@@ -13,13 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import IMAGE, NUM_PATCHES, PAD, batch
 from tiny_video_llava import (
     BUDGET,
     FED,
     FRAMES,
-    GREEDY,
     ROWS,
     VIDEO,
     build,
@@ -28,21 +25,17 @@ from tiny_video_llava import (
     images,
     new_tokens,
     rows,
-    stock_config,
     stock_twin,
 )
-from transformers import VideoLlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import (
     PruneSIDConfig,
-    PruneSIDVideoLlavaForConditionalGeneration,
-    PruneSIDVideoLlavaModel,
 )
 from modeling_prunesid.budgets import frame_information, share_total
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
-from modeling_prunesid.upstream import CACHE_NAME, VIDEO_LLAVA_PIXELS, cache_of
+from modeling_prunesid.upstream import VIDEO_LLAVA_PIXELS
 
 
 def information_of_clip(frames):
@@ -251,31 +244,6 @@ class TestGenerate:
         expected = new_tokens(stock, {**short, "mm_encoder_outputs": encoded}, **self.MODES[mode])
         assert torch.equal(answer, expected)
 
-    def test_a_batch_answers_like_single_rows(self, ours):
-        answers, taken = new_tokens(ours, full_batch()), [0, 0]
-        kept_of_clips = ours.model.get_video_features(pixel_values_videos=clips()).keep_indices
-        for row, (counts, _) in enumerate(ROWS):
-            alone = batch(rows(NUM_PATCHES, FRAMES * FED, ROWS[row : row + 1]))
-            for index, (name, pixels) in enumerate(
-                {VIDEO_LLAVA_PIXELS: images(), "pixel_values_videos": clips()}.items()
-            ):
-                if counts[index]:
-                    alone[name] = pixels[taken[index] : taken[index] + counts[index]]
-                    taken[index] += counts[index]
-            if counts[1]:
-                own = ours.model.get_video_features(pixel_values_videos=alone["pixel_values_videos"]).keep_indices[0]
-                assert torch.equal(own, kept_of_clips[taken[1] - 1])
-            assert torch.equal(new_tokens(ours, alone)[0], answers[row])
-
-    def test_a_chat_about_a_clip_goes_on_with_its_cache(self, ours):
-        first = {**batch(rows(0, FRAMES * FED, ROWS[1:2])), "pixel_values_videos": clips(1)}
-        output = ours.generate(**first, **GREEDY, return_dict_in_generate=True)
-        ids = torch.cat([output.sequences, torch.tensor([[12, 13]])], dim=1)
-        expected = new_tokens(ours, {"input_ids": ids, "pixel_values_videos": clips(1)})
-        for given in ({}, {"pixel_values_videos": clips(1)}):
-            cache = copy.deepcopy(cache_of(output))
-            assert torch.equal(new_tokens(ours, {"input_ids": ids, **given}, **{CACHE_NAME: cache}), expected)
-
 
 class TestForward:
     def test_loss_and_keep_mask(self, ours):
@@ -298,16 +266,6 @@ class TestForward:
             hidden = ours.model(**full_batch()).last_hidden_state
             assert torch.equal(ours.lm_head(hidden), ours(**full_batch()).logits)
         assert hidden.shape[:2] == full_batch()["input_ids"].shape
-
-    def test_gradients_reach_projector_language_model_and_both_towers(self, ours):
-        inputs = full_batch("right")
-        ours(**inputs, labels=inputs["input_ids"]).loss.backward()
-        towers = [ours.model.image_tower, ours.model.video_tower]
-        embeddings = [
-            next(module for name, module in tower.named_modules() if name.endswith("embeddings")) for tower in towers
-        ]
-        for module in (ours.model.multi_modal_projector, ours.model.language_model.layers[0], *embeddings):
-            assert all(float(weight.grad.abs().sum()) > 0 for weight in module.parameters())
 
 
 class TestErrors:
@@ -348,33 +306,6 @@ class TestErrors:
         for features, kept, expected in zip(output.pooler_output, output.keep_indices, whole):
             assert torch.bincount(kept // NUM_PATCHES).tolist() == [BUDGET] * FRAMES
             torch.testing.assert_close(features, expected[kept])
-
-
-class TestLoading:
-    def test_a_stock_checkpoint_loads_whole_and_ours_loads_into_the_stock_class(self, ours, stock, tmp_path):
-        stock.save_pretrained(tmp_path / "stock")
-        for ours_class, reference in (
-            (PruneSIDVideoLlavaForConditionalGeneration, stock),
-            (PruneSIDVideoLlavaModel, stock.model),
-        ):
-            loaded, info = ours_class.from_pretrained(
-                tmp_path / "stock", prunesid_config={"budget": BUDGET}, output_loading_info=True
-            )
-            assert not info["missing_keys"]
-            assert not [key for key in info["unexpected_keys"] if "lm_head" not in key]
-            for name, weight in reference.state_dict().items():
-                assert torch.equal(loaded.state_dict()[name], weight), name
-        ours.save_pretrained(tmp_path / "ours")
-        one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "ours"))
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[name], other[name]) for name in one)
-        config = json.loads((tmp_path / "ours" / "config.json").read_text())
-        assert config["architectures"] == ["PruneSIDVideoLlavaForConditionalGeneration"]
-        _, info = VideoLlavaForConditionalGeneration.from_pretrained(
-            tmp_path / "ours", config=stock_config(ours.config), output_loading_info=True
-        )
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
 
 
 PREPARE = """
