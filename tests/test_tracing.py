@@ -2,13 +2,19 @@
 
 import pytest
 import torch
-from tiny import BUDGET, NUM_PATCHES, batch, pixels, prompt
+from tiny import BUDGET, NUM_PATCHES, batch, build, pixels, prompt
 from tiny_checkpoint import build_processor, picture
 
 from modeling_prunesid import PruneSIDLlavaProcessor
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def ours():
+    """Every layer is traced by itself, so that there are no more of them than are told apart."""
+    return build(vision={"num_hidden_layers": 2}, text={"num_hidden_layers": 1})
 
 
 @pytest.fixture(autouse=True)
