@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 
 from .context import ASKED
 from .methods import QUESTION
@@ -43,6 +44,8 @@ class CompressedModelMixin:
     first_position = 0
     # Further arguments of `forward` that run along the prompt, with what fills added padding.
     along_prompt: dict[str, float | int] = {}
+    # Fields of upstream's output that its tuples lack.
+    not_in_tuples: tuple[str, ...] = ()
     # How many dimensions upstream's mask of placeholders has, where it needs features for it.
     placeholder_mask_dims = 3
 
@@ -561,7 +564,9 @@ def run_shortened(
             state if state is None else gather_columns(state, columns) for state in output["hidden_states"]
         )
     if not (model.config.return_dict if return_dict is None else return_dict):
-        return tuple(output[field.name] for field in fields(output) if output.get(field.name) is not None)
+        names = [field.name for field in fields(output) if output.get(field.name) is not None]
+        values = [output[name] for name in names if name not in getattr(model, "not_in_tuples", ())]
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in values)
     output["keep_mask"] = prompt.keep_mask
     return output
 

@@ -31,6 +31,7 @@ class PruneSIDLlama4ForConditionalGeneration(
 
     config_class = PruneSIDLlama4Config
     patch_grids = square_grids
+    not_in_tuples = ("image_outputs",)
 
     def patches_per_token(self):
         return round(self.config.vision_config.pixel_shuffle_ratio**-2)
