@@ -51,7 +51,8 @@ def _components_of_one(features: torch.Tensor, finite: torch.Tensor, num_compone
         rescaled -= product(finite.float(), rescaled) / finite.sum().clamp(min=1)
     else:
         rescaled -= rescaled.mean(1, keepdim=True)
-    rescaled *= finite[:, None]
+    if not finite.all():
+        rescaled *= finite[:, None]
     # Equal tokens are to stay equal, but products round them differently at their edge, and with a single vector.
     if tokens % WHOLE_REGISTERS:
         rescaled = torch.nn.functional.pad(rescaled, (0, 0, 0, -tokens % WHOLE_REGISTERS))

@@ -58,12 +58,9 @@ class Context:
     def of_views(self, first: int, last: int, tokens: int) -> "Context":
         """The same of views `first` to `last`, and of their leading `tokens` alone."""
 
-        def part(value):
-            return None if value is None else value[first:last]
-
-        tensors: dict[str, Any] = {name: part(getattr(self, name)) for name in TENSORS}
-        tensors = {name: None if value is None else value[:, :tokens] for name, value in tensors.items()}
-        return replace(self, counts=part(self.counts), lengths=part(self.lengths), **tensors)
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("counts", "lengths", *TENSORS)}
+        own = {name: value[first:last] for name, value in own.items() if value is not None}
+        return replace(self, **{name: value[:, :tokens] if name in TENSORS else value for name, value in own.items()})
 
 
 # Where `explain` listens: a list that takes each selection, its views and context, which of all views these are, and
@@ -154,7 +151,12 @@ def _joined(parts: list[Selection], tokens: int, details: bool) -> Selection:
             return None
         if columns is not None:
             rest = (0,) * (2 * tensors[0].dim() - 4)
-            tensors = [torch.nn.functional.pad(t, (*rest, 0, columns - t.shape[1]), value=value) for t in tensors]
+            tensors = [
+                t
+                if t.shape[1] == columns
+                else torch.nn.functional.pad(t, (*rest, 0, columns - t.shape[1]), value=value)
+                for t in tensors
+            ]
         return torch.cat(tensors)
 
     most = max(part.indices.shape[1] for part in parts)

@@ -94,17 +94,19 @@ def finite_features(
     """
     features = hidden_states.float().contiguous()
     lengths = torch.linalg.vector_norm(features, dim=1)
-    shortest, longest = lengths.aminmax()
-    powers = None
-    if not (SAFE_LENGTHS[0] <= shortest and longest <= SAFE_LENGTHS[1]):
+    shortest, longest = map(float, lengths.aminmax())
+    if SAFE_LENGTHS[0] <= shortest and longest <= SAFE_LENGTHS[1]:
+        finite, scales, powers = torch.ones_like(lengths, dtype=torch.bool), 1 / lengths, None
+    else:
         peaks = features.abs().amax(1)
         powers = power_of_two(torch.where(peaks.isfinite() & (peaks >= TINY), peaks, 1.0))
         scaled = torch.where(peaks >= TINY, 1 / powers, 0.0)[:, None] * features
         lengths = torch.where(peaks.isfinite(), torch.linalg.vector_norm(scaled, dim=1), math.nan)
-    finite = lengths.isfinite()
+        finite = lengths.isfinite()
+        scales = torch.where(finite & (lengths > 0), 1 / lengths, 0.0)
     if attention is not None:
         finite = finite & attention.isfinite()
-    scales = torch.where(finite & (lengths > 0), 1 / lengths, 0.0)
+        scales = torch.where(finite, scales, 0.0)
     if powers is not None:
         scales = scales / powers
     if not finite.all():
