@@ -73,7 +73,7 @@ def load_checkpoint(name: str):
         )
     device_map = "auto" if torch.cuda.is_available() else None
     model = model_class.from_pretrained(name, dtype="auto", device_map=device_map)
-    processor = load_processor(name)
+    processor = load_processor(name, model)
     if hasattr(processor, "num_visual_tokens"):
         processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
     return model.eval(), processor

@@ -155,7 +155,7 @@ def load(name: str, preset: str | None, budget: int | float | None, device_map: 
     model = model_class.from_pretrained(
         name, dtype="auto", device_map=device_map, **({field: settings} if settings else {})
     )
-    processor = load_processor(name)
+    processor = load_processor(name, model)
     if hasattr(processor, "num_visual_tokens"):
         processor.num_visual_tokens = None  # full prompts, which any budget accepts
     return model.eval(), processor
@@ -170,9 +170,15 @@ PLAIN_TEMPLATE = (
 )
 
 
-def load_processor(name: str, **arguments):
-    """The processor of a checkpoint, with a chat template in any case."""
-    processor = AutoProcessor.from_pretrained(name, **arguments)
+def load_processor(name: str, model: Any, **arguments):
+    """The processor of a checkpoint, ours where the model has one, with a chat template in any case."""
+    processor_class = getattr(model, "_processor_class", None)
+    if hasattr(processor_class, "arguments_for"):
+        own = processor_class.arguments_for(model.config.prunesid_config)
+        arguments |= {field: own[field] for field in ("question",) if field in own}
+        processor = processor_class.from_pretrained(name, **arguments)
+    else:
+        processor = AutoProcessor.from_pretrained(name, **arguments)
     if getattr(processor, "chat_template", None) is None and hasattr(processor, "image_token"):
         processor.chat_template = PLAIN_TEMPLATE.replace("TOKEN", processor.image_token)
     return processor
