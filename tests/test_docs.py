@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import ROWS
+from pages import PAGES, ROOT, code_of
 from tiny_checkpoint import picture, save_checkpoint
 
 from modeling_prunesid.context import Context
@@ -18,7 +19,6 @@ from prunesid_cli import command
 from prunesid_cli.baselines.divprune import most_diverse
 
 
-ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"# (\S+\.py)\n")
 
 
@@ -124,13 +124,8 @@ def test_the_page_on_families_declares_one(tmp_path):
     assert re.search(r"\b[12][0-9] passed, \d+ deselected", told), told
 
 
-PAGES = sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 RUN_TOGETHER = [page for page in PAGES if page not in ("docs/new_method.md", "docs/new_family.md")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-
-
-def code_of(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.contract

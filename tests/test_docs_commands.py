@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_docs import PAGES, ROOT, code_of
+from pages import PAGES, ROOT, code_of
 from tiny_checkpoint import picture, save_checkpoint
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
