@@ -1,4 +1,4 @@
-"""See in a browser which tokens survive: a page to ask about pictures with fewer visual tokens.
+"""See in a browser which tokens are kept: a page to ask questions about images with fewer visual tokens.
 
 It shows the kept patches of a picture by group, why the others were dropped, and the answers of the full and the
 compressed model side by side. The page is served to this machine alone, unless --host says otherwise.
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="checkpoint of a declared family, or a variant (default: the embedded model)")
+    parser.add_argument("--model", help="checkpoint of a supported family, or a variant (default: the embedded model)")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: %(default)s)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
 

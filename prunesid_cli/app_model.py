@@ -93,7 +93,7 @@ class AppModel:
         self.model = PruneSIDForImageTextToText.from_pretrained(
             name, dtype="auto", device_map=device_map, trust_remote_code=False
         ).eval()
-        self.processor = load_processor(name, trust_remote_code=False)
+        self.processor = load_processor(name, self.model, trust_remote_code=False)
         if hasattr(self.processor, "num_visual_tokens"):
             self.processor.num_visual_tokens = None  # full prompts, which any budget accepts
         settings = self.model.config.prunesid_config

@@ -6,7 +6,7 @@ mean N' over them is the N that you ask for. The distributions of phi and N' are
 drawn (figure 5). Use some hundreds of images that are like those of your task, and --min-budget as a floor.
 
 It also says which lambda fits the tower (section 3.3): how many tokens survive tau = lambda * rho with the paper's
-lambda, and whether `nms_lambda="auto"` is called for.
+lambda, and whether `nms_lambda="auto"` fits better.
 
 The images are a folder, a dataset that the datasets library saved to a folder, or the name of a dataset on the Hub.
 The settings are written as JSON for `prunesid convert --preset`.
@@ -318,12 +318,12 @@ def calibrate(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="stock checkpoint or variant: a folder, or a name on the Hub")
     parser.add_argument("images", help="folder of images, or dataset")
-    parser.add_argument("--budget", type=parse_budget, help="the mean to reach; default: that of the preset")
+    parser.add_argument("--budget", type=parse_budget, help="the mean number of tokens (default: that of the preset)")
     parser.add_argument("--min-budget", type=int, help="the fewest tokens that a view may keep")
     parser.add_argument("--preset", help="further settings: a name of `prunesid presets`, or a JSON file")
     parser.add_argument("--limit", type=int, default=1000, help="images at most (default: %(default)s)")
     parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
-    parser.add_argument("--column", help="of a dataset: where its images are; default: the only one")
+    parser.add_argument("--column", help="column of images of a dataset (default: the only one)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the histogram is written beside it")
 
 

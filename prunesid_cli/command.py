@@ -23,14 +23,14 @@ from safetensors import SafetensorError
 # name: (what it does, the extra whose packages it needs)
 COMMANDS = {
     "demo": ("answers, kept patches, speed and memory at several budgets", "demo"),
-    "generate": ("answer questions about images, one or a file of them", None),
+    "generate": ("answer a question about an image, or a file of questions", None),
     "convert": ("write a variant of a checkpoint, verify it and publish it", None),
-    "calibrate": ("measure the reference of dynamic budgets on your images", "demo"),
+    "calibrate": ("calibrate dynamic budgets on your own images", "demo"),
     "tune": ("train the projector under a budget on your own questions", "train"),
     "evaluate": ("accuracy of every method at every budget on synthetic scenes", "demo"),
-    "benchmark": ("what selection costs and what it saves", "demo"),
+    "benchmark": ("measure the cost of selection and the speed-up", "demo"),
     "presets": ("list the presets, or show one", None),
-    "app": ("see in a browser which tokens survive", "app"),
+    "app": ("see in a browser which tokens are kept", "app"),
     "push-space": ("publish the page of `prunesid app` as a Space", None),
     "doctor": ("versions, what works on this machine, and what to fix", None),
 }

@@ -1,17 +1,17 @@
 """Make a PruneSID variant of a stock checkpoint, verify it, and publish it.
 
 The output is a Hub folder that loads through every Auto class and `pipeline` with `trust_remote_code=True`: the
-configuration, the code, the processor, a model card and the weights. A thin variant has no weights; it names the
-checkpoint that they are taken from, at its commit, so that it is under 300 kB whatever the size of the model. What was
-written is loaded in a process of its own, and has to give the answer of the model in memory before it gets its name or
-is pushed; if anything fails, nothing is left behind. What a killed run left, the next one beside it removes.
+configuration, the code, the processor, a model card and the weights. A thin variant has no weights: it names the
+checkpoint and commit to load them from, and takes about 300 kB whatever the size of the model. The result is loaded in
+a separate process, and must give the same answer as the model in memory before it is kept or pushed. If anything
+fails, nothing is left behind; what a killed run left is removed by the next one.
 
 A preset is a name that `prunesid presets` lists, or a file that `prunesid calibrate` wrote; `--budget` overrides its
-budget. A preset of ViTCoP makes a variant of ViTCoP. A variant keeps its own settings where neither is given:
-so a thin one becomes one with weights, as engines need it.
+budget. A preset of ViTCoP makes a variant of ViTCoP. Without `--budget` and `--preset`, a variant keeps its settings:
+this makes a variant with weights of a thin one, as engines need it.
 
-A published Mini-Gemini checkpoint (MGM) is brought into Transformers' layout, with the towers that it names. Without
-`--budget` and `--preset` that is the output, a checkpoint to make variants of, thin ones included.
+A published Mini-Gemini checkpoint (MGM) is converted to Transformers' layout, with the towers that it names. Without
+`--budget` and `--preset`, the output is a checkpoint from which variants, also thin ones, can be made.
 
 Examples:
     prunesid convert llava-hf/llava-1.5-7b-hf --budget 64 --thin --output out/llava-64
@@ -246,9 +246,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the model")
     parser.add_argument("--budget", type=parse_budget, help="tokens kept of each view, or their share as in 0.25")
     parser.add_argument("--preset", help="a name of `prunesid presets`, or the path of a JSON file")
-    parser.add_argument("--dynamic", action="store_true", help="a budget by information; needs the reference")
-    parser.add_argument("--reference-information", type=float, help="mean information score; `prunesid calibrate`")
-    parser.add_argument("--thin", action="store_true", help="take the weights from the model when loading")
+    parser.add_argument("--dynamic", action="store_true", help="a dynamic budget; needs the reference")
+    parser.add_argument(
+        "--reference-information", type=float, help="mean information score; `prunesid calibrate`"
+    )
+    parser.add_argument("--thin", action="store_true", help="save no weights: load them from MODEL")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="publish the variant as this repo")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repo")

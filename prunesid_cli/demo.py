@@ -2,8 +2,8 @@
 
 By default the embedded model, a small LLaVA that was trained on synthetic scenes, answers questions about three test
 scenes; the true answer stands beside each. Its language model is so small that the vision tower dominates the time to
-first token. The same table therefore times SmolLM2-135M behind the same tower; its projector is untrained, so it is
-timed and not asked (one package of 93 MB is fetched for it).
+first token. The table therefore has the times of SmolLM2-135M behind the same tower too. Its projector is untrained,
+so that only its time is measured (one package of 93 MB is downloaded for it).
 
 Time to first token is the median of generate(max_new_tokens=1) on one picture, with the vision tower, cases
 interleaved. Peak memory is what tensors took beside the weights. rho is the redundancy of the visual tokens, and tau
@@ -73,7 +73,7 @@ def load_checkpoint(name: str):
         )
     device_map = "auto" if torch.cuda.is_available() else None
     model = model_class.from_pretrained(name, dtype="auto", device_map=device_map)
-    processor = load_processor(name)
+    processor = load_processor(name, model)
     if hasattr(processor, "num_visual_tokens"):
         processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
     return model.eval(), processor

@@ -1,19 +1,19 @@
 """Accuracy of every method at every token budget, on synthetic scenes, or on questions of your own.
 
 Answers are greedy, and correct if they equal the scene's answer word for word (case and a full stop are ignored).
-Accuracy is the mean over the question types. Beside it stand
+Accuracy is the mean over the question types. It is reported with
 
 - relative accuracy: accuracy / accuracy with all tokens;
 - relative accuracy above the question-only baseline, which is fitted on training scenes without their pictures;
 - 95% confidence intervals of a paired bootstrap over scenes.
 
-Answers are appended to OUT/answers.jsonl under a hash of weights, code, scenes and settings, so a run that was stopped
-continues where it was. Dynamic budgets have the fixed ones' mean on the evaluated pictures.
+Answers are appended to OUT/answers.jsonl under a hash of weights, code, scenes and settings, so that an interrupted
+run continues. Dynamic budgets have the mean of the fixed ones on the evaluated images.
 
-With --data, rows of your own are asked in their place: a CSV, TSV or JSONL file with `image` (a path beside the file,
-or a URL), `question` and `answer` (`yes|yeah` where several are right), or a folder that holds one. Any supported
-model answers them: the stock class, ours switched off, and the methods at the budgets, by default a third, two ninths
-and a ninth of the tokens. It says which budget costs nothing that these rows can measure.
+With --data, your own questions are used: a CSV, TSV or JSONL file with `image` (a path relative to the file, or a
+URL), `question` and `answer` (`yes|yeah` for alternatives), or a folder that has one. Any supported model can answer
+them. The stock class, our class with pruning off, and the methods at each budget are compared; default budgets are a
+third, two ninths and a ninth of the tokens. The report says which budget has no measurable loss on these rows.
 
 Examples:
     prunesid evaluate --out out/mine --data rows.csv --model Qwen/Qwen2.5-VL-3B-Instruct
@@ -386,7 +386,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", choices=SPLITS, help="default: test; val with --ablations")
     parser.add_argument("--scenes", type=int, help="default: 400")
-    parser.add_argument("--questions", type=int, help="at most so many of a scene (default: 6)")
+    parser.add_argument("--questions", type=int, help="questions per scene, at most (default: 6)")
     parser.add_argument("--all", action="store_true", help="every method")
     parser.add_argument(
         "--quick", action="store_true", help="200 fixed questions, two budgets, three methods; times are left out"
@@ -394,7 +394,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ablations", action="store_true", help="PruneSID with one setting changed at a time")
     rows = parser.add_argument_group("rows of your own")
     rows.add_argument("--data", type=Path, help="a CSV, TSV or JSONL file of image, question, answer, or its folder")
-    rows.add_argument("--contains", action="store_true", help="an answer is right if it has the true one in it")
+    rows.add_argument("--contains", action="store_true", help="an answer is correct if it contains the expected one")
     rows.add_argument("--batch-size", type=int, default=1, help="rows answered at once (default: %(default)s)")
     rows.add_argument("--max-new-tokens", type=int, default=16, help="of an answer (default: %(default)s)")
 

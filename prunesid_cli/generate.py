@@ -4,9 +4,9 @@ The model is a stock checkpoint of a supported family, or a variant. With --comp
 
 A row is a JSON object with an `image` (path or URL) or `images`, and a `prompt`; or with `messages`, a conversation as
 chat templates take it. It may have an `id`. Answers are lines `{"row": 0, "id": ..., "answer": ...}` in the order of
-the rows; a row that cannot be read or answered has an `error` in place of the answer. The same command goes on where a
-killed one stopped. `torchrun` and `accelerate launch` share the rows over processes, and over machines with a common
-folder: each process answers every n-th row.
+the rows; a row that cannot be read or answered has an `error` in place of the answer. After an interruption, the same
+command continues. `torchrun` and `accelerate launch` split the rows between processes, also on several machines with a
+shared folder: each process answers every n-th row.
 
 Examples:
     prunesid generate llava-hf/llava-1.5-7b-hf --image cats.jpg --prompt "What are the cats doing?" --budget 64
@@ -40,19 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image", help="path or URL")
     parser.add_argument(
-        "--prompt", default="What is shown in this image?", help="the question, also of rows without one (%(default)s)"
+        "--prompt",
+        default="What is shown in this image?",
+        help="also for rows without one (default: %(default)s)",
     )
-    parser.add_argument("--budget", type=parse_budget, help="visual tokens kept of each view, or their share")
+    parser.add_argument(
+        "--budget", type=parse_budget, help="tokens to keep of each view, or their share as in 0.1"
+    )
     parser.add_argument("--preset", help="a name of `prunesid presets`, or a JSON file")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--compare", action="store_true", help="also answer without pruning")
     rows = parser.add_argument_group("rows of a JSONL file")
     rows.add_argument("--output", type=Path, help="file for the answers; those of unfinished jobs are in OUTPUT.parts")
-    rows.add_argument("--model", help="what answers the rows (default: the embedded model)")
+    rows.add_argument("--model", help="model for the rows (default: the embedded model)")
     rows.add_argument("--batch-size", type=int, default=1, help="rows answered at once (default: %(default)s)")
-    rows.add_argument(
-        "--merge", action="store_true", help="answer nothing: write the answers that there are to OUTPUT"
-    )
+    rows.add_argument("--merge", action="store_true", help="only write the existing answers to OUTPUT")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def load(name: str, preset: str | None, budget: int | float | None, device_map: 
     model = model_class.from_pretrained(
         name, dtype="auto", device_map=device_map, **({field: settings} if settings else {})
     )
-    processor = load_processor(name)
+    processor = load_processor(name, model)
     if hasattr(processor, "num_visual_tokens"):
         processor.num_visual_tokens = None  # full prompts, which any budget accepts
     return model.eval(), processor
@@ -168,9 +170,15 @@ PLAIN_TEMPLATE = (
 )
 
 
-def load_processor(name: str, **arguments):
-    """The processor of a checkpoint, with a chat template in any case."""
-    processor = AutoProcessor.from_pretrained(name, **arguments)
+def load_processor(name: str, model: Any, **arguments):
+    """The processor of a checkpoint, ours where the model has one, with a chat template in any case."""
+    processor_class = getattr(model, "_processor_class", None)
+    if hasattr(processor_class, "arguments_for"):
+        own = processor_class.arguments_for(model.config.prunesid_config)
+        arguments |= {field: own[field] for field in ("question",) if field in own}
+        processor = processor_class.from_pretrained(name, **arguments)
+    else:
+        processor = AutoProcessor.from_pretrained(name, **arguments)
     if getattr(processor, "chat_template", None) is None and hasattr(processor, "image_token"):
         processor.chat_template = PLAIN_TEMPLATE.replace("TOKEN", processor.image_token)
     return processor

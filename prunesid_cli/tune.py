@@ -1,9 +1,9 @@
-"""Train what stands between the tower and the language model, under the model's budget, on your own questions.
+"""Train the projector under a token budget on your own questions, optionally with LoRA on the language model.
 
-Rows are a CSV, TSV or JSONL file with `image` (a path beside the file, or a URL), `question` and `answer`. The loss is
-that of the answers. What was trained so far is kept in `OUTPUT.training/`, and the same command goes on from there. Of
-the rows that are held out, by picture, the share that is answered rightly is measured before and after. The result is
-a variant with its weights, ready to publish.
+Rows are a CSV, TSV or JSONL file with `image` (a path relative to the file, or a URL), `question` and `answer`. The
+loss is that of the answers. Checkpoints are kept in `OUTPUT.training/`, and the same command continues from there.
+Accuracy on held-out rows, split by image, is measured before and after. The result is a variant with its weights,
+ready to publish.
 
 Examples:
     prunesid tune rows.jsonl --model llava-hf/llava-1.5-7b-hf --budget 64 --output out/llava-64-tuned
@@ -426,20 +426,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", type=Path, help="a .csv, .tsv or .jsonl file with image, question and answer")
     parser.add_argument("--output", type=Path, required=True, help="folder for the variant")
     parser.add_argument("--model", help="checkpoint or variant: a folder or a Hub name; default: the embedded model")
-    parser.add_argument("--preset", help="settings of a preset, see `prunesid presets`")
+    parser.add_argument("--preset", help="a name of `prunesid presets`, or a JSON file")
     parser.add_argument("--budget", type=parse_budget, help="tokens kept of each view, or their share as in 0.25")
     parser.add_argument("--method", help="paper, release or spread (default: the model's)")
-    parser.add_argument("--train", metavar="REGEX", help="parameters to train; default: all between tower and LLM")
+    parser.add_argument("--train", metavar="REGEX", help="parameters to train (default: the projector)")
     parser.add_argument(
-        "--lora", type=int, metavar="RANK", help="also adapters on the language model, merged in the end"
+        "--lora", type=int, metavar="RANK", help="also LoRA adapters on the language model, merged at the end"
     )
     parser.add_argument(
-        "--held-out", type=share_or_file, default=0.1, help="a share of the pictures, or a file (default: %(default)s)"
+        "--held-out", type=share_or_file, default=0.1, help="a share of the images, or a file (default: %(default)s)"
     )
     parser.add_argument("--epochs", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--max-steps", type=int, default=-1, help="at most so many steps, whatever the epochs")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many steps (default: no limit)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows at once (default: %(default)s)")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches of a step (default: %(default)s)")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="default: %(default)s")
     parser.add_argument("--warmup-steps", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--save-steps", type=int, default=50, help="steps between checkpoints (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""The documentation's pages and their code."""
+"""The pages of the documentation, and the code in them."""
 
 import re
 from pathlib import Path
@@ -8,5 +8,5 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 
 
-def code_of(page, language):
+def code_of(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)

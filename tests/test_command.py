@@ -9,6 +9,7 @@ import sys
 import pytest
 from tiny_checkpoint import picture, save_checkpoint
 
+from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
 from prunesid_cli import command, embedded_folder
 from prunesid_cli.command import COMMANDS, main
 from prunesid_cli.generate import load_processor
@@ -130,10 +131,22 @@ def test_generate_asks_a_processor_without_a_chat_template(base, tmp_path, capsy
     picture().save(tmp_path / "picture.png")
     main(["generate", str(folder), "--budget", "8", "--image", str(tmp_path / "picture.png"), "--max-new-tokens", "2"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["answers"][0]["visual_tokens"] == 8
-    read = load_processor(str(folder)).apply_chat_template(
+    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(folder)
+    read = load_processor(str(folder), model).apply_chat_template(
         [{"role": "user", "content": [{"type": "text", "text": "word7"}, {"type": "image"}]}]
     )
     assert read == "<image>word7"
+
+
+def test_generate_takes_our_processor_for_a_stock_checkpoint(base, tmp_path, capsys):
+    """It writes what our class alone reads, as the mask of the question."""
+    picture().save(tmp_path / "picture.png")
+    (tmp_path / "by_question.json").write_text(
+        json.dumps({"budget": 8, "method": "spread", "method_settings": {"question": True}})
+    )
+    asked = ["--image", str(tmp_path / "picture.png"), "--prompt", "word7 word8", "--max-new-tokens", "2"]
+    main(["generate", str(base), "--preset", str(tmp_path / "by_question.json"), *asked])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["answers"][0]["visual_tokens"] == 8
 
 
 def test_generate_refuses_a_preset_of_another_model(base, tmp_path, capsys):
