@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from transformers.vision_utils import get_vision_window_index
 from .tower import find_layers, resolve_layer
 
 
-_NAME = "prunesid_read"
+# Each copy of this file, of the package and of every repository, has a function of its own.
+_NAME = f"prunesid_read_{abs(hash(__name__))}"
 _LOGITS_AT_ONCE = 2**24
 _TOWERS = ("visual", "vision_tower", "vision_model", "vision_encoder")
 
@@ -221,3 +223,13 @@ def from_windows(tower: nn.Module, tokens: torch.Tensor, grids: torch.LongTensor
         return tokens
     index, _ = get_vision_window_index(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size)
     return tokens[index.argsort().to(tokens.device)]
+
+
+# What the model's code reads attention by; a repository whose method reads none goes without this file.
+PARTS = SimpleNamespace(
+    attending_layer=attending_layer,
+    watch=watch_attention,
+    encode=encode_with_attention,
+    tower_of=tower_of,
+    pool=pool_blocks,
+)

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from .attention import attending_layer, watch_attention
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
-from .methods import OF_CLS, needs_of, options_of
+from .methods import ATTENTION, OF_CLS, needs_of, options_of
 from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
 from .upstream import install_capturing
 
@@ -222,7 +221,7 @@ class TowerEncoding:
         )
         attention: Any = contextlib.nullcontext([])
         if "attention" in self.needs:
-            attention = watch_attention(attending_layer(self.tower, self.settings.layer))
+            attention = ATTENTION.watch(ATTENTION.attending_layer(self.tower, self.settings.layer))
         with (
             watched as self.states,
             attention as self.received,

@@ -17,14 +17,13 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .attention import encode_with_attention, pool_blocks, tower_of
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
 from .compression import CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, rows_of_features, table_of
 from .generation import CompressedGenerationMixin
 from .hub import AutoModelMixin, HubModelMixin
-from .methods import needs_of, reads_question
+from .methods import ATTENTION, needs_of, reads_question
 from .tower import count_prefix
 from .upstream import like_upstream
 
@@ -211,7 +210,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             is_nested = modality == "video" and _encodes_as_images(own_class)
             arguments, patches = {**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {})}, None
             if "attention" in needs_of(self.config.prunesid_config):
-                output, patches = encode_with_attention(self, modality, encode, arguments)
+                output, patches = ATTENTION.encode(self, modality, encode, arguments)
             else:
                 output = encode(**arguments)
             output = self.complete(modality, output, given)
@@ -230,7 +229,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
 
     def patches_of(self, attention: torch.Tensor) -> torch.Tensor:
         """That of `attention` `(batch, tokens)` which patches receive: by default without what comes before them."""
-        return attention[:, count_prefix(tower_of(self)) :]
+        return attention[:, count_prefix(ATTENTION.tower_of(self)) :]
 
     def patch_grids(self, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor | None:
         """
@@ -257,7 +256,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
                 f"score='attention' is not declared for {type(self).__name__}: its {num_tokens} tokens are not merged "
                 f"from patches of their own, of which the tower has {len(patches)}. Use score='component'."
             )
-        return pool_blocks(patches, grids, num_tokens)
+        return ATTENTION.pool(patches, grids, num_tokens)
 
     def keep_tokens(
         self,

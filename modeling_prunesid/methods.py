@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from .attention import PARTS as ATTENTION_PARTS
 from .method_paper import select as paper
 from .method_release import select as release
 from .method_spread import select as spread
@@ -21,6 +22,9 @@ METHODS: dict[str, Callable] = {
     "release": release,
     "spread": spread,
 }
+# What reads the attention in a tower; None in a repository whose method does not.
+ATTENTION: Any = ATTENTION_PARTS
+_CARRIES_ATTENTION = ATTENTION is not None
 # What reads the question of a prompt; None in a repository whose method does not.
 QUESTION: Any = PARTS
 _CARRIES_QUESTION = QUESTION is not None
@@ -76,6 +80,11 @@ def check_method(name: str, method_settings: dict | None, field: str = "prunesid
                 f"{field}[{setting!r}]={value!r} needs code that this model was saved without, because it read no "
                 "question. Convert it with the package, which carries it."
             )
+    if not _CARRIES_ATTENTION and "attention" in module_of(name).needs(method_settings or {}):
+        raise ValueError(
+            f"{field}={method_settings!r} needs code that this model was saved without, because it read no attention. "
+            "Convert it with the package, which carries it."
+        )
 
 
 def method_of_saved(fields: dict) -> tuple[str, dict]:

@@ -30,7 +30,7 @@ from transformers.utils import (
 
 from .card import write_card
 from .hub import find_commit, read_fields
-from .methods import DEFAULT_METHOD, reads_question
+from .methods import DEFAULT_METHOD, needs_of
 from .registering import carried_source, method_source
 
 
@@ -159,7 +159,8 @@ def carry_own_method(model: Any, folder: str | os.PathLike) -> None:
     settings = model.config.prunesid_config
     name = getattr(settings, "method", DEFAULT_METHOD)  # ViTCoP has none
     copied = files_imported_by(own, Path(folder))
-    path.write_text(carried_source(name, hasattr(settings, "method") and reads_question(settings)), encoding="utf-8")
+    needs = needs_of(settings) if hasattr(settings, "method") else ()
+    path.write_text(carried_source(name, "relevance" in needs, "attention" in needs), encoding="utf-8")
     method = Path(folder, f"method_{name}.py")
     if not (sources / method.name).exists():
         method.write_text(method_source(name), encoding="utf-8")

@@ -28,7 +28,7 @@ def register_method(name: str, module: Any) -> None:
     METHODS[name], MODULES[name] = module.select, module.__name__
 
 
-def carried_source(name: str, reads_question: bool = False) -> str:
+def carried_source(name: str, reads_question: bool = False, reads_attention: bool = False) -> str:
     """The source of `methods.py` for a repository that carries one method."""
     check_name(name)
     source = inspect.getsource(sys.modules[check_name.__module__])
@@ -39,6 +39,9 @@ def carried_source(name: str, reads_question: bool = False) -> str:
     if not reads_question:
         source = re.sub(r"from \.question import .*\n", "", source, count=1)
         source = re.sub(r"^QUESTION: Any = .*$", "QUESTION: Any = None", source, count=1, flags=re.MULTILINE)
+    if not reads_attention:
+        source = re.sub(r"from \.attention import .*\n", "", source, count=1)
+        source = re.sub(r"^ATTENTION: Any = .*$", "ATTENTION: Any = None", source, count=1, flags=re.MULTILINE)
     return source
 
 

@@ -13,6 +13,7 @@ from oracle_family import settings_of
 from tiny import build as build_llava
 from tiny import pixels
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_prunesid import attention
 from modeling_prunesid.attention import encode_with_attention, received_attention, tower_of, watch_attention
@@ -348,3 +349,19 @@ def test_threads_read_their_own_images():
             run(place)
     assert all(torch.equal(*pair) for place in range(3) for pair in zip(together[place], results[place]))
     assert not attention._watched
+
+
+@pytest.mark.parametrize("score", ["component", "attention"])
+def test_a_repo_carries_what_reads_attention_only_where_its_method_does(score, tmp_path):
+    model = build_llava(method="spread", method_settings={"score": score})
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "attention.py").exists() is (score == "attention")
+    name = "modeling_prunesid_llava.PruneSIDLlavaForConditionalGeneration"
+    loaded = get_class_from_dynamic_module(name, str(tmp_path)).from_pretrained(tmp_path)
+    found, expected = (each.get_image_features(pixels(2)).keep_indices for each in (loaded, model))
+    assert all(map(torch.equal, found, expected))
+    settings = loaded.config.prunesid_config
+    if score == "component":
+        with pytest.raises(ValueError, match="needs code that this model was saved without, because it read no att"):
+            settings.method_settings = {"score": "attention"}
+            settings.check()

@@ -198,6 +198,7 @@ class TestSavedFolder:
             "co_pruning",
             "qwen_vl",
             "anyres",
+            "attention",
         }
         for path in Path(variant).glob("*.py"):
             for line in path.read_text().splitlines():
