@@ -247,9 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=parse_budget, help="tokens kept of each view, or their share as in 0.25")
     parser.add_argument("--preset", help="a name of `prunesid presets`, or the path of a JSON file")
     parser.add_argument("--dynamic", action="store_true", help="a dynamic budget; needs the reference")
-    parser.add_argument(
-        "--reference-information", type=float, help="mean information score; `prunesid calibrate`"
-    )
+    parser.add_argument("--reference-information", type=float, help="mean information score; `prunesid calibrate`")
     parser.add_argument("--thin", action="store_true", help="save no weights: load them from MODEL")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="publish the variant as this repo")

@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="What is shown in this image?",
         help="also for rows without one (default: %(default)s)",
     )
-    parser.add_argument(
-        "--budget", type=parse_budget, help="tokens to keep of each view, or their share as in 0.1"
-    )
+    parser.add_argument("--budget", type=parse_budget, help="tokens to keep of each view, or their share as in 0.1")
     parser.add_argument("--preset", help="a name of `prunesid presets`, or a JSON file")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--compare", action="store_true", help="also answer without pruning")
