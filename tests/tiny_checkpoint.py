@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 from tiny import BOS, EOS, IMAGE, IMAGE_SIZE, PAD, PATCH_SIZE, build, stock_twin
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.utils import is_torchvision_available
 
 
 CHAT_TEMPLATE = (
@@ -32,8 +33,9 @@ def build_processor() -> LlavaProcessor:
         additional_special_tokens=["<image>"],
     )
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_class = CLIPImageProcessor if is_torchvision_available() else CLIPImageProcessorPil  # as upstream loads it
     return LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
+        image_class(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
         tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
