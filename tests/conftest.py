@@ -9,15 +9,21 @@ from tiny import build, stock_twin
 
 torch.set_num_threads(1)
 TORCHVISION = "torchvision==0.28.0"
-TIERS = ("contract", "slow", "engines", "app")
+OTHER_TIERS = {"slow", "engines", "app"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What is in no other tier is quick. With xdist, a file runs in one process, and so do the tests of a family."""
+    """
+    What is in no other tier is quick, and what is slow is not of the contract besides. With xdist, a file runs in one
+    process, and so do the tests of a family.
+    """
     for item in items:
-        if not any(item.get_closest_marker(tier) for tier in TIERS):
+        tiers = {marker.name for marker in item.iter_markers()} & {"contract", *OTHER_TIERS}
+        if not tiers:
             item.add_marker("quick")
+        if tiers & OTHER_TIERS:
+            item.own_markers = [marker for marker in item.own_markers if marker.name != "contract"]
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 

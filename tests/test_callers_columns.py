@@ -464,27 +464,33 @@ def run_all(run, family, seeds):
         pytest.fail(f"{len(failures)} of {len(seeds)} prompts fail for {family.name}:\n{shown}", pytrace=False)
 
 
+QUICK = ("LLaVA", "LLaVA-NeXT", "Qwen3VL")
+every_family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.contract) for name in FAMILIES]
+)
+
+
 def share(part):
     """Seeds of one family for `part` of all prompts."""
     return range(max(int(NUM_PROMPTS * part / len(FAMILIES)), 1))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_forward_has_the_callers_columns(name):
     run_all(run_forward, FAMILIES[name], share(0.6))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_several_forwards_on_one_cache(name):
     run_all(run_cached, FAMILIES[name], share(0.25))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_generate_answers_as_without_a_cache(name):
     run_all(run_generate, FAMILIES[name], share(0.15))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_whatever_indexes_columns_can_be_kept(name):
     """Forms of `logits_to_keep` that the stock class takes because a tensor can be indexed so."""
     family = FAMILIES[name]
@@ -569,7 +575,7 @@ def one_turn(family, *words):
 
 @pytest.mark.parametrize("passes", ["all", "new"])
 @pytest.mark.parametrize("second", [(12, 30, 31), (12, 30, 31, 32, 33, 34, 35), (11, 30, 31, 32)])
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_a_cache_of_another_conversation_is_an_error(name, second, passes):
     family = FAMILIES[name]
     ours, _ = models(family)
@@ -599,7 +605,7 @@ class Interrupts:
 
 
 @pytest.mark.parametrize("puts", [1, 2, 3])
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_a_cache_that_an_interrupted_call_left_is_an_error_or_right(name, puts):
     family = FAMILIES[name]
     ours, stock = models(family)
@@ -618,7 +624,7 @@ def test_a_cache_that_an_interrupted_call_left_is_an_error_or_right(name, puts):
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_a_full_prompt_cut_to_as_many_placeholders_as_are_kept_is_an_error(name, call):
     family = FAMILIES[name]
     ours, _ = models(family)
