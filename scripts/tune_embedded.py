@@ -28,7 +28,7 @@ from prunesid_cli.scenes import SPLITS
 from prunesid_cli.tune_scenes import write_rows
 
 
-METHODS = {"paper": "prunesid-auto", "spread": "prunesid-spread", "random": "random"}
+METHODS = {"paper": "prunesid-auto", "spread": "prunesid-spread", "random_choice": "random"}
 TRAINED = r"^(model\.multi_modal_projector|model\.language_model|lm_head)"
 
 
