@@ -77,7 +77,8 @@ class CompressedModelMixin:
 
     def put_features(self, output: Any, keep: Callable[[Any], list[torch.Tensor]]) -> None:
         """Replaces in an encoder's output the rows that go into the prompt; `keep` takes those kept out of a list."""
-        output.pooler_output = keep(output.pooler_output)
+        given = output.pooler_output
+        output.pooler_output = tuple(keep(given)) if isinstance(given, tuple) else keep(given)
         if output.get("deepstack_features") is not None:
             output.deepstack_features = [keep(layer) for layer in output.deepstack_features]
 
