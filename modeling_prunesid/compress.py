@@ -55,8 +55,8 @@ def _class_for(head: Any) -> type:
     ours = family_class(model_type) if model_type in FAMILIES else None
     if ours is None or type(head) is not stock_class(ours):
         raise ValueError(
-            "model must be a stock model with a language-modelling head, of a family in "
-            f"modeling_prunesid.FAMILIES, got {type(head).__name__} (model_type={model_type!r})."
+            "model must be a stock model with a language-modelling head, of a declared family "
+            f"(modeling_prunesid.FAMILIES), got {type(head).__name__} (model_type={model_type!r})."
         )
     return ours
 

@@ -37,8 +37,9 @@ def product(
     minus_from: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`left @ right` on a CPU, in fp32 whatever the process allows; or `minus_from` less it."""
-    if torch.get_float32_matmul_precision() == "highest" or 0 in left.shape:
+    """`left @ right` on a CPU, fp32 in fp32 whatever the process allows; or `minus_from` less it."""
+    is_exact = left.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    if is_exact or 0 in left.shape:
         if minus_from is not None:
             return torch.addmm(minus_from, left, right, alpha=-1)
         return left @ right if out is None else torch.mm(left, right, out=out)

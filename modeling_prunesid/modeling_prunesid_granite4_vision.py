@@ -12,7 +12,7 @@ from transformers import (
 
 from .anyres import PackedModelMixin, views_of_crops
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, register_family
+from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -26,6 +26,8 @@ class PruneSIDGranite4VisionModel(PackedModelMixin, Granite4VisionModel):
     """[`Granite4VisionModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDGranite4VisionConfig
+
+    pool_attention = PrunedModelMixin.pool_attention  # tokens are merged by attention, not from patches
 
     def features_of(self, output):
         return list(output.deepstack_features[0][1])

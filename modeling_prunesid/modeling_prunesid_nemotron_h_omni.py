@@ -34,7 +34,10 @@ class PruneSIDNemotronHOmniForConditionalGeneration(PrunedWholeMixin, NemotronH_
         return attention[:, self.vision_model.config.num_summary_tokens :]
 
     def patch_grids(self, modality, inputs, num_patches):
-        return torch.nn.functional.pad(inputs["image_grid_hw"], (1, 0), value=1) if modality == "image" else None
+        if modality == "image":
+            return torch.nn.functional.pad(inputs["image_grid_hw"], (1, 0), value=1)
+        videos, slices, _, *size = inputs["pixel_values_videos"].shape
+        return torch.tensor([[slices, *(side // self.vision_model.config.patch_size for side in size)]] * videos)
 
     def find_placeholders(self, modality, input_ids, inputs_embeds):
         """The placeholder of images, for videos too: a prompt has the ones or the others."""

@@ -27,6 +27,7 @@ REQUIREMENTS = (
     "onnx>=1.15",
     "packaging>=20",
     "pillow>=10.0",
+    "rich>=13.8",
     "safetensors>=0.5",
     "torch>=2.6",
     "transformers>=5.18",

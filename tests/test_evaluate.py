@@ -252,7 +252,7 @@ def test_the_page_has_a_column_of_hard_questions_and_says_what_it_is(run, tmp_pa
     assert "hard" not in (tmp_path / "accuracy.md").read_text()
     run(tmp_path, *options, "--methods", "random", "downsample-image", "cdpruner")
     page, result = (tmp_path / "accuracy.md").read_text(), json.loads((tmp_path / "accuracy.json").read_text())
-    assert " | hard | " in page and f"These are {result['hard_questions']['8']} at 8 tokens." in page
+    assert " | hard | " in page and f"of the same budget: {result['hard_questions']['8']} at 8 tokens." in page
 
 
 def test_what_full_never_gets_right_has_no_share(modules, naive):
@@ -406,7 +406,7 @@ def test_dynamic_answers_belong_to_their_calibration(run, tmp_path, evaluate, mo
     run(tmp_path, *options)
     result = json.loads((tmp_path / "accuracy.json").read_text())
     reference = result["reference_information"]
-    assert f"{reference:.4f}; `tokens` is what they kept." in (tmp_path / "accuracy.md").read_text()
+    assert f"information score of these scenes, {reference:.4f}." in (tmp_path / "accuracy.md").read_text()
     [row] = [row for row in result["rows"] if row["method"] == "prunesid-dyn"]
     assert abs(row["tokens"] - 8) < 0.5  # each picture's count is rounded
     before = len(records(tmp_path))
