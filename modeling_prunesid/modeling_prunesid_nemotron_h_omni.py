@@ -51,7 +51,13 @@ class PruneSIDNemotronHOmniForConditionalGeneration(PrunedWholeMixin, NemotronH_
                 f"video_pruning_rate={self.video_pruning_rate} is upstream's own pruning of videos, which this class "
                 "replaces. Pass video_pruning_rate=0 to from_pretrained."
             )
-        slices = inputs["pixel_values_videos"].shape[1]
+        shape = tuple(inputs["pixel_values_videos"].shape)
+        if len(shape) != 5:
+            raise ValueError(
+                "pixel_values_videos must be (videos, slices, channels, height, width), as Transformers 5.24 and later "
+                f"make them, got {shape}. Upgrade Transformers, or set budget=None for videos."
+            )
+        slices = shape[1]
         return [[size // slices] * slices for size in sizes]
 
 

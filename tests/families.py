@@ -29,6 +29,12 @@ PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END, TAG = 0, 1, 2, 100, 101, 
 SHIPPED = "5.18.0"
 
 
+def is_at_least(release: str) -> bool:
+    """Whether the installed Transformers is of that minor release or a later one."""
+    installed, wanted = (tuple(map(int, version.split(".")[:2])) for version in (transformers.__version__, release))
+    return installed >= wanted
+
+
 def one_run(num_tokens: int, index: int, token: int) -> list[int]:
     """An input as most processors write it: a placeholder for each token."""
     return [token] * num_tokens
@@ -123,8 +129,7 @@ class Row:
     @property
     def is_installed(self) -> bool:
         """Whether the installed Transformers has the family, and the packages that it needs are there."""
-        version = tuple(map(int, transformers.__version__.split(".")[:2]))
-        has_family = version >= tuple(map(int, self.since.split(".")[:2])) and release_with(self.family) is None
+        has_family = is_at_least(self.since) and release_with(self.family) is None
         has_packages = all(importlib.util.find_spec(package) is not None for package in self.needs)
         return has_family and has_packages
 
@@ -885,6 +890,7 @@ add_tiles(
     features=lambda output: output.last_hidden_state.flatten(0, -2),
     put_features=put_before_projector,
     prepare=mend_llama4,
+    static_cache=is_at_least("5.23.0"),  # before, the stock class raises
 )
 add("deepseek_vl", image_token(), images(3, 32, 32))
 
@@ -1205,6 +1211,7 @@ add(
     kept=(10,) * 3,
     view="slice",
     token=IMAGE,
+    since="5.24.0",  # before, upstream's videos have another layout
     write=runs(16, [TAG]),
     beams=False,  # the stock class scores them 0.3 off its own logits; states in float32 hide what ours does
 )

@@ -15,6 +15,7 @@ from families import (
     VISION_END,
     VISION_START,
     add,
+    is_at_least,
     language,
     patches,
     slices,
@@ -264,6 +265,7 @@ add_grids(
         }
     ),
     mrope=True,
+    cached_chat=is_at_least("5.23.0"),  # before, the stock class raises
 )
 add_grids(
     "hunyuan_vl",
@@ -371,6 +373,7 @@ add_grids(
         **INDICES,
     },
     96,
+    since="5.23.0",  # before, upstream's masks hide tokens of padded rows and of second turns
 )
 add_grids(
     "exaone4_5",
