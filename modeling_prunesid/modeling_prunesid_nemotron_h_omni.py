@@ -54,8 +54,8 @@ class PruneSIDNemotronHOmniForConditionalGeneration(PrunedWholeMixin, NemotronH_
         shape = tuple(inputs["pixel_values_videos"].shape)
         if len(shape) != 5:
             raise ValueError(
-                "pixel_values_videos must be (videos, slices, channels, height, width), as Transformers 5.24 and later "
-                f"make them, got {shape}. Upgrade Transformers, or set budget=None for videos."
+                "pixel_values_videos must be (videos, slices, channels, height, width), as made by Transformers 5.24 "
+                f"and later, got {shape}. Upgrade Transformers, or set budget=None for videos."
             )
         slices = shape[1]
         return [[size // slices] * slices for size in sizes]
