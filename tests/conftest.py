@@ -1,4 +1,6 @@
 import gc
+import os
+import shutil
 import subprocess
 import sys
 
@@ -50,9 +52,12 @@ def stock(ours):
 def torchvision_folder(request):
     """Video processors need torchvision, which the rest of the project does not: installed once, apart from it."""
     cache = request.config.cache.mkdir(TORCHVISION)
-    folder = cache / "site"
+    folder, own = cache / "site", cache / f"new-{os.getpid()}"
     if not folder.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(cache / "new")]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(own)]
         subprocess.run([*command, TORCHVISION], check=True)
-        (cache / "new").rename(folder)
+        try:
+            own.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(own)
     return folder
