@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from modeling_prunesid import components
 from modeling_prunesid.context import Context, counts_on
-from modeling_prunesid.exact import gram
+from modeling_prunesid.exact import gram, product
 from modeling_prunesid.methods import METHODS, check_method, method_of, method_of_saved
 from modeling_prunesid.registering import carried_source
 from modeling_prunesid.selection import NMS_ROUNDS, information_budgets, redundancy, survivors
@@ -182,6 +182,8 @@ def test_products_do_not_depend_on_the_order_of_summation_or_on_precision():
     torch.set_float32_matmul_precision("medium")
     try:
         assert torch.equal(found, gram(features))
+        wide = features[0].double()  # where all is computed in float64, as the contract does
+        assert torch.equal(product(wide, wide.T), wide @ wide.T)
     finally:
         torch.set_float32_matmul_precision(before)
 

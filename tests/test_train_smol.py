@@ -20,6 +20,14 @@ from prunesid_cli import scenes
 WIDTH = 384
 
 
+@pytest.fixture(autouse=True)
+def precision():
+    """A training allows faster products in its process, which the tests behind it are not to have."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="module")
 def smol():
     with pytest.MonkeyPatch.context() as patch:
