@@ -31,7 +31,7 @@ NOT_RUN = {
     r"train_smol|--gpu|out/smol": "a GPU: tests/test_train_smol.py and tests/test_benchmark.py",
     r"prunesid evaluate (?!--out out/mine)|results_pages|ceiling": "an hour: tests/test_evaluate.py",
     r"^python -m prunesid_cli.embedded": "fetches the tower: tests/test_embedded.py",
-    r"^(for|done)|--method \$method": "a loop over what is run",
+    r"tune_embedded": "an hour and a half: tests/test_tune.py",
 }
 SMALLER = {
     r" --push-to-hub ORG/NAME( --private)?": "",
