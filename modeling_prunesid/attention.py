@@ -210,13 +210,6 @@ def grids_of_image_sizes(model: Any, modality: str, inputs: dict[str, Any], num_
     return torch.nn.functional.pad(sizes, (1, 0), value=1)
 
 
-def grids_of_slices(model: Any, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor:
-    """The `patch_grids` of MiniCPM-V, whose tower merges patches in its middle too."""
-    sizes = torch.as_tensor(inputs["target_sizes" if modality == "image" else "target_sizes_videos"])
-    side = math.isqrt(int(sizes.prod(-1).sum()) // num_patches)
-    return torch.nn.functional.pad(sizes // side, (1, 0), value=1)
-
-
 def from_windows(tower: nn.Module, tokens: torch.Tensor, grids: torch.LongTensor) -> torch.Tensor:
     """Merged tokens `(tokens,)` of a tower that lays them out by windows, in the order of the grids."""
     if not hasattr(tower, "fullatt_block_indexes"):

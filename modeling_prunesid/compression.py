@@ -26,7 +26,18 @@ from .upstream import CACHE_NAME, cache_of
 # The pixels that each modality is encoded from, by the names that Transformers uses.
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 # What the sizes of images and clips are passed as.
-_SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes", "num_tiles", "num_video_tiles")
+_SIZES = (
+    "image_grid_thw",
+    "video_grid_thw",
+    "image_sizes",
+    "spatial_shapes",
+    "target_sizes",
+    "target_sizes_videos",
+    "image_grids",
+    "video_grids",
+    "num_tiles",
+    "num_video_tiles",
+)
 
 # The base model whose `generate` runs.
 generating: ContextVar[Any] = ContextVar("generating", default=None)

@@ -1,5 +1,7 @@
 """Aria with PruneSID: tokens are compared as they enter the language model."""
 
+import math
+
 from transformers import AriaConfig, AriaForConditionalGeneration, AriaModel, AriaProcessor, GenerationMixin
 
 from .configuration_prunesid import BehindConnectorConfig
@@ -18,6 +20,11 @@ class PruneSIDAriaModel(TiledModelMixin, AriaModel):
 
     config_class = PruneSIDAriaConfig
     pools_tensor = ("image",)
+
+    def sizes_of(self, modality, inputs):
+        patch = self.config.vision_config.patch_size
+        patches = [side // patch for side in inputs["pixel_values"].shape[-2:]]
+        return [self.config.projector_patch_to_query_dict[math.prod(patches)]] * len(inputs["pixel_values"])
 
 
 class PruneSIDAriaForConditionalGeneration(PrunedGenerationMixin, AriaForConditionalGeneration, GenerationMixin):

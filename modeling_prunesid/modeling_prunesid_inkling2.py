@@ -24,6 +24,9 @@ class PruneSIDInkling2Model(PrunedModelMixin, Inkling2Model):
 
     config_class = PruneSIDInkling2Config
 
+    def sizes_of(self, modality, inputs):
+        return inputs["image_grid_thw"].prod(-1).tolist()
+
     def pool_attention(self, patches, modality, inputs, num_tokens):
         return patches.view(num_tokens, -1).mean(1)  # those of a token lie one behind the other
 

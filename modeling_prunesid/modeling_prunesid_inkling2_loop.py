@@ -24,6 +24,9 @@ class PruneSIDInkling2LoopModel(PrunedModelMixin, Inkling2LoopModel):
 
     config_class = PruneSIDInkling2LoopConfig
 
+    def sizes_of(self, modality, inputs):
+        return inputs["image_grid_thw"].prod(-1).tolist()
+
     def pool_attention(self, patches, modality, inputs, num_tokens):
         return patches.view(num_tokens, -1).mean(1)  # those of a token lie one behind the other
 

@@ -25,8 +25,7 @@ class PruneSIDInklingModel(PrunedModelMixin, InklingModel):
 
     config_class = PruneSIDInklingConfig
     pools_tensor = ("image",)
-    # Upstream's encoder is not told which patches are of one image; our processor returns their numbers.
-    own_arguments = ("num_patches",)
+    own_arguments = ("num_patches",)  # of each image, as our processor returns them; upstream has no need of them
 
     def views(self, modality, inputs, sizes):
         counts = inputs.get("num_patches")
@@ -36,6 +35,9 @@ class PruneSIDInklingModel(PrunedModelMixin, InklingModel):
                 "Pass it as our processor returns it."
             )
         return [[count] for count in torch.as_tensor(counts).tolist()]
+
+    def sizes_of(self, modality, inputs):
+        return [1] * len(inputs["pixel_values"])
 
     def num_images(self, inputs):
         return len(inputs["num_patches"])

@@ -1,5 +1,7 @@
 """Kimi K2.5 with PruneSID: tokens are compared as they enter the language model."""
 
+import math
+
 import torch
 from transformers import (
     GenerationMixin,
@@ -28,6 +30,10 @@ class PruneSIDKimi_K25Model(TiledModelMixin, Kimi_K25Model):
 
     config_class = PruneSIDKimi_K25Config
     tiled = ("video",)
+
+    def sizes_of(self, modality, inputs):
+        merged = math.prod(self.config.vision_config.merge_kernel_size)
+        return (inputs[f"{modality}_grid_thw"][:, 1:].prod(-1) // merged).tolist()
 
     def patch_grids(self, modality, inputs, num_patches):
         return torch.nn.functional.pad(inputs[f"{modality}_grid_thw"][:, 1:], (1, 0), value=1)

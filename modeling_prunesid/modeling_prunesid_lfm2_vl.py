@@ -19,6 +19,9 @@ class PruneSIDLfm2VlModel(TiledModelMixin, Lfm2VlModel):
 
     config_class = PruneSIDLfm2VlConfig
 
+    def sizes_of(self, modality, inputs):
+        return (inputs["spatial_shapes"] // self.config.downsample_factor).prod(-1).tolist()
+
     def patch_grids(self, modality, inputs, num_patches):
         return torch.nn.functional.pad(inputs["spatial_shapes"], (1, 0), value=1)
 

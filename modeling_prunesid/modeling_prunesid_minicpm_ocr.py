@@ -8,10 +8,10 @@ from transformers import (
     MiniCPMOcrProcessor,
 )
 
-from .attention import grids_of_slices
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
-from .tiles import TiledModelMixin, TiledProcessorMixin
+from .slices import SlicedModelMixin
+from .tiles import TiledProcessorMixin
 
 
 class PruneSIDMiniCPMOcrConfig(BehindConnectorConfig, MiniCPMOcrConfig):
@@ -23,12 +23,10 @@ class PruneSIDMiniCPMOcrConfig(BehindConnectorConfig, MiniCPMOcrConfig):
     model_type = "prunesid_minicpm_ocr"
 
 
-class PruneSIDMiniCPMOcrModel(TiledModelMixin, MiniCPMOcrModel):
-    """[`MiniCPMOcrModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+class PruneSIDMiniCPMOcrModel(SlicedModelMixin, MiniCPMOcrModel):
+    """[`MiniCPMOcrModel`] with compressing `get_*_features`; see [`SlicedModelMixin`]."""
 
     config_class = PruneSIDMiniCPMOcrConfig
-    tiled = ("image", "video")
-    patch_grids = grids_of_slices
 
 
 class PruneSIDMiniCPMOcrForConditionalGeneration(

@@ -8,10 +8,10 @@ from transformers import (
     MiniCPMV4_6Processor,
 )
 
-from .attention import grids_of_slices
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
-from .tiles import TiledModelMixin, TiledProcessorMixin
+from .slices import SlicedModelMixin
+from .tiles import TiledProcessorMixin
 
 
 class PruneSIDMiniCPMV4_6Config(BehindConnectorConfig, MiniCPMV4_6Config):
@@ -23,12 +23,10 @@ class PruneSIDMiniCPMV4_6Config(BehindConnectorConfig, MiniCPMV4_6Config):
     model_type = "prunesid_minicpmv4_6"
 
 
-class PruneSIDMiniCPMV4_6Model(TiledModelMixin, MiniCPMV4_6Model):
-    """[`MiniCPMV4_6Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+class PruneSIDMiniCPMV4_6Model(SlicedModelMixin, MiniCPMV4_6Model):
+    """[`MiniCPMV4_6Model`] with compressing `get_*_features`; see [`SlicedModelMixin`]."""
 
     config_class = PruneSIDMiniCPMV4_6Config
-    tiled = ("image", "video")
-    patch_grids = grids_of_slices
 
 
 class PruneSIDMiniCPMV4_6ForConditionalGeneration(

@@ -8,11 +8,11 @@ from transformers import (
     MiniCPMV4_7Processor,
 )
 
-from .attention import grids_of_slices
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .mrope import MRoPEModelMixin
-from .tiles import TiledModelMixin, TiledProcessorMixin
+from .slices import SlicedModelMixin
+from .tiles import TiledProcessorMixin
 
 
 class PruneSIDMiniCPMV4_7Config(BehindConnectorConfig, MiniCPMV4_7Config):
@@ -24,12 +24,10 @@ class PruneSIDMiniCPMV4_7Config(BehindConnectorConfig, MiniCPMV4_7Config):
     model_type = "prunesid_minicpmv4_7"
 
 
-class PruneSIDMiniCPMV4_7Model(MRoPEModelMixin, TiledModelMixin, MiniCPMV4_7Model):
-    """[`MiniCPMV4_7Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+class PruneSIDMiniCPMV4_7Model(MRoPEModelMixin, SlicedModelMixin, MiniCPMV4_7Model):
+    """[`MiniCPMV4_7Model`] with compressing `get_*_features`; see [`SlicedModelMixin`]."""
 
     config_class = PruneSIDMiniCPMV4_7Config
-    tiled = ("image", "video")
-    patch_grids = grids_of_slices
 
 
 class PruneSIDMiniCPMV4_7ForConditionalGeneration(

@@ -9,13 +9,19 @@ from .processing import PrunedProcessorMixin
 
 
 class PruneSIDMolmo2Config(BehindConnectorConfig, Molmo2Config):
-    """
-    [`Molmo2Config`] with a nested [`PruneSIDConfig`], whose budget is that of each of the two grids of an image
-    (low and high resolution) and of each frame of a video.
-    """
+    """[`Molmo2Config`] with a nested [`PruneSIDConfig`]: the budget of each frame, and of each grid of an image."""
 
     model_type = "prunesid_molmo2"
     is_mm_prefix_lm = True  # placeholders see each other, which vLLM knows by the stock model type
+
+
+def views_of_grid(modality, *grid):
+    """The tokens of each frame of a video, or of an image in low and in high resolution."""
+    if modality == "video":
+        frames, rows, columns = grid
+        return [rows * columns] * frames
+    low_rows, low_columns, rows, columns = grid
+    return [tokens for tokens in (low_rows * low_columns, rows * columns) if tokens]
 
 
 class PruneSIDMolmo2Model(PrunedModelMixin, Molmo2Model):
@@ -24,11 +30,10 @@ class PruneSIDMolmo2Model(PrunedModelMixin, Molmo2Model):
     config_class = PruneSIDMolmo2Config
 
     def views(self, modality, inputs, sizes):
-        if modality == "video":
-            frames = inputs["video_grids"][:, 0].tolist()
-            return [[size // count] * count for size, count in zip(sizes, frames)]
-        grids = torch.as_tensor(inputs["image_grids"]).view(-1, 2, 2).prod(-1).tolist()
-        return [[tokens for tokens in own if tokens] for own in grids]
+        return [views_of_grid(modality, *grid) for grid in torch.as_tensor(inputs[f"{modality}_grids"]).tolist()]
+
+    def sizes_of(self, modality, inputs):
+        return [sum(own) for own in self.views(modality, inputs, None)]
 
     def pool_attention(self, patches, modality, inputs, num_tokens):
         places = inputs[f"{modality}_token_pooling"].flatten(0, -2)
@@ -46,11 +51,7 @@ class PruneSIDMolmo2Processor(PrunedProcessorMixin, Molmo2Processor):
     """[`Molmo2Processor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
     def view_lengths(self, modality, inputs, index, runs):
-        if modality == "video":
-            frames, rows, columns = (int(number) for number in inputs["video_grids"][index])
-            return [rows * columns] * frames
-        low_rows, low_columns, rows, columns = (int(number) for number in inputs["image_grids"][index])
-        return [tokens for tokens in (low_rows * low_columns, rows * columns) if tokens]
+        return views_of_grid(modality, *map(int, inputs[f"{modality}_grids"][index]))
 
     def _placeholder(self, modality):
         return "<im_patch>"
