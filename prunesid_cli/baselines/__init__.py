@@ -134,6 +134,11 @@ def _seam(title: str, module: ModuleType | None = None, place: str = "encoder", 
     return Method(title, place, preset(module, **settings), any_family=True)
 
 
+def _asking(title: str, **settings: Any) -> Method:
+    install = asking(preset(**settings, method_settings={"question": True}))
+    return Method(title, "encoder", install, reads_question=True, any_family=True)
+
+
 METHODS: dict[str, Method] = {
     "full": _seam("Full", place="nowhere", budget=None),
     "random": _seam("Random", random_choice),
@@ -164,13 +169,9 @@ METHODS: dict[str, Method] = {
     "prunesid-paper": _seam("PruneSID (paper)"),
     "prunesid-release": _seam("PruneSID (release)", method="release"),
     "prunesid-spread": _seam("PruneSID (spread)", method="spread"),
-    "prunesid-question": Method(
-        "PruneSID (spread, by the question)",
-        "encoder",
-        asking(preset(method="spread", method_settings={"question": True})),
-        reads_question=True,
-        any_family=True,
-    ),
+    "prunesid-question": _asking("PruneSID (spread, by the question)", method="spread"),
+    "prunesid-auto-question": _asking("PruneSID (auto, by the question)", nms_lambda="auto"),
+    "prunesid-release-question": _asking("PruneSID (release, by the question)", method="release"),
     "prunesid-auto": _seam("PruneSID (auto)", nms_lambda="auto"),
     "prunesid-dyn": _seam("PruneSID-Dyn", dynamic=True),
     "prunesid-llm": Method("PruneSID (auto), and inside", "both", vitcop.prunesid),
