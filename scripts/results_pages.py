@@ -1,9 +1,13 @@
 """Write what README and docs/ say of an evaluation, from the JSON that `prunesid evaluate` wrote.
 
 - `docs/which_budget.md`: what a budget costs for each type of question, and where not to prune;
-- the tables between `<!-- accuracy -->` and `<!-- end -->` of README.md and docs/results.md.
+- the tables between `<!-- accuracy -->` and `<!-- end -->` of README.md, with the speed, and of docs/results.md.
 
-    python scripts/results_pages.py                       # after docs/accuracy.json was measured anew
+After docs/accuracy.json was measured anew, or the speed:
+
+    prunesid demo --model assembled | tail -n 1 > docs/demo.json
+    prunesid benchmark --output docs/benchmark.json
+    python scripts/results_pages.py
 """
 
 import argparse
@@ -71,12 +75,18 @@ def is_level(row: dict) -> bool:
 # README and docs/results.md
 
 
-def accuracy_table(result: dict, budgets: list[int], with_time: bool, methods: Sequence[str] = ()) -> list[str]:
-    """Relative accuracy of the named methods; `=` marks those that tie with the best of the budget."""
-    lines = [{"method": NAMES["full"], **{f"{budget} tokens": "100" for budget in budgets}}]
+def accuracy_table(
+    result: dict, budgets: list[int], with_time: bool, methods: Sequence[str] = (), speed: Sequence[dict] = ()
+) -> list[str]:
+    """
+    Relative accuracy of the named methods below rows of `speed`; `=` marks those that tie with the best of the budget.
+    """
+    every = "**relative accuracy**, all tokens" if speed else NAMES["full"]
+    lines: list[dict] = [{"method": every, **{f"{budget} tokens": "100" for budget in budgets}}]
     full = row_of(result, "full", result["rows"][0]["budget"])
     if with_time and full and "first_token_ms" in full:
         lines[0] |= {f"first token at {budget}": f"{full['first_token_ms']:.0f} ms" for budget in budgets}
+    lines = [*({**dict.fromkeys(lines[0], ""), **row} for row in speed), *lines]
     methods = [name for name in methods or NAMES if name != "full" and row_of(result, name, budgets[0])]
     methods.sort(key=lambda name: -sum(_share(result, name, budget) for budget in budgets))
     for method in methods:
@@ -96,6 +106,21 @@ def accuracy_table(result: dict, budgets: list[int], with_time: bool, methods: S
         "scenes in brackets. `=`: ties with the best of that budget (the interval of the difference includes 0). "
         "Downsampling gives 196, 121, 64, 36 and 16 tokens.",
     ]
+
+
+def speed_rows(demo: dict, benchmark: dict, budgets: list[int]) -> list[dict[str, str]]:
+    """What a budget saves, whatever the method: rows for the top of the table of README."""
+    cases, prefill, cache = {row["budget"]: row for row in demo["rows"]}, "prefill_ratio", "kv_cache_ratio"
+    rows = {
+        f"speed-up to the first token, SmolLM2-135M ({demo['rows'][0]['first_token_ms']:,.0f} ms with all tokens)": {
+            budget: f"{cases[budget]['speedup']:.2f}x" for budget in budgets
+        },
+        "speed-up of the prefill, LLaVA-1.5 with a language model of 66 M": {
+            b: f"{benchmark[prefill][str(b)]:.1f}x" for b in budgets
+        },
+        "smaller KV cache": {b: f"{benchmark[cache][str(b)]:.1f}x" for b in budgets},
+    }
+    return [{"method": name, **{f"{b} tokens": text for b, text in own.items()}} for name, own in rows.items()]
 
 
 def _share(result: dict, method: str, budget: int) -> float:
@@ -225,7 +250,9 @@ def write(root: Path) -> None:
             "docs/accuracy.json has no intervals by question type. Measure it anew: prunesid evaluate --all."
         )
     (root / "docs" / "which_budget.md").write_text(which_budget(result))
-    put_table(root / "README.md", accuracy_table(result, [192, 64], with_time=True, methods=IN_README))
+    speed = [json.loads((root / "docs" / f"{name}.json").read_text()) for name in ("demo", "benchmark")]
+    table = accuracy_table(result, [192, 64], True, IN_README, speed_rows(*speed, [192, 64]))
+    put_table(root / "README.md", table)
     put_table(root / "docs" / "results.md", accuracy_table(result, budgets_of(result), with_time=False))
 
 

@@ -60,6 +60,11 @@ def test_the_pages_say_what_the_tables_hold(scripts, result, tmp_path):
     pages = scripts[0]
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "accuracy.json").write_text(json.dumps(result))
+    cases = [(None, 1000.0, 1.0), (None, 990.0, 1.01), (192, 500.0, 2.0), (64, 250.0, 4.0)]
+    rows = [{"budget": budget, "first_token_ms": ms, "speedup": speedup} for budget, ms, speedup in cases]
+    (tmp_path / "docs" / "demo.json").write_text(json.dumps({"rows": rows}))
+    ratios = {name: {"192": 2.5, "64": 5.0} for name in ("prefill_ratio", "kv_cache_ratio")}
+    (tmp_path / "docs" / "benchmark.json").write_text(json.dumps(ratios))
     marked = "# T\n\nbefore <!-- accuracy -->\nold\n<!-- end -->\n\nafter\n"
     for page in ("README.md", "docs/results.md"):
         (tmp_path / page).write_text(marked)
@@ -74,8 +79,13 @@ def test_the_pages_say_what_the_tables_hold(scripts, result, tmp_path):
     )
     lines = [line for line in readme.splitlines() if line.startswith("| ")]
     assert lines[0] == "| method | 192 tokens | 64 tokens | first token at 192 | first token at 64 |"
-    assert lines[3].startswith("| **spread** (ours) | ") and " = | " in lines[3] and "| 292 ms | 164 ms |" in lines[3]
-    assert lines[4].startswith("| random | ") and "=" not in lines[4]
+    assert lines[2].startswith(
+        "| speed-up to the first token, SmolLM2-135M (1,000 ms with all tokens) | 2.00x | 4.00x |"
+    )
+    assert [line.count("| 2.5x | 5.0x |") for line in lines[3:5]] == [1, 1]
+    assert lines[5].startswith("| **relative accuracy**, all tokens | 100 | 100 |")
+    assert lines[6].startswith("| **spread** (ours) | ") and " = | " in lines[6] and "| 292 ms | 164 ms |" in lines[6]
+    assert lines[7].startswith("| random | ") and "=" not in lines[7]
     again = readme
     pages.main(["--root", str(tmp_path)])
     assert (tmp_path / "README.md").read_text() == again
