@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+from .cached_rows import settle_rows
 from .context import ASKED
 from .methods import QUESTION
 from .plans import CachedPrompt, Plan, run_lengths, to_host
@@ -136,6 +137,7 @@ class CompressedModelMixin:
         """
         if not torch.compiler.is_compiling() and generating.get() is not self:
             is_counted.set(False)
+            settle_rows(cache_of(inputs))
         stated = inputs.get("num_visual_tokens")
         is_stated, is_off = isinstance(stated, (list, tuple, torch.Tensor)), self.is_off(stated)
         requests, plan = self.requests(inputs), None

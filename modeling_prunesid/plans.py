@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .budgets import largest_remainder
+from .cached_rows import follow_rows
 from .prompts import ShortPrompt
 from .upstream import CACHE_NAME
 
@@ -53,6 +54,17 @@ class CachedPrompt:
         """Leave this on a cache, for the calls that go on with it, behind what the cache remembers already."""
         if cache is not None:
             cache._prunesid_prompt = self._behind(cache)
+            follow_rows(cache)
+
+    def __len__(self) -> int:
+        return len(self.prompt.source)
+
+    def take_rows(self, rows: torch.LongTensor) -> "CachedPrompt":
+        """The `rows`, known on the host."""
+        input_ids = self.input_ids
+        if input_ids is not None:
+            input_ids = input_ids.index_select(0, rows.to(input_ids.device, non_blocking=True))
+        return CachedPrompt(input_ids, self.prompt.take_rows(rows))
 
     def _behind(self, cache: Any) -> "CachedPrompt":
         held, batch, device = self.prompt.cached_before, len(self.prompt.source), self.prompt.source.device
@@ -83,17 +95,14 @@ class CachedPrompt:
         cached = getattr(cache, "_prunesid_prompt", None)
         if cached is None or cache.get_seq_length() == 0:
             return None
-        rows = len(cached.prompt.source)
-        if batch % rows:
+        rows = len(cached)
+        if not rows or batch % rows:
             raise ValueError(
                 f"{CACHE_NAME} was filled by {rows} rows and is continued by {batch}, so that it is unknown what "
                 "was dropped from which. Pass a multiple of its rows, or start from an empty cache."
             )
         times = batch // rows
-        if times == 1:
-            return cached
-        input_ids = cached.input_ids if cached.input_ids is None else cached.input_ids.repeat_interleave(times, 0)
-        return CachedPrompt(input_ids, cached.prompt.repeat_rows(times))
+        return cached if times == 1 else cached.take_rows(torch.arange(rows).repeat_interleave(times))
 
     def compare(self, input_ids: torch.LongTensor | None) -> dict[str, torch.BoolTensor]:
         """Whether `input_ids` `(batch, length)` begin with this prompt (`starts`), or its short form (`follows`)."""
