@@ -17,6 +17,7 @@ class PruneSIDAriaModel(TiledModelMixin, AriaModel):
     """[`AriaModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDAriaConfig
+    views_apart = ()
     pools_tensor = ("image",)
 
 

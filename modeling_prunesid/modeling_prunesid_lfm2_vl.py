@@ -18,6 +18,7 @@ class PruneSIDLfm2VlModel(TiledModelMixin, Lfm2VlModel):
     """[`Lfm2VlModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDLfm2VlConfig
+    views_apart = ()  # tags between tiles are an option of the processor
 
     def patch_grids(self, modality, inputs, num_patches):
         return torch.nn.functional.pad(inputs["spatial_shapes"], (1, 0), value=1)

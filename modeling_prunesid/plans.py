@@ -6,6 +6,7 @@ are copied to the host once, before the tower is launched, and read there.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,7 +229,12 @@ class Plan:
         return placeholders & ~is_answer
 
     def read(
-        self, modality: str, num_placeholders: list[int], num_kept: list[int], is_stated: bool
+        self,
+        modality: str,
+        num_placeholders: list[int],
+        num_kept: list[int],
+        is_stated: bool,
+        short_runs: Callable[[], list[list[int]] | None] = lambda: None,
     ) -> "Reading | None":
         """
         How the placeholders of `modality` are to be read: `read_placeholders`, behind a cache. None where they remain.
@@ -242,7 +248,7 @@ class Plan:
             # Either the views of the whole conversation are passed again, or the new ones alone.
             new = placeholders & (torch.arange(placeholders.shape[1]) >= self.seen)
         reading = read_placeholders(
-            placeholders, num_placeholders, num_kept, modality, new, self.current_mask, is_stated
+            placeholders, num_placeholders, num_kept, modality, new, self.current_mask, is_stated, short_runs
         )
         self.readings[modality] = reading
         if reading is None or not reading.shortens:
@@ -326,13 +332,17 @@ class Reading:
     def ends_runs_with_views(self) -> bool:
         return {end for _, end in self.runs()} <= set(self.view_ends)
 
-    def is_doubtful(self, is_token: torch.Tensor | None) -> bool:
+    def is_doubtful(self, is_token: torch.Tensor | None, short_runs: Callable[[], Any] = lambda: None) -> bool:
         """
-        Whether a prompt of T placeholders a view, with fewer views or cut at its end, has the same ids: a run of N of
-        several views that is as long as T of fewer of them, or the last token of a row is a placeholder.
+        Whether a prompt of T placeholders a view, with fewer views or cut at its end, has the same ids: its runs are
+        none of `short_runs`, where these are known, a run of N of several views is as long as T of fewer of them, or
+        the last token of a row is a placeholder.
         """
         if self.is_full or self.counts == self.num_placeholders:
             return False
+        expected = short_runs()
+        if expected is not None and [end - start for start, end in self.runs()] not in expected:
+            return True
         for start, end in self.runs():
             inside = [view for view, last in enumerate(self.view_ends[1:]) if start < last <= end]
             if end - start in itertools.accumulate(self.num_placeholders[view] for view in inside[:-1]):
@@ -415,6 +425,7 @@ def read_placeholders(
     new: torch.BoolTensor | None = None,
     is_token: torch.Tensor | None = None,
     is_stated: bool = True,
+    short_runs: Callable[[], list[list[int]] | None] = lambda: None,
 ) -> Reading | None:
     """
     How a prompt is to be read; everything is on the host.
@@ -428,6 +439,8 @@ def read_placeholders(
             The placeholders that are in no cache yet, if the views may be those of these alone.
         is_token (`torch.Tensor` of shape `(batch, length)`, *optional*): what is no padding.
         is_stated (`bool`): N was passed along with the prompt, as our processor does, which dispels any doubt.
+        short_runs (`Callable`, *optional*):
+            Gives lists of the lengths of all runs, of which our processor writes one for these N, or None.
 
     Returns:
         The reading with T or with N placeholders of each view; None for N in a graph.
@@ -463,7 +476,9 @@ def read_placeholders(
             f"{label} features and {modality} tokens do not match, tokens: {rows[row]} in row {row}, which is no "
             f"whole number of {modality}s of {counts} tokens; build the prompt with the model's processor."
         )
-    clear = readings if is_stated else [reading for reading in readings if not reading.is_doubtful(is_token)]
+    clear = (
+        readings if is_stated else [reading for reading in readings if not reading.is_doubtful(is_token, short_runs)]
+    )
     if not clear:
         raise ValueError(
             f"{label} features and {modality} tokens do not match for certain, tokens: {readings[0].row_ends[-1]}, "
