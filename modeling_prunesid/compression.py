@@ -6,7 +6,9 @@ of the dropped tokens leave the prompt together with their columns of the mask, 
 on everything upstream (caches, positions, decoding) works on the short prompt as if it had been written that way.
 """
 
+import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
+from .budgets import share_over_runs, share_total
+from .cached_rows import settle_rows
 from .context import ASKED
 from .methods import QUESTION
 from .plans import CachedPrompt, Plan, run_lengths, to_host
@@ -75,6 +79,13 @@ class CompressedModelMixin:
         """
         T and N of each input, from the arguments of `get_<modality>_features`, where they are known before the tower
         runs and tokens are dropped; else None.
+        """
+        return None
+
+    def runs_of(self, modality: str, views: list[list[int]], inputs: dict[str, Any]) -> list[list[int]] | None:
+        """
+        The lengths of the runs of placeholders that the stock processor writes for each input, of so many tokens in
+        each of its `views`. None where an input is one run, or a family cannot tell.
         """
         return None
 
@@ -147,6 +158,7 @@ class CompressedModelMixin:
         """
         if not torch.compiler.is_compiling() and generating.get() is not self:
             is_counted.set(False)
+            settle_rows(cache_of(inputs))
         stated = inputs.get("num_visual_tokens")
         is_stated, is_off = isinstance(stated, (list, tuple, torch.Tensor)), self.is_off(stated)
         requests, plan = self.requests(inputs), None
@@ -169,7 +181,7 @@ class CompressedModelMixin:
             QUESTION.check_kept(self.config.prunesid_config, CACHE_NAME)
         inputs = self._go_on_with_cache(inputs, plan)
         self._check_not_forgotten(inputs, plan, is_generation)
-        keep_mask, num_dropped = self._mark_kept(inputs, plan, is_stated)
+        keep_mask, num_dropped = self._mark_kept(inputs, plan, requests, is_stated)
         if dropped and not is_generation:
             inputs = self._ignore_placeholders(inputs, plan)
         prompt = self._plan_prompt(inputs, plan, keep_mask, num_dropped, is_generation)
@@ -324,13 +336,14 @@ class CompressedModelMixin:
                 )
 
     def _mark_kept(
-        self, inputs: dict[str, Any], plan: Plan, is_stated: bool
+        self, inputs: dict[str, Any], plan: Plan, requests: dict[str, dict[str, Any]], is_stated: bool
     ) -> tuple[torch.BoolTensor | None, list[int] | None]:
         """The columns `(batch, length)` that remain, None for all, and how many each row loses."""
         keep_mask, num_dropped = None, None
         for modality, output in self._dropped_tokens(inputs).items():
             num_kept = [len(kept) for kept in output.keep_indices]
-            reading = plan.read(modality, output.num_placeholders, num_kept, is_stated)
+            runs = functools.partial(self._short_runs, modality, output, requests.get(modality, {}))
+            reading = plan.read(modality, output.num_placeholders, num_kept, is_stated, runs)
             if reading is None:
                 continue
             views, of_views = output.get("view_lengths"), output.get("num_kept_of_views")
@@ -339,6 +352,22 @@ class CompressedModelMixin:
             lost = reading.num_dropped(num_kept, plan.start)
             num_dropped = lost if num_dropped is None else [sum(own) for own in zip(num_dropped, lost)]
         return keep_mask, num_dropped
+
+    def _short_runs(self, modality: str, output: Any, inputs: dict[str, Any]) -> list[list[int]] | None:
+        """
+        The lengths of the runs of short prompts of an encoder's output, where the stock processor writes several: as
+        our processor shares the N of an input over its views, and as the model does.
+        """
+        views = output.get("view_lengths")
+        runs = None if views is None else self.runs_of(modality, views, inputs)
+        if runs is None:
+            return None
+        equal = [share_total(len(kept), [1.0] * len(own), own) for own, kept in zip(views, output.keep_indices)]
+        shared = [
+            itertools.chain(*(share_over_runs(*own) for own in zip(runs, views, kept_of_views)))
+            for kept_of_views in (equal, output["num_kept_of_views"])
+        ]
+        return [[length for length in lengths if length] for lengths in shared]
 
     def _plan_prompt(
         self,

@@ -66,6 +66,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     own_arguments: Sequence[str] = ()
     # The path of the vision tower whose attention is read, where it is not called as in other families.
     tower_name: str | None = None
+    # The modalities of which each view is a run of placeholders of its own, with tags or text between them.
+    views_apart: Sequence[str] = ()
     # What `dynamic` shares the total of a clip by.
     video_information = staticmethod(view_information)
 
@@ -115,6 +117,9 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     def tokens_of_an_image(self) -> int | None:
         """T, where it is the same for every image; with it, prompts whose image was forgotten are recognised."""
         return None
+
+    def runs_of(self, modality: str, views: list[list[int]], inputs: dict[str, Any]) -> list[list[int]] | None:
+        return views if modality in self.views_apart else None
 
     def are_whole_views(self, run_lengths: list[int]) -> bool:
         """Whether runs of so many placeholders each stand for whole images; False where a family cannot tell."""

@@ -31,6 +31,8 @@ class GridModelMixin(PrunedModelMixin):
     Qwen2-VL has the same, but lambda never falls below 1, and its rho is about half the true one.
     """
 
+    views_apart = ("video",)
+
     def slices(self, modality: str, inputs: dict[str, Any]) -> list[int]:
         """In how many slices of equal length the tokens of each input lie one behind the other."""
         return inputs[f"{modality}_grid_thw"][:, 0].tolist()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cached_rows import follow_rows
 from .upstream import CACHE_NAME, cache_of
 
 
@@ -66,6 +67,18 @@ class CachedColumns:
     def remember(self, cache: Any) -> None:
         if cache is not None:
             cache._prunesid_columns = self
+            follow_rows(cache)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def take_rows(self, rows: torch.LongTensor) -> "CachedColumns":
+        """The `rows`, known on the host."""
+        columns = {
+            layer: kept.index_select(0, rows.to(kept.device, non_blocking=True))
+            for layer, kept in self.columns.items()
+        }
+        return CachedColumns(self.length, columns, self.padded)
 
     @staticmethod
     def are_known_of(cache: Any) -> bool:
@@ -85,8 +98,8 @@ class CachedColumns:
             cache._prunesid_columns = None
             return None
         cached = cached._cropped_to(length)
-        rows = len(next(iter(cached.columns.values())))
-        if batch % rows:
+        rows = len(cached)
+        if not rows or batch % rows:
             raise ValueError(
                 f"{CACHE_NAME} was filled by {rows} rows and is continued by {batch}; pass a multiple of its rows."
             )

@@ -19,6 +19,7 @@ class PruneSIDAriaModel(TiledModelMixin, AriaModel):
     """[`AriaModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDAriaConfig
+    views_apart = ()
     pools_tensor = ("image",)
 
     def sizes_of(self, modality, inputs):

@@ -26,6 +26,7 @@ class PruneSIDErnie4_5_VLMoeModel(MRoPEModelMixin, GridModelMixin, Ernie4_5_VLMo
     """
 
     config_class = PruneSIDErnie4_5_VLMoeConfig
+    views_apart = ()
     along_prompt = {"moe_mm_token_type_ids": 0}
 
     def slices(self, modality, inputs):

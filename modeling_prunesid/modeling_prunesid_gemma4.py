@@ -21,6 +21,7 @@ class PruneSIDGemma4Model(PrunedModelMixin, Gemma4Model):
     """[`Gemma4Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDGemma4Config
+    views_apart = ("video",)
     along_prompt = {"per_layer_inputs": 0.0}
 
     def views(self, modality, inputs, sizes):

@@ -23,6 +23,7 @@ class PruneSIDGotOcr2Model(TiledModelMixin, GotOcr2Model):
     """[`GotOcr2Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDGotOcr2Config
+    views_apart = ()
     pools_tensor = ("image",)
 
     def patches_per_token(self):

@@ -27,6 +27,7 @@ class PruneSIDHunYuanVLModel(MRoPEModelMixin, GridModelMixin, HunYuanVLModel):
     """
 
     config_class = PruneSIDHunYuanVLConfig
+    views_apart = ()
     has_raster_patches = True
     has_text_axis = False
 

@@ -27,6 +27,7 @@ class PruneSIDHYV4VLModel(MRoPEModelMixin, GridModelMixin, HYV4VLModel):
     """
 
     config_class = PruneSIDHYV4VLConfig
+    views_apart = ()
     has_raster_patches = True
 
     def sizes_of(self, modality, inputs):

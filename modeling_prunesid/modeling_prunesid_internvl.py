@@ -27,6 +27,7 @@ class PruneSIDInternVLModel(TiledModelMixin, InternVLModel):
     """[`InternVLModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDInternVLConfig
+    views_apart = ("video",)
     pools_tensor = ("image",)
     patch_grids = square_grids
 

@@ -18,6 +18,7 @@ class PruneSIDLfm2VlModel(TiledModelMixin, Lfm2VlModel):
     """[`Lfm2VlModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDLfm2VlConfig
+    views_apart = ()  # tags between tiles are an option of the processor
 
     def sizes_of(self, modality, inputs):
         return (inputs["spatial_shapes"] // self.config.downsample_factor).prod(-1).tolist()

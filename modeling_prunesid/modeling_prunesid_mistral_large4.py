@@ -28,8 +28,15 @@ class PruneSIDMistralLarge4Model(PrunedModelMixin, MistralLarge4Model):
     patch_grids = grids_of_image_sizes
 
     def sizes_of(self, modality, inputs):
+        return [rows * columns for rows, columns in self._grids(inputs)]
+
+    def runs_of(self, modality, views, inputs):
+        """A row of patches is a run, and a break follows it."""
+        return [[columns] * rows for rows, columns in self._grids(inputs)] if "image_sizes" in inputs else None
+
+    def _grids(self, inputs):
         side = self.config.vision_config.patch_size * self.config.spatial_merge_size
-        return (torch.as_tensor(inputs["image_sizes"]) // side).prod(-1).tolist()
+        return (torch.as_tensor(inputs["image_sizes"]) // side).tolist()
 
 
 class PruneSIDMistralLarge4ForConditionalGeneration(

@@ -28,6 +28,14 @@ class PruneSIDMolmo2Model(PrunedModelMixin, Molmo2Model):
     """[`Molmo2Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDMolmo2Config
+    views_apart = ("video",)
+
+    def runs_of(self, modality, views, inputs):
+        """Of an image, each row of a grid is a run, and a break follows it."""
+        if modality == "video" or "image_grids" not in inputs:
+            return super().runs_of(modality, views, inputs)
+        grids = torch.as_tensor(inputs["image_grids"]).view(-1, 2, 2).tolist()
+        return [[columns for rows, columns in own for _ in range(rows)] for own in grids]
 
     def views(self, modality, inputs, sizes):
         return [views_of_grid(modality, *grid) for grid in torch.as_tensor(inputs[f"{modality}_grids"]).tolist()]

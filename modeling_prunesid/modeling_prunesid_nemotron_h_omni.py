@@ -29,6 +29,7 @@ class PruneSIDNemotronHOmniForConditionalGeneration(PrunedWholeMixin, NemotronH_
     """[`NemotronH_Omni_Reasoning_V3`] on shortened prompts; see [`PrunedWholeMixin`]."""
 
     config_class = PruneSIDNemotronHOmniConfig
+    views_apart = ("video",)
 
     def patches_of(self, attention):
         return attention[:, self.vision_model.config.num_summary_tokens :]

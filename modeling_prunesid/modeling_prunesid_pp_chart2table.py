@@ -26,6 +26,7 @@ class PruneSIDPPChart2TableModel(TiledModelMixin, GotOcr2Model):
     """[`GotOcr2Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDPPChart2TableConfig
+    views_apart = ()
     pools_tensor = ("image",)
 
     def patches_per_token(self):

@@ -24,6 +24,7 @@ class PruneSIDQianfanOCRModel(TiledModelMixin, QianfanOCRModel):
     """[`QianfanOCRModel`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
 
     config_class = PruneSIDQianfanOCRConfig
+    views_apart = ()
     pools_tensor = ("image",)
     patch_grids = square_grids
 

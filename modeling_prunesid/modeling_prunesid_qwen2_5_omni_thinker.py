@@ -23,6 +23,7 @@ class PruneSIDQwen2_5OmniThinkerModel(MRoPEModelMixin, GridModelMixin, Qwen2_5Om
     """[`Qwen2_5OmniThinkerModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDQwen2_5OmniThinkerConfig
+    views_apart = ()
 
 
 class PruneSIDQwen2_5OmniThinkerForConditionalGeneration(

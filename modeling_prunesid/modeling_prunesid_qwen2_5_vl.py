@@ -23,6 +23,7 @@ class PruneSIDQwen2_5_VLModel(MRoPEModelMixin, GridModelMixin, Qwen2_5_VLModel):
     """[`Qwen2_5_VLModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDQwen2_5_VLConfig
+    views_apart = ()
 
 
 class PruneSIDQwen2_5_VLForConditionalGeneration(

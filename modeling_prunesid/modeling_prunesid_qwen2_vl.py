@@ -23,6 +23,7 @@ class PruneSIDQwen2VLModel(MRoPEModelMixin, GridModelMixin, Qwen2VLModel):
     """[`Qwen2VLModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDQwen2VLConfig
+    views_apart = ()
 
 
 class PruneSIDQwen2VLForConditionalGeneration(PrunedGenerationMixin, Qwen2VLForConditionalGeneration, GenerationMixin):

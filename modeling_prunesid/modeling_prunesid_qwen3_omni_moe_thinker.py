@@ -23,6 +23,7 @@ class PruneSIDQwen3OmniMoeThinkerModel(MRoPEModelMixin, GridModelMixin, Qwen3Omn
     """[`Qwen3OmniMoeThinkerModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDQwen3OmniMoeThinkerConfig
+    views_apart = ()
 
 
 class PruneSIDQwen3OmniMoeThinkerForConditionalGeneration(

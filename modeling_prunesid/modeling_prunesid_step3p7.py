@@ -27,6 +27,7 @@ class PruneSIDStep3p7Model(PrunedModelMixin, Step3p7Model):
     """[`Step3p7Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDStep3p7Config
+    views_apart = ("image",)
 
     def views(self, modality, inputs, sizes):
         counts = inputs.get("num_local_patches")

@@ -24,6 +24,7 @@ class PruneSIDVideoLlama3Model(PrunedModelMixin, VideoLlama3Model):
     """[`VideoLlama3Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDVideoLlama3Config
+    views_apart = ("video",)
     own_arguments = ("video_compression_mask",)
 
     def views(self, modality, inputs, sizes):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .cached_rows import follow_rows
 from .compression import CompressedModelMixin, generating
 from .plans import to_host
 from .prompts import ShortPrompt, is_flat
@@ -75,11 +76,13 @@ class MRoPEModelMixin(CompressedModelMixin):
         is_placed = generating.get() is self or inputs.get("position_ids") is None
         if cache is not None and has_views and is_placed and self.rope_deltas is not self._short_rope_deltas:
             cache._prunesid_upstreams_deltas = self.rope_deltas
+            follow_rows(cache)
 
     def remember_deltas(self, cache: Any) -> None:
         """A cache that views filled goes on with its own deltas, whatever else the model does in between."""
         if cache is not None and self._short_rope_deltas is not None and self.rope_deltas is self._short_rope_deltas:
             cache._prunesid_rope_deltas = self.rope_deltas
+            follow_rows(cache)
 
     def get_rope_index(self, *args, **inputs):
         """

@@ -6,12 +6,14 @@ are copied to the host once, before the tower is launched, and read there.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .budgets import largest_remainder
+from .cached_rows import follow_rows
 from .prompts import ShortPrompt
 from .upstream import CACHE_NAME
 
@@ -53,6 +55,17 @@ class CachedPrompt:
         """Leave this on a cache, for the calls that go on with it, behind what the cache remembers already."""
         if cache is not None:
             cache._prunesid_prompt = self._behind(cache)
+            follow_rows(cache)
+
+    def __len__(self) -> int:
+        return len(self.prompt.source)
+
+    def take_rows(self, rows: torch.LongTensor) -> "CachedPrompt":
+        """The `rows`, known on the host."""
+        input_ids = self.input_ids
+        if input_ids is not None:
+            input_ids = input_ids.index_select(0, rows.to(input_ids.device, non_blocking=True))
+        return CachedPrompt(input_ids, self.prompt.take_rows(rows))
 
     def _behind(self, cache: Any) -> "CachedPrompt":
         held, batch, device = self.prompt.cached_before, len(self.prompt.source), self.prompt.source.device
@@ -83,17 +96,14 @@ class CachedPrompt:
         cached = getattr(cache, "_prunesid_prompt", None)
         if cached is None or cache.get_seq_length() == 0:
             return None
-        rows = len(cached.prompt.source)
-        if batch % rows:
+        rows = len(cached)
+        if not rows or batch % rows:
             raise ValueError(
                 f"{CACHE_NAME} was filled by {rows} rows and is continued by {batch}, so that it is unknown what "
                 "was dropped from which. Pass a multiple of its rows, or start from an empty cache."
             )
         times = batch // rows
-        if times == 1:
-            return cached
-        input_ids = cached.input_ids if cached.input_ids is None else cached.input_ids.repeat_interleave(times, 0)
-        return CachedPrompt(input_ids, cached.prompt.repeat_rows(times))
+        return cached if times == 1 else cached.take_rows(torch.arange(rows).repeat_interleave(times))
 
     def compare(self, input_ids: torch.LongTensor | None) -> dict[str, torch.BoolTensor]:
         """Whether `input_ids` `(batch, length)` begin with this prompt (`starts`), or its short form (`follows`)."""
@@ -219,7 +229,12 @@ class Plan:
         return placeholders & ~is_answer
 
     def read(
-        self, modality: str, num_placeholders: list[int], num_kept: list[int], is_stated: bool
+        self,
+        modality: str,
+        num_placeholders: list[int],
+        num_kept: list[int],
+        is_stated: bool,
+        short_runs: Callable[[], list[list[int]] | None] = lambda: None,
     ) -> "Reading | None":
         """
         How the placeholders of `modality` are to be read: `read_placeholders`, behind a cache. None where they remain.
@@ -233,7 +248,7 @@ class Plan:
             # Either the views of the whole conversation are passed again, or the new ones alone.
             new = placeholders & (torch.arange(placeholders.shape[1]) >= self.seen)
         reading = read_placeholders(
-            placeholders, num_placeholders, num_kept, modality, new, self.current_mask, is_stated
+            placeholders, num_placeholders, num_kept, modality, new, self.current_mask, is_stated, short_runs
         )
         self.readings[modality] = reading
         if reading is None or not reading.shortens:
@@ -317,13 +332,17 @@ class Reading:
     def ends_runs_with_views(self) -> bool:
         return {end for _, end in self.runs()} <= set(self.view_ends)
 
-    def is_doubtful(self, is_token: torch.Tensor | None) -> bool:
+    def is_doubtful(self, is_token: torch.Tensor | None, short_runs: Callable[[], Any] = lambda: None) -> bool:
         """
-        Whether a prompt of T placeholders a view, with fewer views or cut at its end, has the same ids: a run of N of
-        several views that is as long as T of fewer of them, or the last token of a row is a placeholder.
+        Whether a prompt of T placeholders a view, with fewer views or cut at its end, has the same ids: its runs are
+        none of `short_runs`, where these are known, a run of N of several views is as long as T of fewer of them, or
+        the last token of a row is a placeholder.
         """
         if self.is_full or self.counts == self.num_placeholders:
             return False
+        expected = short_runs()
+        if expected is not None and [end - start for start, end in self.runs()] not in expected:
+            return True
         for start, end in self.runs():
             inside = [view for view, last in enumerate(self.view_ends[1:]) if start < last <= end]
             if end - start in itertools.accumulate(self.num_placeholders[view] for view in inside[:-1]):
@@ -406,6 +425,7 @@ def read_placeholders(
     new: torch.BoolTensor | None = None,
     is_token: torch.Tensor | None = None,
     is_stated: bool = True,
+    short_runs: Callable[[], list[list[int]] | None] = lambda: None,
 ) -> Reading | None:
     """
     How a prompt is to be read; everything is on the host.
@@ -419,6 +439,8 @@ def read_placeholders(
             The placeholders that are in no cache yet, if the views may be those of these alone.
         is_token (`torch.Tensor` of shape `(batch, length)`, *optional*): what is no padding.
         is_stated (`bool`): N was passed along with the prompt, as our processor does, which dispels any doubt.
+        short_runs (`Callable`, *optional*):
+            Gives lists of the lengths of all runs, of which our processor writes one for these N, or None.
 
     Returns:
         The reading with T or with N placeholders of each view; None for N in a graph.
@@ -454,7 +476,9 @@ def read_placeholders(
             f"{label} features and {modality} tokens do not match, tokens: {rows[row]} in row {row}, which is no "
             f"whole number of {modality}s of {counts} tokens; build the prompt with the model's processor."
         )
-    clear = readings if is_stated else [reading for reading in readings if not reading.is_doubtful(is_token)]
+    clear = (
+        readings if is_stated else [reading for reading in readings if not reading.is_doubtful(is_token, short_runs)]
+    )
     if not clear:
         raise ValueError(
             f"{label} features and {modality} tokens do not match for certain, tokens: {readings[0].row_ends[-1]}, "

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
 from transformers.utils import PROCESSOR_NAME
 
-from .budgets import largest_remainder, request_budgets, share_total
+from .budgets import request_budgets, share_over_runs, share_total
 from .configuration_prunesid import PruneSIDConfig, check_budget
 from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .methods import QUESTION, reads_question
@@ -446,34 +446,6 @@ def check_request(num_visual_tokens: Any) -> None:
         raise ValueError(
             f"num_visual_tokens must be at most {_MOST_TOKENS}, got {num_visual_tokens}. Write 1.0 to keep all tokens."
         )
-
-
-def share_over_runs(runs: list[int], views: list[int], kept: list[int]) -> list[int]:
-    """
-    What remains of each run of placeholders, when `kept` of each of the `views` do.
-
-    A run may hold several views, and tokens of none (newlines), which leave. A view may be written as several runs
-    (rows with breaks between them): then its kept tokens are shared over them by largest remainder.
-    """
-    if len(runs) == 1:
-        return [sum(kept)]
-    remaining, view = [], 0
-    run = 0
-    while run < len(runs):
-        if views[view] <= runs[run]:
-            held, total = 0, 0
-            while view < len(views) and held + views[view] <= runs[run]:
-                held, total, view = held + views[view], total + kept[view], view + 1
-            remaining.append(total)
-            run += 1
-            continue
-        rows = [runs[run]]
-        while sum(rows) < views[view]:
-            run += 1
-            rows.append(runs[run])
-        remaining += largest_remainder(rows, kept[view])
-        run, view = run + 1, view + 1
-    return remaining
 
 
 def _with_budget(upstream: Any) -> Any:

@@ -210,12 +210,14 @@ class ShortPrompt:
     def _own_columns(self) -> torch.BoolTensor:
         return torch.ones(self.source.shape, dtype=torch.bool) if self.is_own is None else self.is_own
 
-    def repeat_rows(self, times: int) -> "ShortPrompt":
-        """Each row `times` times in succession, as `generate` repeats them for beams."""
+    def take_rows(self, rows: torch.LongTensor) -> "ShortPrompt":
+        """The `rows`, known on the host: as `generate` repeats them for beams, or a caller those of a cache."""
         parts: list[Any] = [self.source, self.keep_mask, self.dropped, self.num_dropped, self.first_ahead]
         parts += [self.is_own, self.moved]
-        repeated: list[Any] = [None if part is None else part.repeat_interleave(times, 0) for part in parts]
-        return ShortPrompt(*repeated)
+        taken: list[Any] = [
+            part if part is None else part.index_select(0, rows.to(part.device, non_blocking=True)) for part in parts
+        ]
+        return ShortPrompt(*taken)
 
 
 def gather_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Tensor:

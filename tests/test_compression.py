@@ -97,7 +97,7 @@ def test_a_prompt_that_goes_on_is_both_parts_side_by_side():
 
 def test_rows_repeat_as_beams_do():
     mask = torch.tensor([[True, False, True], [True, True, True]])
-    repeated = ShortPrompt.from_keep_mask(mask, "left").repeat_rows(2)
+    repeated = ShortPrompt.from_keep_mask(mask, "left").take_rows(torch.tensor([0, 0, 1, 1]))
     columns = torch.arange(6).view(2, 3).repeat_interleave(2, 0)
     assert repeated.take(columns, FILL).tolist() == [[FILL, 0, 2]] * 2 + [[3, 4, 5]] * 2
 
