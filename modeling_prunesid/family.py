@@ -398,6 +398,7 @@ def register_family(head: Any, processor: type | None = None) -> type:
     if head._processor_class is not None:
         processor.has_mrope = hasattr(model, "has_text_axis")
         processor.has_deepstack = "deepstack" in inspect.getsource(stock_class(model))
+        processor.is_mm_prefix_lm = getattr(head.config_class, "is_mm_prefix_lm", False)
     for ours in {head, model}:
         stock = stock_class(ours)
         names = {ours.__name__: stock.__name__, ours.config_class.model_type: stock.config_class.model_type}

@@ -19,6 +19,7 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processo
 from transformers.utils import PROCESSOR_NAME
 
 from .budgets import request_budgets, share_over_runs, share_total
+from .checks import warn_once
 from .configuration_prunesid import PruneSIDConfig, check_budget
 from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .methods import QUESTION, reads_question
@@ -162,9 +163,9 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         `ValueError`: for an invalid budget, or a chat template in which questions cannot be found.
     """
 
-    # Whether the family's model has three-dimensional positions, and hands visual features to later layers of the
-    # language model too (deepstack). `register_family` says so.
-    has_mrope = has_deepstack = False
+    # Whether the family's model has three-dimensional positions, hands visual features to later layers of the language
+    # model too (deepstack), and lets placeholders see those behind them. `register_family` says so.
+    has_mrope = has_deepstack = is_mm_prefix_lm = False
     # Whether the model chooses tokens by the question, and what finds it.
     question = False
     _question_reader: Any = None
@@ -384,6 +385,12 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             raise ValueError(
                 "vLLM's Transformers backend cannot serve this model: it gives the language model what enters its "
                 "first layer alone, without the deepstack features of later ones. Use `transformers serve`."
+            )
+        if self.is_mm_prefix_lm:
+            warn_once(
+                "placeholders that see each other",
+                "The placeholders of an image see each other in this model, but not in vLLM on CPUs; in PaliGemma so "
+                "do the words of a prompt, but never in vLLM. Its answers can differ from those of `generate`.",
             )
         advice = "Engines that size prompts before they see an image cannot serve this model"
         if self.dynamic:

@@ -43,10 +43,12 @@ def make_environment(folder: Path = ROOT / "out/vllm") -> Path:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Offline, without usage statistics, on one core, and without the package of this repository."""
+    """
+    Offline, without usage statistics, on `OMP_NUM_THREADS` cores or one, and without the package of this repository.
+    """
     offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    cores = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, "PYTHONPATH": "", "VLLM_HOST_IP": "127.0.0.1", **offline, **cores}
+    cores = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": "", "VLLM_HOST_IP": "127.0.0.1", **offline, **cores}
 
 
 def free_port() -> int:
@@ -74,6 +76,7 @@ def serve(folder: Path, home: Path, *arguments: str, timeout: float = 900) -> It
         process = subprocess.Popen(
             command, env=environment(home), cwd=home, stdout=file, stderr=file, start_new_session=True
         )
+    (home / "pid").write_text(str(process.pid))
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + timeout
     try:
         while not is_up(address):
@@ -88,6 +91,13 @@ def serve(folder: Path, home: Path, *arguments: str, timeout: float = 900) -> It
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def memory(home: Path) -> int:
+    """The bytes that all processes of a running server hold, by its `home`; those that they share count for each."""
+    listed = ["ps", "--sid", (home / "pid").read_text(), "-o", "rss="]
+    sizes = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
+    return sum(map(int, sizes)) * 1024
 
 
 def is_up(address: str) -> bool:

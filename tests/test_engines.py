@@ -5,11 +5,15 @@ Installs `transformers serve` beside the tests, and vLLM for CPUs into `out/vllm
 """
 
 import base64
+import functools
 import io
 import itertools
 import json
+import math
 import os
 import pickle
+import random
+import shlex
 import subprocess
 import sys
 import time
@@ -185,6 +189,10 @@ BAD = {
     "a budget above 1": {"mm_processor_kwargs": {"num_visual_tokens": 1.5}},
     "a budget that is a text": {"mm_processor_kwargs": {"num_visual_tokens": "64"}},
     "a budget that is a list": {"mm_processor_kwargs": {"num_visual_tokens": [64]}},
+    "a budget that is a dictionary": {"mm_processor_kwargs": {"num_visual_tokens": {}}},
+    "a budget that is true": {"mm_processor_kwargs": {"num_visual_tokens": True}},
+    "a budget that is no number": {"mm_processor_kwargs": {"num_visual_tokens": math.nan}},
+    "a budget of images": {"mm_processor_kwargs": {"images_kwargs": {"num_visual_tokens": -1}}},
     "more tokens than fit": {"pictures": 3, "mm_processor_kwargs": {"num_visual_tokens": 1.0}},
     "too many pictures": {"pictures": 4},
     "no picture": {"data": b"no picture"},
@@ -216,7 +224,7 @@ def odd_parts(pictures=1, data=None, size=(40, 40), mode="RGB", kind="PNG", mm_p
 def ask_vllm(address: str, parts: list[dict], mm_processor_kwargs: dict | None = None) -> tuple[int, list | str]:
     """The status, and the ids of prompt and answer, or the words of a refusal."""
     body = {"model": "model", "messages": [{"role": "user", "content": parts}], "max_tokens": 6, "temperature": 0}
-    body |= {"add_special_tokens": True, "return_token_ids": True, "mm_processor_kwargs": mm_processor_kwargs}
+    body |= {"return_token_ids": True, "mm_processor_kwargs": mm_processor_kwargs}
     sent = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -245,8 +253,8 @@ def embedded_questions(number: int) -> list[tuple[list, int | float | None]]:
     return found
 
 
-def embedded_answers(questions: list[tuple[list, int | float | None]]) -> list[list]:
-    """The length of the prompt and the new tokens of each."""
+def embedded_answers(questions: list[tuple[list, int | float | None]], default: int | None = None) -> list[list]:
+    """The length of the prompt and the new tokens of each; the model's own budget is `default`, or what is saved."""
     from prunesid_cli.embedded import complete
 
     folder = complete()
@@ -256,18 +264,43 @@ def embedded_answers(questions: list[tuple[list, int | float | None]]) -> list[l
     for (*images, text), budget in questions:
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(text=prompt, images=images or None, num_visual_tokens=budget, return_tensors="pt")
+        inputs = processor(
+            text=prompt, images=images or None, num_visual_tokens=budget or default, return_tensors="pt"
+        )
         length = inputs["input_ids"].shape[1]
         ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, length:]
         answers.append([length, ids.tolist()])
     return answers
 
 
+def at_least(given, number: int) -> list:
+    """All of them, and again from the first up to a number."""
+    return list(itertools.islice(itertools.cycle(given), max(len(given), number)))
+
+
+def wrong_with(address: str, job: str | tuple) -> str | None:
+    """What is wrong with the answer to a name of `BAD` or `ODD`, or to a question, given with the right answer."""
+    if isinstance(job, str):
+        case = {**BAD, **ODD}[job]
+        status, said = ask_vllm(address, odd_parts(**case), case.get("mm_processor_kwargs"))
+        is_right = 400 <= status < 500 and "\n" not in said if job in BAD else status == 200
+        return None if is_right else f"{job}: {status} {said}"
+    ((*images, text), budget), answer = job
+    parts = [part_of(part) for part in [*images, text]]
+    kwargs = None if budget is None else {"num_visual_tokens": budget}
+    status, said = ask_vllm(address, parts, kwargs)
+    return None if [status, said] == [200, answer] else f"{text} ({budget}): {status} {said}, not {answer}"
+
+
+# Of a server that clients may send budgets to.
+SERVER = ("--trust-request-mm-kwargs", "--max-model-len", "1024", "--limit-mm-per-prompt", '{"image": 3}')
+
+
 @pytest.mark.timeout(3600)
 def test_vllm_answers_eight_clients_as_generate_does_with_bad_input_in_between(tmp_path):
     """
-    `PRUNESID_REQUESTS` are as many requests as its value, of which one in ten is bad; `PRUNESID_VLLM` holds further
-    arguments of the server.
+    With `PRUNESID_REQUESTS` as many requests, one in ten of them bad; `PRUNESID_VLLM` holds further arguments of the
+    server. Prints how many were sent, and the server's memory.
     """
     from prunesid_cli.embedded import complete
 
@@ -275,35 +308,47 @@ def test_vllm_answers_eight_clients_as_generate_does_with_bad_input_in_between(t
     expected = embedded_answers(questions)
     assert len({str(ids) for _, ids in expected}) > 4
     number = int(os.environ.get("PRUNESID_REQUESTS", 0))
-    good = [[question, answer] for question, answer in zip(questions, expected)]
-    good = list(itertools.islice(itertools.cycle(good), max(len(good), number - number // 10)))
-    odd = list(itertools.islice(itertools.cycle({**BAD, **ODD}), max(len(BAD) + len(ODD), number // 10)))
-    step = max(1, len(good) // len(odd))
-    jobs = [
-        job for index, job in enumerate(good) for job in ([job, odd.pop()] if odd and index % step == 0 else [job])
-    ]
-    jobs += odd
+    bad, odd = at_least(BAD, number // 10), at_least(ODD, number // 20)
+    good = at_least(list(zip(questions, expected)), number - len(bad) - len(odd))
+    jobs = [*good, *bad, *odd]
+    random.Random(0).shuffle(jobs)
 
-    def do(job) -> str | None:
-        """What went wrong."""
-        if isinstance(job, str):
-            case = {**BAD, **ODD}[job]
-            status, said = ask_vllm(address, odd_parts(**case), case.get("mm_processor_kwargs"))
-            is_right = 400 <= status < 500 and "\n" not in said if job in BAD else status == 200
-            return None if is_right else f"{job}: {status} {said}"
-        ((*images, text), budget), answer = job
-        parts = [part_of(part) for part in [*images, text]]
-        kwargs = None if budget is None else {"num_visual_tokens": budget}
-        status, said = ask_vllm(address, parts, kwargs)
-        return None if [status, said] == [200, answer] else f"{text} ({budget}): {status} {said}, not {answer}"
-
-    arguments = ["--trust-request-mm-kwargs", "--max-model-len", "1024", "--limit-mm-per-prompt", '{"image": 3}']
-    arguments += os.environ.get("PRUNESID_VLLM", "").split()
-    with vllm_server.serve(complete(), tmp_path / "home", *arguments) as address:
-        with ThreadPoolExecutor(8) as clients:
-            wrong = [found for found in clients.map(do, jobs) if found]
+    home = tmp_path / "home"
+    arguments = shlex.split(os.environ.get("PRUNESID_VLLM", ""))
+    with vllm_server.serve(complete(), home, *SERVER, *arguments) as address:
+        do = functools.partial(wrong_with, address)
+        memory, wrong, half = [vllm_server.memory(home)], [], len(jobs) // 2
+        for part in (jobs[:half], jobs[half:]):
+            with ThreadPoolExecutor(8) as clients:
+                wrong += [found for found in clients.map(do, part) if found]
+            memory.append(vllm_server.memory(home))
+        megabytes = ", ".join(str(size // 2**20) for size in memory)
+        print(f"{len(good)} questions, {len(bad)} bad and {len(odd)} unusual requests.")
+        print(f"Memory at the start, half way and at the end: {megabytes} MiB.")
         assert not wrong
         assert not [found for found in map(do, good[:7]) if found]
+
+
+# Arguments of a server, beside those of the test above, whose server compiles and caches prefixes.
+SERVERS = {
+    "eager, nothing cached": ["--enforce-eager", "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"],
+    "a budget of the server": ["--enforce-eager", "--mm-processor-kwargs", '{"num_visual_tokens": 32}'],
+    "two processes": ["--enforce-eager", "--tensor-parallel-size", "2"],
+}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_vllm_answers_as_generate_does_with_other_arguments(tmp_path, name):
+    from prunesid_cli.embedded import complete
+
+    questions = embedded_questions(12)
+    jobs = list(zip(questions, embedded_answers(questions, 32 if name == "a budget of the server" else None)))
+    with vllm_server.serve(complete(), tmp_path / "home", *SERVER, *SERVERS[name]) as address:
+        do = functools.partial(wrong_with, address)
+        with ThreadPoolExecutor(8) as clients:
+            wrong = list(clients.map(do, [*jobs, *BAD, *ODD]))
+        assert not list(filter(None, wrong))
+        assert not list(filter(None, map(do, jobs)))
 
 
 FAMILIES = ["llava", "llava_next", "internvl", "gemma3", "mistral3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "glm4v"]

@@ -87,6 +87,17 @@ def test_placeholders_that_see_each_other_are_announced():
         if config is not None:  # Molmo 2 is not in every release
             assert getattr(config(), "is_mm_prefix_lm", False) == sees
             assert "is_mm_prefix_lm" not in config().to_dict()
+            assert getattr(modeling_prunesid, f"PruneSID{family}Processor").is_mm_prefix_lm == sees
+
+
+def test_an_engine_that_may_hide_placeholders_from_each_other_says_so(caplog, monkeypatch):
+    """vLLM on CPUs runs stock Gemma 3 causally as well."""
+    processor = modeling_prunesid.PruneSIDGemma3Processor.__new__(modeling_prunesid.PruneSIDGemma3Processor)
+    processor.num_visual_tokens, processor.dynamic = 8, False
+    monkeypatch.setattr(modeling_prunesid.checks, "_said", set())
+    with caplog.at_level("WARNING"):
+        processor._check_is_served(None)
+    assert "can differ from those of `generate`" in caplog.text
 
 
 def test_dynamic_budgets_of_views_are_refused_at_start(tmp_path):
