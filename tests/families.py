@@ -137,7 +137,7 @@ class Row:
     def mechanisms(self) -> frozenset[str]:
         """What the file of the family names of ours: mixins to extend, and attributes. It is read, not imported."""
         path = Path(modeling_prunesid.__file__).with_name(f"modeling_prunesid_{self.family}.py")
-        return frozenset(re.findall(r"\w+Mixin\b|\bprojector_name\b|\banyres\b", path.read_text()))
+        return frozenset(re.findall(r"\w+Mixin\b|\bprojector_name\b", path.read_text()))
 
     @property
     def kind(self) -> tuple:
