@@ -35,6 +35,10 @@ class MaskedClipsModelMixin(PrunedModelMixin):
             return super().views(modality, inputs, sizes)
         return [[left for left in mask.sum(1).tolist() if left] for mask in self.masks(inputs)]
 
-    def complete(self, modality, output, inputs):
-        output.pooler_output = self.left_of(modality, inputs, output.pooler_output)
-        return output
+    def _encode(self, modality, encode, num_visual_tokens, inputs):
+        def encode_what_is_left(**arguments):
+            output = encode(**arguments)
+            output.pooler_output = self.left_of(modality, inputs, output.pooler_output)
+            return output
+
+        return super()._encode(modality, encode_what_is_left, num_visual_tokens, inputs)

@@ -20,9 +20,9 @@ from transformers.utils import PROCESSOR_NAME
 
 from .budgets import largest_remainder, request_budgets, share_total
 from .configuration_prunesid import PruneSIDConfig, check_budget
-from .hub import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 from .methods import QUESTION, reads_question
 from .prompts import IGNORED_LABEL
+from .repo_files import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 
 
 OF_VIDEOS = "num_visual_tokens_of_videos"
