@@ -1,59 +1,27 @@
-"""The any-resolution crops of the LLaVA-NeXT families: which patch of which crop each token of an image is."""
+"""Images of any-resolution crops that upstream's `pack_image_features` lays out, and clips of frames."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    image_size_to_num_patches,
-    unpad_image,
-)
+from transformers import LlavaNextModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .budgets import View
-from .family import PrunedModelMixin
+from .frames import FramesModelMixin, FramesProcessorMixin
 
 
-NEWLINE = -1
-
-
-def pack_patches(
-    image_size: Sequence[int], grid_pinpoints: list[list[int]], crop_size: int, patch_size: int
-) -> torch.LongTensor:
+def are_cropped(inputs: dict[str, Any]) -> list[bool] | None:
     """
-    The tokens of an image as upstream packs them (`spatial_unpad`): the crop that shows the whole image, then the grid
-    of the other crops row by row, without the rows or columns of padding, and a newline token after each row.
-
-    Args:
-        image_size (`tuple[int, int]`): height and width of the image, in pixels.
-        grid_pinpoints (`list[list[int]]`): resolutions of the grids to choose from.
-        crop_size (`int`), patch_size (`int`): side of a crop and of a patch, in pixels.
-
-    Returns:
-        `torch.LongTensor` of shape `(T,)`: `crop * patches_of_a_crop + patch` of each token; -1 for a newline token.
+    Which images are cropped, None for all: LLaVA-OneVision, whose `batch_num_images` says how many images each row of
+    the batch has, makes a single crop of those that share one.
     """
-    side = crop_size // patch_size
-    rows, columns = get_anyres_image_grid_shape(list(image_size), grid_pinpoints, crop_size)
-    whole, grid = torch.arange((1 + rows * columns) * side**2).split([side**2, rows * columns * side**2])
-    grid = grid.view(rows, columns, side, side).transpose(1, 2).reshape(1, rows * side, columns * side)
-    grid = unpad_image(grid, list(image_size))[0]
-    newlines = torch.full((len(grid), 1), NEWLINE)
-    return torch.cat([whole, torch.cat([grid, newlines], dim=1).flatten()])
-
-
-def views_of_crops(
-    image_size: Sequence[int], grid_pinpoints: list[list[int]], crop_size: int, patch_size: int
-) -> list[View]:
-    """A view for each crop of an image, of its patches that are no padding. Arguments are those of `pack_patches`."""
-    packed, patches = pack_patches(image_size, grid_pinpoints, crop_size, patch_size), (crop_size // patch_size) ** 2
-    rows, columns = get_anyres_image_grid_shape(list(image_size), grid_pinpoints, crop_size)
-    crops = packed.div(patches, rounding_mode="floor")
-    views = []
-    for crop in range(1 + rows * columns):
-        own = (crops == crop).nonzero()[:, 0]
-        views.append(View(own, packed[own] % patches, cls_at=min(crop, 1) * patches))
-    return views
+    counts = inputs.get("batch_num_images")
+    counts = [] if counts is None else torch.as_tensor(counts).tolist()
+    return [count == 1 for count in counts for _ in range(count)] or None
 
 
 def crops_of_images(config: Any, image_sizes: torch.LongTensor, is_cropped: Sequence[bool] | None = None) -> list[int]:
@@ -116,7 +84,7 @@ def packed_owners(
         crops = owners[:count, None].expand(-1, side**2, -1)
         packed = pack([crops], size[None], image_newline=owners[count], **options)[0]
         owner = (packed[0] if isinstance(packed, list) else packed).argmax(-1)
-        found.append(owner.masked_fill(owner == count, NEWLINE))
+        found.append(owner.masked_fill(owner == count, -1))
     return found
 
 
@@ -129,31 +97,63 @@ def packed_views(pack: Callable, config: Any, image_sizes: torch.LongTensor, *ar
     return views
 
 
-class PackedModelMixin(PrunedModelMixin):
+class PackedModelMixin(FramesModelMixin):
     """
     For images of crops, each a view, that upstream's `pack_image_features` lays out, and videos of frames. Newline
     tokens are of no view.
     """
 
     def layout(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Further arguments of `packed_owners`."""
+        """Further arguments of upstream's `pack_image_features`."""
         return {"vision_feature_select_strategy": "full"}
+
+    @property
+    def crop_side(self) -> int:
+        """The side of a crop, or of a frame, in patches."""
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
+    def _options(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"is_cropped": are_cropped(inputs), **self.layout(inputs)}
 
     def views(self, modality, inputs, sizes):
         if modality == "image":
-            return packed_views(self.pack_image_features, self.config, inputs["image_sizes"], **self.layout(inputs))
-        frames = inputs["pixel_values_videos"].shape[1]
-        return [[size // frames] * frames for size in sizes]
+            return packed_views(self.pack_image_features, self.config, inputs["image_sizes"], **self._options(inputs))
+        return super().views(modality, inputs, sizes)
 
     def sizes_of(self, modality, inputs):
         if modality == "video":
-            return None
+            return super().sizes_of(modality, inputs)
         sizes = inputs["image_sizes"]
-        return list(map(len, packed_owners(self.pack_image_features, self.config, sizes, **self.layout(inputs))))
+        return list(map(len, packed_owners(self.pack_image_features, self.config, sizes, **self._options(inputs))))
 
     def pool_attention(self, patches, modality, inputs, num_tokens):
         if modality == "video":
             return super().pool_attention(patches, modality, inputs, num_tokens)
-        vision = self.config.vision_config
-        crops, sizes = patches.view(-1, (vision.image_size // vision.patch_size) ** 2), inputs["image_sizes"]
-        return packed_scores(self.pack_image_features, self.config, sizes, crops, **self.layout(inputs))
+        crops, sizes = patches.view(-1, self.crop_side**2), inputs["image_sizes"]
+        return packed_scores(self.pack_image_features, self.config, sizes, crops, **self._options(inputs))
+
+
+class PackedProcessorMixin(FramesProcessorMixin):
+    """For the processor of a [`PackedModelMixin`]."""
+
+    pack_image_features = LlavaNextModel.pack_image_features
+
+    def layout(self) -> dict[str, Any]:
+        """Further arguments of upstream's `pack_image_features`."""
+        return {"vision_feature_select_strategy": "full"}
+
+    def side_of(self, crop_size: int) -> int:
+        """The side of a crop of this side in pixels, in tokens."""
+        tokens = getattr(self, "num_image_tokens", None)  # of a crop
+        return crop_size // self.patch_size if tokens is None else math.isqrt(tokens)
+
+    def view_lengths(self, modality, inputs, index, runs):
+        if modality == "video":
+            return super().view_lengths(modality, inputs, index, runs)
+        crop, is_cropped = inputs["pixel_values"][0][0].shape[-1], are_cropped(inputs)
+        vision = SimpleNamespace(image_size=crop, patch_size=crop // self.side_of(crop))
+        config = SimpleNamespace(vision_config=vision, image_grid_pinpoints=self.image_processor.image_grid_pinpoints)
+        pack = functools.partial(type(self).pack_image_features, SimpleNamespace(config=config))
+        own = torch.as_tensor(inputs["image_sizes"][index])[None], is_cropped and is_cropped[index : index + 1]
+        [views] = packed_views(pack, config, *own, **self.layout())
+        return [len(view.rows) for view in views]

@@ -31,17 +31,10 @@ from .upstream import CACHE_NAME, cache_of
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 # What the sizes of images and clips are passed as.
 _SIZES = (
-    "image_grid_thw",
-    "video_grid_thw",
-    "image_sizes",
-    "spatial_shapes",
-    "target_sizes",
-    "target_sizes_videos",
-    "image_grids",
-    "video_grids",
-    "num_tiles",
-    "num_video_tiles",
-)
+    "image_grid_thw", "image_grid_hw", "image_grids", "image_sizes", "image_merge_sizes", "spatial_shapes",
+    "target_sizes", "num_tiles", "num_local_patches", "video_grid_thw", "video_grids", "video_merge_sizes",
+    "video_compression_mask", "target_sizes_videos", "num_video_tiles",
+)  # fmt: skip
 
 # The base model whose `generate` runs.
 generating: ContextVar[Any] = ContextVar("generating", default=None)

@@ -129,10 +129,6 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         short = min(resolve_budget(self.config.prunesid_config.budget, full), full)
         return any(all(length % tokens == 0 for length in run_lengths) for tokens in (full, short))
 
-    def complete(self, modality: str, output: Any, inputs: dict[str, Any]) -> Any:
-        """Does to upstream's output what its `forward` does to it besides, by arguments among `own_arguments`."""
-        return output
-
     def get_image_features(self, *, num_visual_tokens: NumVisualTokens = None, **inputs):
         """Upstream's, of the kept tokens alone. See [`PrunedModelMixin`]."""
         return self._encode("image", super().get_image_features, num_visual_tokens, inputs)
@@ -206,7 +202,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         if num_visual_tokens is _ALL_TOKENS:
             return encode(**inputs)
         if self.is_off(num_visual_tokens):
-            output = self.complete(modality, encode(**inputs), given)
+            output = encode(**inputs)
         elif self.projector_name is not None:
             output = self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)
         else:
@@ -218,7 +214,6 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
                 output, patches = ATTENTION.encode(self, modality, encode, arguments)
             else:
                 output = encode(**arguments)
-            output = self.complete(modality, output, given)
             output = self.keep_tokens(modality, output, num_visual_tokens, given, patches)
         if vars(self).pop("_says_what_it_keeps", False):
             self._say_what_is_kept(modality, output)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from .attention import from_windows, pool_blocks, tower_of
 from .configuration_prunesid import NestsPruneSIDConfig
 from .family import PrunedModelMixin
@@ -68,22 +66,3 @@ class GridProcessorMixin(PrunedProcessorMixin):
     def view_lengths(self, modality, inputs, index, runs):
         slices = self.num_slices(modality, inputs, index)
         return [sum(runs) // slices] * slices
-
-
-class SharedIdModelMixin(GridModelMixin):
-    """For GLM, where images and the frames of a video have the same placeholder."""
-
-    def find_placeholders(self, modality, input_ids, inputs_embeds):
-        return super().find_placeholders("image", input_ids, inputs_embeds)
-
-
-class SharedIdProcessorMixin(GridProcessorMixin):
-    """For the processor of a [`SharedIdModelMixin`]."""
-
-    def _placeholder(self, modality):
-        return super()._placeholder("image")
-
-
-def rows_without_newlines(height: int, width: int, first: int = 0) -> torch.LongTensor:
-    """The tokens of a grid of `(height, width)`, whose rows end with a newline token each, counted from `first`."""
-    return (torch.arange(height * (width + 1)).view(height, width + 1)[:, :width] + first).flatten()

@@ -1,10 +1,7 @@
 """What lets Auto classes, pipelines and the Hub treat our classes as they treat the stock ones."""
 
 import importlib
-import json
 import os
-import re
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,66 +16,10 @@ from transformers.utils import (
     cached_file,
 )
 
+from .repo_files import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, find_commit, read_base, read_fields
 
-# How files are fetched, from the variant and from its base alike.
-ACCESS_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
-# What a caller says of the variant's repo, and what is therefore never said of its base.
-VARIANT_ARGUMENTS = ("revision", "code_revision", "subfolder", "trust_remote_code", "_commit_hash", "_from_auto")
-_DEEPEST_JSON = 64  # levels; upstream copies configurations recursively
+
 _DYNAMIC_MODULES = "transformers_modules."
-
-
-def read_fields(name: str | os.PathLike, file: str, location: dict[str, Any]) -> dict[str, Any] | None:
-    """
-    The JSON object in a file of a repo or folder, or None where it has no such file.
-
-    Raises:
-        `ValueError`: if the file holds something else: broken JSON, a list, null, or objects in 64 others.
-        `OSError`: if there is no such repo, or it cannot be reached.
-    """
-    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **location)
-    if path is None:
-        return None
-    problem = None
-    try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            problem = f"it is {json.dumps(fields)[:40]}"
-        elif _is_deeper(fields, _DEEPEST_JSON):
-            problem = f"it nests more than {_DEEPEST_JSON} levels"
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        problem = str(error)
-    except RecursionError:
-        problem = f"it nests more than {_DEEPEST_JSON} levels"
-    if problem is not None:
-        raise ValueError(f"{file} of {name} must hold a JSON object, but {problem}. Save the variant again.")
-    return fields
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    return levels == 0 or any(
-        _is_deeper(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value)
-    )
-
-
-def read_base(fields: dict[str, Any], where: str) -> tuple[str | None, str | None]:
-    """
-    Name and revision of the base in the fields of a variant; None, None where it is no thin variant.
-
-    Raises:
-        `ValueError`: if one of them is not a name.
-    """
-    values = []
-    for name in ("base_model_name_or_path", "base_model_revision"):
-        value = fields.get(name)
-        if value is not None and (not isinstance(value, str) or value == ""):
-            raise ValueError(
-                f"{where}.{name} must be a non-empty string or null, got {value!r}. Save the variant again."
-            )
-        values.append(value)
-    return values[0], values[1]
 
 
 class HubModelMixin:
@@ -320,19 +261,6 @@ def _read_generation_config(name: str | os.PathLike, location: dict[str, Any]) -
     if read_fields(name, GENERATION_CONFIG_NAME, location) is None:
         return None
     return GenerationConfig.from_pretrained(name, **location)
-
-
-def find_commit(name: str | os.PathLike, revision: str | None, location: dict[str, Any]) -> str | None:
-    """The commit that a branch, tag or commit of a repo on the Hub stands for; None for a folder, or if unknown."""
-    if os.path.isdir(name):
-        return None
-    location = {key: value for key, value in location.items() if key != "revision"}
-    try:
-        path = cached_file(name, CONFIG_NAME, revision=revision, **location)
-    except OSError:
-        return None
-    found = re.search(r"/snapshots/([0-9a-f]{40})/", Path(path).as_posix()) if path is not None else None
-    return found and found[1]
 
 
 def _has_weights(name: str | os.PathLike, location: dict[str, Any]) -> bool:

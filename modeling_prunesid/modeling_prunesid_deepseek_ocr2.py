@@ -4,9 +4,6 @@ DeepSeek-OCR 2 with PruneSID: tokens are compared as they enter the language mod
 The separator behind an image is of no view.
 """
 
-import math
-
-import torch
 from transformers import (
     DeepseekOcr2Config,
     DeepseekOcr2ForConditionalGeneration,
@@ -15,10 +12,9 @@ from transformers import (
     GenerationMixin,
 )
 
-from .budgets import View
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
-from .processing import PrunedProcessorMixin
+from .local_crops import LocalCropsModelMixin, LocalCropsProcessorMixin
 
 
 class PruneSIDDeepseekOcr2Config(BehindConnectorConfig, DeepseekOcr2Config):
@@ -30,21 +26,16 @@ class PruneSIDDeepseekOcr2Config(BehindConnectorConfig, DeepseekOcr2Config):
     model_type = "prunesid_deepseek_ocr2"
 
 
-class PruneSIDDeepseekOcr2Model(PrunedModelMixin, DeepseekOcr2Model):
-    """[`DeepseekOcr2Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+class PruneSIDDeepseekOcr2Model(LocalCropsModelMixin, DeepseekOcr2Model):
+    """[`DeepseekOcr2Model`] with compressing `get_*_features`; see [`LocalCropsModelMixin`]."""
 
     config_class = PruneSIDDeepseekOcr2Config
+    num_separators = 1
 
-    def views(self, modality, inputs, sizes):
-        counts = inputs.get("num_local_patches")
-        counts = [0] * len(sizes) if counts is None else torch.as_tensor(counts).tolist()
-        crop = self._tokens_of(inputs["pixel_values_local"]) if sum(counts) else 0
-        lengths = [[crop] * count + [size - 1 - crop * count] for size, count in zip(sizes, counts)]
-        return [[View(rows) for rows in torch.arange(sum(own)).split(own)] for own in lengths]
+    pool_attention = PrunedModelMixin.pool_attention  # tokens are queries, not merged from patches
 
-    def _tokens_of(self, pixels):
-        sam = self.config.vision_config.sam_config
-        return 144 if (pixels.shape[-1] // sam.patch_size // 4) ** 2 <= 144 else 256
+    def tokens_of(self, pixels):
+        return 144 if super().tokens_of(pixels) <= 144 else 256
 
 
 class PruneSIDDeepseekOcr2ForConditionalGeneration(
@@ -55,14 +46,8 @@ class PruneSIDDeepseekOcr2ForConditionalGeneration(
     model_class = PruneSIDDeepseekOcr2Model
 
 
-class PruneSIDDeepseekOcr2Processor(PrunedProcessorMixin, DeepseekOcr2Processor):
+class PruneSIDDeepseekOcr2Processor(LocalCropsProcessorMixin, DeepseekOcr2Processor):
     """[`DeepseekOcr2Processor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
-
-    def view_lengths(self, modality, inputs, index, runs):
-        count = int(inputs["num_local_patches"][index])
-        size, tile = self.image_processor.size["height"], self.image_processor.tile_size
-        crop, whole = (math.ceil(side / self.patch_size / self.downsample_ratio) ** 2 for side in (tile, size))
-        return [crop] * count + [whole]
 
 
 PruneSIDDeepseekOcr2AutoModel = register_family(

@@ -21,27 +21,22 @@ class PruneSIDErnie4_5_VLMoeConfig(GridConfigMixin, Ernie4_5_VLMoeConfig):
 
 
 class PruneSIDErnie4_5_VLMoeModel(MRoPEModelMixin, GridModelMixin, Ernie4_5_VLMoeModel):
-    """
-    [`Ernie4_5_VLMoeModel`] with compressing `get_*_features`; see [`GridModelMixin`]. Two frames make a slice.
-    """
+    """[`Ernie4_5_VLMoeModel`] with compressing `get_*_features`; see [`GridModelMixin`]. Two frames make a slice."""
 
     config_class = PruneSIDErnie4_5_VLMoeConfig
-    views_apart = ()
-    along_prompt = {"moe_mm_token_type_ids": 0}
+    views_apart, along_prompt = (), {"moe_mm_token_type_ids": 0}
+
+    def merged_frames(self, modality):
+        return self.config.vision_config.temporal_merge_size if modality == "video" else 1
 
     def slices(self, modality, inputs):
-        merged = self.config.vision_config.temporal_merge_size if modality == "video" else 1
-        return [frames // merged for frames in super().slices(modality, inputs)]
+        return [frames // self.merged_frames(modality) for frames in super().slices(modality, inputs)]
 
     def pool_attention(self, patches, modality, inputs, num_tokens):
-        if modality == "image":
-            return super().pool_attention(patches, modality, inputs, num_tokens)
-        vision, pooled = self.config.vision_config, []
-        grids = inputs["video_grid_thw"]
-        for own, frames in zip(patches.split(grids.prod(-1).tolist()), grids[:, 0].tolist()):
-            merged = own.view(frames // vision.temporal_merge_size, vision.temporal_merge_size, -1)
-            pooled.append(merged.mean(1).view(-1, vision.spatial_merge_size**2).mean(1))
-        return torch.cat(pooled)
+        grids, merged = inputs[f"{modality}_grid_thw"], self.merged_frames(modality)
+        own = zip(patches.split(grids.prod(-1).tolist()), grids[:, 1:].prod(-1).tolist())
+        pooled = torch.cat([part.view(-1, merged, frame).mean(1).flatten() for part, frame in own])
+        return super().pool_attention(pooled, modality, inputs, num_tokens)
 
 
 class PruneSIDErnie4_5_VLMoeForConditionalGeneration(

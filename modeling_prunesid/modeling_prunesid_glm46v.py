@@ -9,8 +9,9 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, SharedIdModelMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin
 from .mrope import MRoPEModelMixin
+from .shared_id import SharedIdModelMixin, SharedIdProcessorMixin
 
 
 class PruneSIDGlm46VConfig(GridConfigMixin, Glm46VConfig):
@@ -19,8 +20,8 @@ class PruneSIDGlm46VConfig(GridConfigMixin, Glm46VConfig):
     model_type = "prunesid_glm46v"
 
 
-class PruneSIDGlm46VModel(MRoPEModelMixin, SharedIdModelMixin, Glm46VModel):
-    """[`Glm46VModel`] with compressing `get_*_features`; see [`SharedIdModelMixin`]."""
+class PruneSIDGlm46VModel(MRoPEModelMixin, SharedIdModelMixin, GridModelMixin, Glm46VModel):
+    """[`Glm46VModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDGlm46VConfig
 
@@ -31,7 +32,7 @@ class PruneSIDGlm46VForConditionalGeneration(PrunedGenerationMixin, Glm46VForCon
     model_class = PruneSIDGlm46VModel
 
 
-class PruneSIDGlm46VProcessor(SharedIdProcessorMixin, Glm46VProcessor):
+class PruneSIDGlm46VProcessor(SharedIdProcessorMixin, GridProcessorMixin, Glm46VProcessor):
     """[`Glm46VProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
 

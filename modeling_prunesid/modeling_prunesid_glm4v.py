@@ -9,8 +9,9 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, SharedIdModelMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin
 from .mrope import MRoPEModelMixin
+from .shared_id import SharedIdModelMixin, SharedIdProcessorMixin
 
 
 class PruneSIDGlm4vConfig(GridConfigMixin, Glm4vConfig):
@@ -19,8 +20,8 @@ class PruneSIDGlm4vConfig(GridConfigMixin, Glm4vConfig):
     model_type = "prunesid_glm4v"
 
 
-class PruneSIDGlm4vModel(MRoPEModelMixin, SharedIdModelMixin, Glm4vModel):
-    """[`Glm4vModel`] with compressing `get_*_features`; see [`SharedIdModelMixin`]."""
+class PruneSIDGlm4vModel(MRoPEModelMixin, SharedIdModelMixin, GridModelMixin, Glm4vModel):
+    """[`Glm4vModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDGlm4vConfig
 
@@ -31,7 +32,7 @@ class PruneSIDGlm4vForConditionalGeneration(PrunedGenerationMixin, Glm4vForCondi
     model_class = PruneSIDGlm4vModel
 
 
-class PruneSIDGlm4vProcessor(SharedIdProcessorMixin, Glm4vProcessor):
+class PruneSIDGlm4vProcessor(SharedIdProcessorMixin, GridProcessorMixin, Glm4vProcessor):
     """[`Glm4vProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
 

@@ -9,8 +9,9 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, SharedIdModelMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin
 from .mrope import MRoPEModelMixin
+from .shared_id import SharedIdModelMixin, SharedIdProcessorMixin
 
 
 class PruneSIDGlm4vMoeConfig(GridConfigMixin, Glm4vMoeConfig):
@@ -19,8 +20,8 @@ class PruneSIDGlm4vMoeConfig(GridConfigMixin, Glm4vMoeConfig):
     model_type = "prunesid_glm4v_moe"
 
 
-class PruneSIDGlm4vMoeModel(MRoPEModelMixin, SharedIdModelMixin, Glm4vMoeModel):
-    """[`Glm4vMoeModel`] with compressing `get_*_features`; see [`SharedIdModelMixin`]."""
+class PruneSIDGlm4vMoeModel(MRoPEModelMixin, SharedIdModelMixin, GridModelMixin, Glm4vMoeModel):
+    """[`Glm4vMoeModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDGlm4vMoeConfig
 
@@ -33,7 +34,7 @@ class PruneSIDGlm4vMoeForConditionalGeneration(
     model_class = PruneSIDGlm4vMoeModel
 
 
-class PruneSIDGlm4vMoeProcessor(SharedIdProcessorMixin, Glm4vProcessor):
+class PruneSIDGlm4vMoeProcessor(SharedIdProcessorMixin, GridProcessorMixin, Glm4vProcessor):
     """[`Glm4vProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
 

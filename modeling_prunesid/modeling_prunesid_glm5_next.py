@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, GridModelMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin
+from .shared_id import SharedIdProcessorMixin
 
 
 class PruneSIDGlm5NextConfig(GridConfigMixin, Glm5NextConfig):
@@ -41,7 +42,7 @@ class PruneSIDGlm5NextForConditionalGeneration(
     model_class = PruneSIDGlm5NextModel
 
 
-class PruneSIDGlm5NextProcessor(SharedIdProcessorMixin, Glm5NextProcessor):
+class PruneSIDGlm5NextProcessor(SharedIdProcessorMixin, GridProcessorMixin, Glm5NextProcessor):
     """[`Glm5NextProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
 

@@ -9,8 +9,9 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, SharedIdModelMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin
 from .mrope import MRoPEModelMixin
+from .shared_id import SharedIdModelMixin, SharedIdProcessorMixin
 
 
 class PruneSIDGlmOcrConfig(GridConfigMixin, GlmOcrConfig):
@@ -19,8 +20,8 @@ class PruneSIDGlmOcrConfig(GridConfigMixin, GlmOcrConfig):
     model_type = "prunesid_glm_ocr"
 
 
-class PruneSIDGlmOcrModel(MRoPEModelMixin, SharedIdModelMixin, GlmOcrModel):
-    """[`GlmOcrModel`] with compressing `get_*_features`; see [`SharedIdModelMixin`]."""
+class PruneSIDGlmOcrModel(MRoPEModelMixin, SharedIdModelMixin, GridModelMixin, GlmOcrModel):
+    """[`GlmOcrModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDGlmOcrConfig
 
@@ -31,7 +32,7 @@ class PruneSIDGlmOcrForConditionalGeneration(PrunedGenerationMixin, GlmOcrForCon
     model_class = PruneSIDGlmOcrModel
 
 
-class PruneSIDGlmOcrProcessor(SharedIdProcessorMixin, Glm46VProcessor):
+class PruneSIDGlmOcrProcessor(SharedIdProcessorMixin, GridProcessorMixin, Glm46VProcessor):
     """[`Glm46VProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
 

@@ -9,8 +9,9 @@ from transformers import (
 )
 
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, SharedIdModelMixin, SharedIdProcessorMixin
+from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin
 from .mrope import MRoPEModelMixin
+from .shared_id import SharedIdModelMixin, SharedIdProcessorMixin
 
 
 class PruneSIDGlmgaConfig(GridConfigMixin, GlmgaConfig):
@@ -20,8 +21,8 @@ class PruneSIDGlmgaConfig(GridConfigMixin, GlmgaConfig):
     _also_loads = ("glm46v",)
 
 
-class PruneSIDGlmgaModel(MRoPEModelMixin, SharedIdModelMixin, Glm46VModel):
-    """[`Glm46VModel`] with compressing `get_*_features`; see [`SharedIdModelMixin`]."""
+class PruneSIDGlmgaModel(MRoPEModelMixin, SharedIdModelMixin, GridModelMixin, Glm46VModel):
+    """[`Glm46VModel`] with compressing `get_*_features`; see [`GridModelMixin`]."""
 
     config_class = PruneSIDGlmgaConfig
 
@@ -32,7 +33,7 @@ class PruneSIDGlmgaForConditionalGeneration(PrunedGenerationMixin, Glm46VForCond
     model_class = PruneSIDGlmgaModel
 
 
-class PruneSIDGlmgaProcessor(SharedIdProcessorMixin, Glm46VProcessor):
+class PruneSIDGlmgaProcessor(SharedIdProcessorMixin, GridProcessorMixin, Glm46VProcessor):
     """[`Glm46VProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
 

@@ -10,7 +10,8 @@ from transformers import (
 
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
-from .tiles import TiledModelMixin, TiledProcessorMixin
+from .got_ocr import GotOcrModelMixin
+from .tiles import TiledProcessorMixin
 
 
 class PruneSIDGotOcr2Config(BehindConnectorConfig, GotOcr2Config):
@@ -19,15 +20,10 @@ class PruneSIDGotOcr2Config(BehindConnectorConfig, GotOcr2Config):
     model_type = "prunesid_got_ocr2"
 
 
-class PruneSIDGotOcr2Model(TiledModelMixin, GotOcr2Model):
-    """[`GotOcr2Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+class PruneSIDGotOcr2Model(GotOcrModelMixin, GotOcr2Model):
+    """[`GotOcr2Model`] with compressing `get_*_features`; see [`GotOcrModelMixin`]."""
 
     config_class = PruneSIDGotOcr2Config
-    views_apart = ()
-    pools_tensor = ("image",)
-
-    def patches_per_token(self):
-        return 16
 
 
 class PruneSIDGotOcr2ForConditionalGeneration(PrunedGenerationMixin, GotOcr2ForConditionalGeneration, GenerationMixin):

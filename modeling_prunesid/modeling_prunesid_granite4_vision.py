@@ -10,10 +10,9 @@ from transformers import (
     Granite4VisionProcessor,
 )
 
-from .anyres import PackedModelMixin, views_of_crops
+from .anyres import PackedModelMixin, PackedProcessorMixin
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
-from .processing import PrunedProcessorMixin
 
 
 class PruneSIDGranite4VisionConfig(BehindConnectorConfig, Granite4VisionConfig):
@@ -49,15 +48,11 @@ class PruneSIDGranite4VisionForConditionalGeneration(
     model_class = PruneSIDGranite4VisionModel
 
 
-class PruneSIDGranite4VisionProcessor(PrunedProcessorMixin, Granite4VisionProcessor):
+class PruneSIDGranite4VisionProcessor(PackedProcessorMixin, Granite4VisionProcessor):
     """[`Granite4VisionProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
-    def view_lengths(self, modality, inputs, index, runs):
-        crop = inputs["pixel_values"][0][0].shape[-1]
-        side = int(crop // self.patch_size * fractions.Fraction(self.downsample_rate or 1))
-        size, grids = inputs["image_sizes"][index], self.image_processor.image_grid_pinpoints
-        views = views_of_crops([int(length) for length in size], grids, crop, crop // side)
-        return [len(view.rows) for view in views if len(view.rows)]
+    def side_of(self, crop_size):
+        return int(super().side_of(crop_size) * fractions.Fraction(self.downsample_rate or 1))
 
 
 PruneSIDGranite4VisionAutoModel = register_family(

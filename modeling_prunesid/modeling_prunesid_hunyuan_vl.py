@@ -8,10 +8,10 @@ from transformers import (
     HunYuanVLProcessor,
 )
 
-from .budgets import View
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin, rows_without_newlines
+from .grids import GridConfigMixin
 from .mrope import MRoPEModelMixin
+from .newlines import NewlineGridModelMixin, NewlineGridProcessorMixin
 
 
 class PruneSIDHunYuanVLConfig(GridConfigMixin, HunYuanVLConfig):
@@ -20,15 +20,14 @@ class PruneSIDHunYuanVLConfig(GridConfigMixin, HunYuanVLConfig):
     model_type = "prunesid_hunyuan_vl"
 
 
-class PruneSIDHunYuanVLModel(MRoPEModelMixin, GridModelMixin, HunYuanVLModel):
+class PruneSIDHunYuanVLModel(MRoPEModelMixin, NewlineGridModelMixin, HunYuanVLModel):
     """
-    [`HunYuanVLModel`] with compressing `get_image_features`; see [`GridModelMixin`]. An image has a token before it,
-    one behind it and one at the end of each row, which leave with the first token that is dropped.
+    [`HunYuanVLModel`] with compressing `get_image_features`; see [`NewlineGridModelMixin`]. An image also has a token
+    before it and one behind it, which leave as newlines do.
     """
 
     config_class = PruneSIDHunYuanVLConfig
-    views_apart = ()
-    has_raster_patches = True
+    num_around = 1
     has_text_axis = False
 
     @property
@@ -41,14 +40,6 @@ class PruneSIDHunYuanVLModel(MRoPEModelMixin, GridModelMixin, HunYuanVLModel):
             "enough. Pass pixel_values and image_grid_thw of all images of the conversation."
         )
 
-    def sizes_of(self, modality, inputs):
-        sides = inputs["image_grid_thw"][:, 1:] // self.config.vision_config.spatial_merge_size
-        return [height * (width + 1) + 2 for height, width in sides.tolist()]
-
-    def views(self, modality, inputs, sizes):
-        sides = inputs["image_grid_thw"][:, 1:] // self.config.vision_config.spatial_merge_size
-        return [[View(rows_without_newlines(height, width, 1))] for height, width in sides.tolist()]
-
 
 class PruneSIDHunYuanVLForConditionalGeneration(
     PrunedGenerationMixin, HunYuanVLForConditionalGeneration, GenerationMixin
@@ -58,12 +49,8 @@ class PruneSIDHunYuanVLForConditionalGeneration(
     model_class = PruneSIDHunYuanVLModel
 
 
-class PruneSIDHunYuanVLProcessor(GridProcessorMixin, HunYuanVLProcessor):
+class PruneSIDHunYuanVLProcessor(NewlineGridProcessorMixin, HunYuanVLProcessor):
     """[`HunYuanVLProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
-
-    def view_lengths(self, modality, inputs, index, runs):
-        height, width = (int(side) // self.image_processor.merge_size for side in inputs["image_grid_thw"][index][1:])
-        return [height * width]
 
 
 PruneSIDHunYuanVLAutoModel = register_family(PruneSIDHunYuanVLForConditionalGeneration, PruneSIDHunYuanVLProcessor)

@@ -8,10 +8,10 @@ from transformers import (
     HYV4VLProcessor,
 )
 
-from .budgets import View
 from .family import PrunedGenerationMixin, register_family
-from .grids import GridConfigMixin, GridModelMixin, GridProcessorMixin, rows_without_newlines
+from .grids import GridConfigMixin
 from .mrope import MRoPEModelMixin
+from .newlines import NewlineGridModelMixin, NewlineGridProcessorMixin
 
 
 class PruneSIDHYV4VLConfig(GridConfigMixin, HYV4VLConfig):
@@ -20,27 +20,10 @@ class PruneSIDHYV4VLConfig(GridConfigMixin, HYV4VLConfig):
     model_type = "prunesid_hy_v4_vl"
 
 
-class PruneSIDHYV4VLModel(MRoPEModelMixin, GridModelMixin, HYV4VLModel):
-    """
-    [`HYV4VLModel`] with compressing `get_*_features`; see [`GridModelMixin`]. The rows of a frame end with a token
-    each, which leave with the first token that is dropped.
-    """
+class PruneSIDHYV4VLModel(MRoPEModelMixin, NewlineGridModelMixin, HYV4VLModel):
+    """[`HYV4VLModel`] with compressing `get_*_features`; see [`NewlineGridModelMixin`]."""
 
     config_class = PruneSIDHYV4VLConfig
-    views_apart = ()
-    has_raster_patches = True
-
-    def sizes_of(self, modality, inputs):
-        merged, grids = self.config.vision_config.spatial_merge_size, inputs[f"{modality}_grid_thw"].tolist()
-        return [frames * (height // merged) * (width // merged + 1) for frames, height, width in grids]
-
-    def views(self, modality, inputs, sizes):
-        merged, views = self.config.vision_config.spatial_merge_size, []
-        for frames, height, width in inputs[f"{modality}_grid_thw"].tolist():
-            height, width = height // merged, width // merged
-            firsts = range(0, frames * height * (width + 1), height * (width + 1))
-            views.append([View(rows_without_newlines(height, width, first)) for first in firsts])
-        return views
 
 
 class PruneSIDHYV4VLForConditionalGeneration(PrunedGenerationMixin, HYV4VLForConditionalGeneration, GenerationMixin):
@@ -49,13 +32,8 @@ class PruneSIDHYV4VLForConditionalGeneration(PrunedGenerationMixin, HYV4VLForCon
     model_class = PruneSIDHYV4VLModel
 
 
-class PruneSIDHYV4VLProcessor(GridProcessorMixin, HYV4VLProcessor):
+class PruneSIDHYV4VLProcessor(NewlineGridProcessorMixin, HYV4VLProcessor):
     """[`HYV4VLProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
-
-    def view_lengths(self, modality, inputs, index, runs):
-        merged = getattr(self, f"{modality}_processor").merge_size
-        frames, height, width = map(int, inputs[f"{modality}_grid_thw"][index])
-        return [(height // merged) * (width // merged)] * frames
 
 
 PruneSIDHYV4VLAutoModel = register_family(PruneSIDHYV4VLForConditionalGeneration, PruneSIDHYV4VLProcessor)

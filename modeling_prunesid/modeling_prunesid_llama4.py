@@ -40,12 +40,6 @@ class PruneSIDLlama4ForConditionalGeneration(
         super().__init__(config)
         self.language_model.register_forward_hook(_add_image_outputs)
 
-    def _forward_stock(self, mm_encoder_outputs=None, **inputs):
-        output = super()._forward_stock(mm_encoder_outputs=mm_encoder_outputs, **inputs)
-        if "image_outputs" in getattr(output, "__dataclass_fields__", ()):
-            output.image_outputs = (mm_encoder_outputs or {}).get("image")
-        return output
-
     def patches_of(self, attention):
         return attention[:, :-1]  # its CLS token is the last
 

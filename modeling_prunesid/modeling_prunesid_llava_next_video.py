@@ -8,11 +8,10 @@ from transformers import (
     LlavaNextVideoProcessor,
 )
 
-from .anyres import PackedModelMixin, views_of_crops
+from .anyres import PackedModelMixin, PackedProcessorMixin
 from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
-from .processing import PrunedProcessorMixin
 
 
 class PruneSIDLlavaNextVideoConfig(BehindConnectorConfig, LlavaNextVideoConfig):
@@ -31,6 +30,9 @@ class PruneSIDLlavaNextVideoModel(PackedModelMixin, LlavaNextVideoModel):
 
     patch_grids = square_grids
 
+    def tokens_of_frame(self, inputs):
+        return (self.crop_side // self.config.spatial_pool_stride) ** 2
+
 
 class PruneSIDLlavaNextVideoForConditionalGeneration(
     PrunedGenerationMixin, LlavaNextVideoForConditionalGeneration, GenerationMixin
@@ -40,17 +42,8 @@ class PruneSIDLlavaNextVideoForConditionalGeneration(
     model_class = PruneSIDLlavaNextVideoModel
 
 
-class PruneSIDLlavaNextVideoProcessor(PrunedProcessorMixin, LlavaNextVideoProcessor):
+class PruneSIDLlavaNextVideoProcessor(PackedProcessorMixin, LlavaNextVideoProcessor):
     """[`LlavaNextVideoProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
-
-    def view_lengths(self, modality, inputs, index, runs):
-        if modality == "video":
-            frames = len(inputs["pixel_values_videos"][index])
-            return [sum(runs) // frames] * frames
-        size, crop = inputs["image_sizes"][index], inputs["pixel_values"][0][0].shape[-1]
-        grids = self.image_processor.image_grid_pinpoints
-        views = views_of_crops([int(side) for side in size], grids, crop, self.patch_size)
-        return [len(view.rows) for view in views]
 
 
 PruneSIDLlavaNextVideoAutoModel = register_family(

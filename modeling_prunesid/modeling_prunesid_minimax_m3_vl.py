@@ -40,26 +40,17 @@ class PruneSIDMiniMaxM3VLProcessor(GridProcessorMixin, MiniMaxM3VLProcessor):
     """
 
     def num_slices(self, modality, inputs, index):
-        if modality == "image":
+        counts = inputs.get("num_chunks_per_video") if modality == "video" else None
+        if counts is None:  # an image, or a video of a release whose videos are one chunk each
             return super().num_slices(modality, inputs, index)
-        return sum(self._slices_of_chunks(inputs, index))
-
-    def _slices_of_chunks(self, inputs, index):
-        counts = inputs.get("num_chunks_per_video")
-        if counts is None:  # a release whose videos are one chunk each
-            counts = [1] * len(inputs["video_grid_thw"])
         start = sum(counts[:index])
-        return [int(grid[0]) for grid in inputs["video_grid_thw"][start : start + counts[index]]]
+        return sum(int(grid[0]) for grid in inputs["video_grid_thw"][start : start + counts[index]])
 
     def _write(self, modality, inputs, texts, num_visual_tokens):
         inputs, texts = super()._write(modality, inputs, texts, num_visual_tokens)
         if inputs.get(OF_VIDEOS) is not None:
-            kept = [iter(self._runs(text, "video")) for text in texts]
-            inputs[OF_VIDEOS] = [
-                sum(next(runs) for _ in range(slices))
-                for index, runs in enumerate(kept)
-                for slices in self._slices_of_chunks(inputs, index)
-            ]
+            runs = (run for text in texts for run in self._runs(text, "video"))
+            inputs[OF_VIDEOS] = [sum(next(runs) for _ in range(int(grid[0]))) for grid in inputs["video_grid_thw"]]
         return inputs, texts
 
 

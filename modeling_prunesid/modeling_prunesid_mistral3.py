@@ -1,6 +1,5 @@
 """Mistral Small 3.1 with PruneSID: tokens are compared as they enter the language model."""
 
-import torch
 from transformers import (
     GenerationMixin,
     Mistral3Config,
@@ -10,8 +9,9 @@ from transformers import (
 )
 
 from .attention import grids_of_image_sizes
+from .broken_rows import BrokenRowsModelMixin
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -21,22 +21,11 @@ class PruneSIDMistral3Config(BehindConnectorConfig, Mistral3Config):
     model_type = "prunesid_mistral3"
 
 
-class PruneSIDMistral3Model(PrunedModelMixin, Mistral3Model):
-    """[`Mistral3Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+class PruneSIDMistral3Model(BrokenRowsModelMixin, Mistral3Model):
+    """[`Mistral3Model`] with compressing `get_*_features`; see [`BrokenRowsModelMixin`]."""
 
     config_class = PruneSIDMistral3Config
     patch_grids = grids_of_image_sizes
-
-    def sizes_of(self, modality, inputs):
-        return [rows * columns for rows, columns in self._grids(inputs)]
-
-    def runs_of(self, modality, views, inputs):
-        """A row of patches is a run, and a break follows it."""
-        return [[columns] * rows for rows, columns in self._grids(inputs)] if "image_sizes" in inputs else None
-
-    def _grids(self, inputs):
-        side = self.config.vision_config.patch_size * self.config.spatial_merge_size
-        return (torch.as_tensor(inputs["image_sizes"]) // side).tolist()
 
 
 class PruneSIDMistral3ForConditionalGeneration(

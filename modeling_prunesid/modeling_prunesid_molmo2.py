@@ -1,10 +1,13 @@
 """Molmo 2 with PruneSID: tokens are compared as they enter the language model."""
 
+import math
+
 import torch
 from transformers import GenerationMixin, Molmo2Config, Molmo2ForConditionalGeneration, Molmo2Model, Molmo2Processor
 
+from .broken_rows import BrokenRowsModelMixin
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -15,33 +18,21 @@ class PruneSIDMolmo2Config(BehindConnectorConfig, Molmo2Config):
     is_mm_prefix_lm = True  # placeholders see each other, which vLLM knows by the stock model type
 
 
-def views_of_grid(modality, *grid):
-    """The tokens of each frame of a video, or of an image in low and in high resolution."""
-    if modality == "video":
-        frames, rows, columns = grid
-        return [rows * columns] * frames
-    low_rows, low_columns, rows, columns = grid
-    return [tokens for tokens in (low_rows * low_columns, rows * columns) if tokens]
+def sides_of(modality, grid):
+    """Rows and columns of each frame of a video, or of an image in low and in high resolution."""
+    frames, sides = (grid[0], [grid[1:]]) if modality == "video" else (1, [grid[:2], grid[2:]])
+    return [own for own in sides if math.prod(own)] * frames
 
 
-class PruneSIDMolmo2Model(PrunedModelMixin, Molmo2Model):
-    """[`Molmo2Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+class PruneSIDMolmo2Model(BrokenRowsModelMixin, Molmo2Model):
+    """[`Molmo2Model`] with compressing `get_*_features`; see [`BrokenRowsModelMixin`]."""
 
     config_class = PruneSIDMolmo2Config
     views_apart = ("video",)
 
-    def runs_of(self, modality, views, inputs):
-        """Of an image, each row of a grid is a run, and a break follows it."""
-        if modality == "video" or "image_grids" not in inputs:
-            return super().runs_of(modality, views, inputs)
-        grids = torch.as_tensor(inputs["image_grids"]).view(-1, 2, 2).tolist()
-        return [[columns for rows, columns in own for _ in range(rows)] for own in grids]
-
-    def views(self, modality, inputs, sizes):
-        return [views_of_grid(modality, *grid) for grid in torch.as_tensor(inputs[f"{modality}_grids"]).tolist()]
-
-    def sizes_of(self, modality, inputs):
-        return [sum(own) for own in self.views(modality, inputs, None)]
+    def grids(self, modality, inputs):
+        grids = inputs.get(f"{modality}_grids")
+        return None if grids is None else [sides_of(modality, own) for own in torch.as_tensor(grids).tolist()]
 
     def pool_attention(self, patches, modality, inputs, num_tokens):
         places = inputs[f"{modality}_token_pooling"].flatten(0, -2)
@@ -59,7 +50,7 @@ class PruneSIDMolmo2Processor(PrunedProcessorMixin, Molmo2Processor):
     """[`Molmo2Processor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
     def view_lengths(self, modality, inputs, index, runs):
-        return views_of_grid(modality, *map(int, inputs[f"{modality}_grids"][index]))
+        return list(map(math.prod, sides_of(modality, [int(side) for side in inputs[f"{modality}_grids"][index]])))
 
     def _placeholder(self, modality):
         return "<im_patch>"

@@ -10,7 +10,7 @@ from transformers import (
 
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
-from .processing import PrunedProcessorMixin
+from .frames import FramesProcessorMixin
 
 
 class PruneSIDPerceptionLMConfig(BehindConnectorConfig, PerceptionLMConfig):
@@ -50,12 +50,8 @@ class PruneSIDPerceptionLMForConditionalGeneration(
     model_class = PruneSIDPerceptionLMModel
 
 
-class PruneSIDPerceptionLMProcessor(PrunedProcessorMixin, PerceptionLMProcessor):
+class PruneSIDPerceptionLMProcessor(FramesProcessorMixin, PerceptionLMProcessor):
     """[`PerceptionLMProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
-
-    def view_lengths(self, modality, inputs, index, runs):
-        tiles = len(inputs["pixel_values" if modality == "image" else "pixel_values_videos"][index])
-        return [sum(runs) // tiles] * tiles
 
 
 PruneSIDPerceptionLMAutoModel = register_family(

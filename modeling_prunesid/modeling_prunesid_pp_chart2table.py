@@ -12,7 +12,8 @@ from transformers import (
 
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
-from .tiles import TiledModelMixin, TiledProcessorMixin
+from .got_ocr import GotOcrModelMixin
+from .tiles import TiledProcessorMixin
 
 
 class PruneSIDPPChart2TableConfig(BehindConnectorConfig, PPChart2TableConfig):
@@ -22,15 +23,10 @@ class PruneSIDPPChart2TableConfig(BehindConnectorConfig, PPChart2TableConfig):
     _also_loads = ("got_ocr2",)
 
 
-class PruneSIDPPChart2TableModel(TiledModelMixin, GotOcr2Model):
-    """[`GotOcr2Model`] with compressing `get_*_features`; see [`TiledModelMixin`]."""
+class PruneSIDPPChart2TableModel(GotOcrModelMixin, GotOcr2Model):
+    """[`GotOcr2Model`] with compressing `get_*_features`; see [`GotOcrModelMixin`]."""
 
     config_class = PruneSIDPPChart2TableConfig
-    views_apart = ()
-    pools_tensor = ("image",)
-
-    def patches_per_token(self):
-        return 16
 
 
 class PruneSIDPPChart2TableForConditionalGeneration(

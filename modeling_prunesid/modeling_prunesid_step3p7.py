@@ -1,6 +1,5 @@
 """Step 3.7 with PruneSID: tokens are compared as they enter the language model."""
 
-import itertools
 import math
 
 import torch
@@ -13,7 +12,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .family import PrunedGenerationMixin, register_family
+from .local_crops import LocalCropsModelMixin
 from .processing import PrunedProcessorMixin
 
 
@@ -23,38 +23,25 @@ class PruneSIDStep3p7Config(BehindConnectorConfig, Step3p7Config):
     model_type = "prunesid_step3p7"
 
 
-class PruneSIDStep3p7Model(PrunedModelMixin, Step3p7Model):
-    """[`Step3p7Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
+class PruneSIDStep3p7Model(LocalCropsModelMixin, Step3p7Model):
+    """[`Step3p7Model`] with compressing `get_*_features`; see [`LocalCropsModelMixin`]."""
 
     config_class = PruneSIDStep3p7Config
     views_apart = ("image",)
 
-    def views(self, modality, inputs, sizes):
-        counts = inputs.get("num_local_patches")
-        counts = [0] * len(sizes) if counts is None else torch.as_tensor(counts).tolist()
-        crop = math.ceil(self._side_of(inputs["pixel_values_local"]) / 4) ** 2 if sum(counts) else 0
-        return [[crop] * count + [size - crop * count] for size, count in zip(sizes, counts)]
+    def side_of(self, pixels):
+        return pixels.shape[-1] // self.config.vision_config.patch_size
 
-    def pool_attention(self, patches, modality, inputs, num_tokens):
-        """As the tower's two convolutions of stride 2, whose squares overlap; it encodes whole images first."""
-        whole, crops = inputs["pixel_values"], inputs.get("pixel_values_local")
-        num_whole = len(whole) * self._side_of(whole) ** 2
-        whole = self._pool_views(patches[:num_whole], self._side_of(whole))
-        counts = inputs.get("num_local_patches") if crops is not None else None
-        counts = [0] * len(whole) if counts is None else torch.as_tensor(counts).tolist()
-        crops = iter(self._pool_views(patches[num_whole:], self._side_of(crops)) if sum(counts) else ())
-        return torch.cat(
-            [view for own, count in zip(whole, counts) for view in [*itertools.islice(crops, count), own]]
-        )
+    def tokens_of(self, pixels):
+        return math.ceil(self.side_of(pixels) / 4) ** 2
 
-    def _pool_views(self, patches, side):
+    def pool_views(self, patches):
+        """As the tower's two convolutions of stride 2, whose squares overlap."""
+        side = math.isqrt(patches.shape[1])
         grids = patches.view(-1, 1, side, side)
         for _ in range(2):
             grids = torch.nn.functional.avg_pool2d(grids, 3, 2, padding=1, count_include_pad=False)
         return grids.flatten(1)
-
-    def _side_of(self, pixels):
-        return pixels.shape[-1] // self.config.vision_config.patch_size
 
 
 class PruneSIDStep3p7ForConditionalGeneration(PrunedGenerationMixin, Step3p7ForConditionalGeneration, GenerationMixin):

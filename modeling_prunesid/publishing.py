@@ -29,9 +29,9 @@ from transformers.utils import (
 )
 
 from .card import write_card
-from .hub import find_commit, read_fields
 from .methods import DEFAULT_METHOD, needs_of
 from .registering import carried_source, method_source
+from .repo_files import find_commit, read_fields
 
 
 logger = logging.get_logger(__name__)

@@ -13,15 +13,13 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, VideoLlavaModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 
 _OLD_CACHE_NAME = "past_key_values"
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else _OLD_CACHE_NAME
-# The pixels of images for Video-LLaVA: `pixel_values_images` in 5.18, `pixel_values` in 5.23.
-VIDEO_LLAVA_PIXELS = list(inspect.signature(VideoLlavaModel.get_image_features).parameters)[1]
 
 
 def cache_of(values: Mapping[str, Any]) -> Any:

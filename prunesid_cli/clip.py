@@ -28,7 +28,7 @@ from transformers import (
 
 from modeling_prunesid import PruneSIDVideoLlavaConfig, PruneSIDVideoLlavaForConditionalGeneration
 from prunesid_cli import clip_frames
-from prunesid_cli.demo import ROUNDS, answer, load_assembled
+from prunesid_cli.demo_steps import ROUNDS, answer, load_assembled
 from prunesid_cli.measuring import seconds_interleaved
 from prunesid_cli.tables import print_rows
 

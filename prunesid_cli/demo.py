@@ -22,7 +22,6 @@ Examples:
 import argparse
 import copy
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -32,12 +31,12 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from modeling_prunesid.family import PrunedGenerationMixin, PrunedModelMixin, stock_class
 from modeling_prunesid.visualize import beside, draw_kept
 from prunesid_cli.convert import find_family, parse_budget
+from prunesid_cli.demo_steps import ROUNDS, answer, load_assembled
 from prunesid_cli.generate import load_processor
 from prunesid_cli.images import open_image
 from prunesid_cli.measuring import machine, peak_bytes, seconds_interleaved
@@ -49,18 +48,6 @@ QUESTIONS = 5  # of each scene
 PHOTOGRAPHS = ("chelsea", "coffee", "pexels-1317558")
 PROMPT = "What is in this photograph? Answer in one sentence."
 EMBEDDED_PROMPT = "is there any car in the picture?"
-ROUNDS = 3
-
-
-def load_assembled(folder: Path):
-    """Assemble and save a model of pretrained parts in another process; load it from the code in its folder alone."""
-    command = [sys.executable, "-m", "prunesid_cli.assemble", str(folder)]
-    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
-        raise OSError(f"prunesid_cli.assemble could not write {folder}; its message is above.")
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    processor.num_visual_tokens = None  # full prompts, which the stock class and every budget accept
-    return model, processor
 
 
 def load_checkpoint(name: str):
@@ -169,17 +156,6 @@ def select(model, pixel_values: torch.Tensor, budget: int | float) -> dict:
 def is_llava(model) -> bool:
     """Whether `select` and `draw` know the model's tower; `visualize.explain` draws the tokens of other families."""
     return type(model).__name__ == "PruneSIDLlavaForConditionalGeneration"
-
-
-def answer(model, processor, inputs) -> tuple[str, int]:
-    """The answer, and the length of the prompt that the language model itself received."""
-    lengths: list[int] = []
-    hook = model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
-    output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    hook.remove()
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), lengths[0]
 
 
 def list_runs(model, stock, question, budgets: list) -> tuple[list[tuple], dict[str, Callable]]:

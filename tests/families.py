@@ -22,11 +22,12 @@ import transformers
 
 import modeling_prunesid
 from modeling_prunesid.families import release_with
-from modeling_prunesid.upstream import VIDEO_LLAVA_PIXELS
 
 
 PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END, TAG = 0, 1, 2, 100, 101, 102, 103, 11
 SHIPPED = "5.18.0"
+# The pixels of images for Video-LLaVA: `pixel_values_images` in 5.18, `pixel_values` in 5.23.
+VIDEO_LLAVA_PIXELS = [*inspect.signature(transformers.VideoLlavaModel.get_image_features).parameters][1]
 
 
 def is_at_least(release: str) -> bool:
@@ -137,7 +138,7 @@ class Row:
     def mechanisms(self) -> frozenset[str]:
         """What the file of the family names of ours: mixins to extend, and attributes. It is read, not imported."""
         path = Path(modeling_prunesid.__file__).with_name(f"modeling_prunesid_{self.family}.py")
-        return frozenset(re.findall(r"\w+Mixin\b|\bprojector_name\b|\banyres\b", path.read_text()))
+        return frozenset(re.findall(r"\w+Mixin\b|\bprojector_name\b", path.read_text()))
 
     @property
     def kind(self) -> tuple:

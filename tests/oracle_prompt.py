@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 import modeling_prunesid
-from modeling_prunesid.anyres import pack_patches
+from modeling_prunesid.tower_crops import pack_patches
 
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

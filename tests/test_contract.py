@@ -190,15 +190,9 @@ def test_signatures_are_those_of_the_stock_class(name):
 
 # Families, or rows of them, of which T is known only when the encoder has run.
 COUNTED_BY_THE_ENCODER = {
-    "deepseek_ocr2",
     "gemma4",
     "gemma4_unified",
-    "llava_next_video video",
-    "llava_onevision video",
     "nemotron_h_omni",
-    "step3p7",
-    "unlimited_ocr",
-    "video_llama_3",
 }
 
 

@@ -100,6 +100,18 @@ def test_without_a_budget_the_stock_prompt_is_written(name):
 
 
 @every_processor
+@pytest.mark.parametrize("of_images", [False, True])
+def test_a_call_may_ask_for_full_prompts(name, of_images):
+    """They leave the budget to the model."""
+    ours, _ = classes(name)
+    request = {"num_visual_tokens": "full"}
+    got = ask(name, make(name, ours, num_visual_tokens=1), **({"images_kwargs": request} if of_images else request))
+    expected = ask(name, make(name, ours))
+    assert set(got) == set(expected)
+    assert all(torch.equal(torch.as_tensor(got[key]), torch.as_tensor(expected[key])) for key in expected)
+
+
+@every_processor
 @torch.no_grad()
 def test_short_prompts_are_what_the_model_keeps(name):
     ours, _ = classes(name)
@@ -261,5 +273,5 @@ def test_upstreams_own_pruning_of_videos_is_refused():
     with pytest.raises(ValueError, match=r"video_pruning_rate=0.5 .* Pass video_pruning_rate=0"):
         model.views("video", inputs, [32])
     model.video_pruning_rate = 0.0
-    with pytest.raises(ValueError, match=r"\(videos, slices, .* Transformers 5.24 .* got \(2, 6, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(videos, frames or slices, .* Transformers 5.24 .* got \(2, 6, 32, 32\)"):
         model.views("video", {"pixel_values_videos": inputs["pixel_values_videos"][0]}, [32])

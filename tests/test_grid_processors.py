@@ -19,7 +19,7 @@ from modeling_prunesid.family import stock_class
 
 
 def has_grids(row):
-    return bool(row.mechanisms & {"GridModelMixin", "SharedIdModelMixin"})
+    return bool(row.mechanisms & {"GridModelMixin", "NewlineGridModelMixin"})
 
 
 every_grid = every_row(has_grids)

@@ -197,7 +197,7 @@ class TestSavedFolder:
             "method_spread",
             "co_pruning",
             "qwen_vl",
-            "anyres",
+            "tower_crops",
             "attention",
         }
         for path in Path(variant).glob("*.py"):

@@ -44,10 +44,10 @@ from modeling_prunesid import (
     PruneSIDConfig,
     PruneSIDLlavaNextProcessor,
 )
-from modeling_prunesid.anyres import NEWLINE, views_of_crops
 from modeling_prunesid.budgets import share_total
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
+from modeling_prunesid.tower_crops import NEWLINE, views_of_crops
 
 
 PATCHES = SIDE * SIDE

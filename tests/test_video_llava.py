@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import VIDEO_LLAVA_PIXELS
 from tiny import IMAGE, NUM_PATCHES, PAD, batch
 from tiny_video_llava import (
     BUDGET,
@@ -35,7 +36,6 @@ from modeling_prunesid import (
 from modeling_prunesid.budgets import frame_information, share_total
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
-from modeling_prunesid.upstream import VIDEO_LLAVA_PIXELS
 
 
 def information_of_clip(frames):

@@ -11,7 +11,7 @@ from modeling_prunesid import (
     PruneSIDLlavaNextConfig,
     PruneSIDLlavaNextForConditionalGeneration,
 )
-from modeling_prunesid.anyres import pack_patches, views_of_crops
+from modeling_prunesid.tower_crops import pack_patches, views_of_crops
 
 
 CROP, PATCH, SIDE = VISION["image_size"], VISION["patch_size"], VISION["image_size"] // VISION["patch_size"]

@@ -1,6 +1,7 @@
 """Tiny random Video-LLaVA models, their clips and prompts."""
 
 import torch
+from families import VIDEO_LLAVA_PIXELS
 from tiny import EOS, IMAGE, NUM_PATCHES, PAD, TEXT, VISION, batch
 from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
@@ -8,7 +9,6 @@ from modeling_prunesid import (
     PruneSIDVideoLlavaConfig,
     PruneSIDVideoLlavaForConditionalGeneration,
 )
-from modeling_prunesid.upstream import VIDEO_LLAVA_PIXELS
 
 
 VIDEO = 101
