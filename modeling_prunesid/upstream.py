@@ -20,6 +20,8 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 _OLD_CACHE_NAME = "past_key_values"
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else _OLD_CACHE_NAME
+# What callers ask for by these names, of encoders as of language models.
+SHOWN = ("output_hidden_states", "output_attentions")
 # The pixels of images for Video-LLaVA: `pixel_values_images` in 5.18, `pixel_values` in 5.23.
 VIDEO_LLAVA_PIXELS = list(inspect.signature(VideoLlavaModel.get_image_features).parameters)[1]
 
