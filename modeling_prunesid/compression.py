@@ -24,7 +24,7 @@ from .context import ASKED
 from .methods import QUESTION
 from .plans import CachedPrompt, Plan, run_lengths, to_host
 from .prompts import IGNORED_LABEL, ShortPrompt, gather_columns, is_flat
-from .upstream import CACHE_NAME, cache_of
+from .upstream import CACHE_NAME, SHOWN, cache_of
 
 
 # The pixels that each modality is encoded from, by the names that Transformers uses.
@@ -66,6 +66,10 @@ class CompressedModelMixin:
 
     def is_off(self, num_visual_tokens: Any) -> bool:
         """Whether nothing is to be dropped, whatever the input."""
+        return False
+
+    def shows_encoder(self, modality: str) -> bool:
+        """Whether `forward` returns hidden states and attentions of the encoder to callers who ask for them."""
         return False
 
     def expected_counts(self, modality: str, inputs: dict[str, Any]) -> tuple[list[int], list[int]] | None:
@@ -222,13 +226,14 @@ class CompressedModelMixin:
                 raise ValueError(
                     f"You cannot specify both {pixels[0]} and mm_encoder_outputs[{modality!r}]; drop one of them."
                 )
+            names += [name for name in SHOWN if inputs.get(name) is not None and self.shows_encoder(modality)]
             found[modality] = {name: inputs[name] for name in names}
         return found
 
     def encode_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Replace the pixels among the arguments of `forward` by encoded features, as upstream's `generate` does."""
         requests = self.requests(inputs)
-        consumed = {"num_visual_tokens"}.union(*requests.values())
+        consumed = {"num_visual_tokens"}.union(*requests.values()).difference(SHOWN)
         asked, encoded = None if torch.compiler.is_compiling() else ASKED.get(), {}
         for modality, arguments in requests.items():
             if asked is not None:

@@ -15,7 +15,7 @@ import torch
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
 from .methods import ATTENTION, OF_CLS, needs_of, options_of
 from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
-from .upstream import install_capturing
+from .upstream import SHOWN, install_capturing
 
 
 def as_views(views: list[int] | list[View]) -> list[View]:
@@ -93,6 +93,9 @@ class TowerEncoding:
 
     def __init__(self, model: Any, modality: str, num_visual_tokens: Any, inputs: dict[str, Any]):
         self.inputs, self.settings = inputs, model.config.prunesid_config
+        asked = ((inputs.get(name), getattr(model.config, name, None)) for name in SHOWN)
+        # Whether the caller wants more of the tower than selection needs.
+        self.runs_whole = any(own if given is None else given for given, own in asked)
         if self.keeps_fed:  # a PruneSIDConfig
             model.config.check_settings()
         self.projector = getattr(model, model.projector_name)
@@ -184,11 +187,6 @@ class TowerEncoding:
     def needs(self) -> frozenset[str]:
         """What the method reads of the tokens beside what it compares: of CLS, `"attention"`, `"projected"`, ..."""
         return needs_of(self.settings)
-
-    @property
-    def runs_whole(self) -> bool:
-        """Whether the caller wants more of the tower than selection needs."""
-        return bool(self.inputs.get("output_hidden_states") or self.inputs.get("output_attentions"))
 
     def run(self, encode: Callable) -> Any:
         """Upstream's output for the kept tokens; all of it if nothing is to be dropped."""

@@ -167,6 +167,11 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         names = ("image_grid_thw", "target_sizes", "image_sizes", "pixel_values", "pixel_values_images")
         return len(next(inputs[name] for name in names if inputs.get(name) is not None))
 
+    def shows_encoder(self, modality: str) -> bool:
+        # A tower that stops early has not even what upstream reads of it for itself, and returns unasked.
+        stops_early = bool(self.towers) and not self.is_off(None)
+        return stops_early or _hands_on_arguments(type(self), f"get_{modality}_features")
+
     def expected_counts(self, modality: str, inputs: dict[str, Any]) -> tuple[list[int], list[int]] | None:
         inputs, settings = dict(inputs), self.config.prunesid_config
         requested = inputs.pop("num_visual_tokens", None)
@@ -422,3 +427,15 @@ def _encodes_as_images(cls: type) -> bool:
     """Whether upstream's encoder of videos calls that of images, by the name that we override."""
     encode = getattr(stock_class(cls), "get_video_features", None)
     return encode is not None and "self.get_image_features(" in inspect.getsource(encode)
+
+
+@functools.cache
+def _hands_on_arguments(cls: type, name: str) -> bool:
+    """Whether upstream's `forward` calls its method `name` with all further arguments that it was given."""
+    _, *calls = inspect.getsource(stock_class(cls).forward).split(f"self.{name}(")
+    for call in calls:
+        depths = itertools.accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in call)
+        end = next(place for place, depth in enumerate(depths) if depth < 0)
+        if "**kwargs" in call[:end]:
+            return True
+    return False

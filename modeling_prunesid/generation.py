@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from .compression import generating, is_counted, run_shortened
 from .plans import CachedPrompt
 from .prompts import ShortPrompt
-from .upstream import CACHE_NAME, cache_of, rename_cache
+from .upstream import CACHE_NAME, SHOWN, cache_of, rename_cache
 
 
 class _CallersPrompt:
@@ -104,7 +104,9 @@ class CompressedGenerationMixin:
                 f"{CACHE_NAME} was left by a call of generate that did not finish, so that it is unknown what it "
                 "holds. Start from an empty cache, or from a copy that was made before that call."
             )
+        shown = {name: kwargs.pop(name) for name in SHOWN if name in kwargs}  # of the language model alone
         kwargs, prompt = self.model.compress(kwargs, is_generation=True)
+        kwargs |= shown
         if self._setting("prefill_chunk_size", generation_config, kwargs) is not None:
             is_counted.set(False)
         arguments = {

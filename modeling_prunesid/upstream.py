@@ -20,6 +20,8 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 _OLD_CACHE_NAME = "past_key_values"
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else _OLD_CACHE_NAME
+# What callers ask for by these names, of encoders as of language models.
+SHOWN = ("output_hidden_states", "output_attentions")
 
 
 def cache_of(values: Mapping[str, Any]) -> Any:

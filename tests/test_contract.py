@@ -93,6 +93,53 @@ def test_tuples_have_the_values_of_the_stock_classes_tuple(name):
     assert torch.equal(found[0], ours(**inputs).logits)
 
 
+def shown_of(output):
+    """The hidden states and attentions of an encoder's output, tensors or None, whatever tuples they are in."""
+
+    def flat(values):
+        return [entry for value in values for entry in flat(value)] if isinstance(values, (tuple, list)) else [values]
+
+    return [flat(output.get(kind) or ()) for kind in ("hidden_states", "attentions")]
+
+
+@pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
+@every_row()
+@torch.no_grad()
+def test_what_callers_ask_to_see_of_encoders_is_the_stock_classes(name, option):
+    ours, reference, row = build(name)
+    ours, reference = copy.deepcopy(ours), copy.deepcopy(reference)
+    if option == "output_attentions":
+        if name == "unlimited_ocr":
+            return  # upstream's eager attention needs as many heads of keys as of queries
+        ours.set_attn_implementation("eager")
+        reference.set_attn_implementation("eager")
+    layout, asked = [rows_of(row)[0]], {option: True, "return_dict": True}
+    inputs = prompt(row, layout)
+    expected = reference(**for_stock(row, inputs), **asked)
+    encode = f"get_{'image' if row.stock_encodes_as_images else row.modality}_features"
+    for budget in (row.budget, None):
+        ours.config.prunesid_config.budget = budget
+        found = ours(**inputs, **asked)
+        encoders = [key for key, value in expected.items() if isinstance(value, ModelOutput)]
+        pairs = [(found[key], expected[key]) for key in encoders]
+        if not row.stock_encodes_as_images and hasattr(base_of(reference), encode):
+            pixels = row.inputs(layout)
+            stock_pixels = {
+                key: value for key, value in for_stock(row, pixels).items() if key != "video_compression_mask"
+            }
+            try:
+                pairs.append((None, getattr(base_of(reference), encode)(**stock_pixels, **asked)))
+            except (TypeError, IndexError):  # an encoder that has none of these
+                continue
+            pairs[-1] = (getattr(base_of(ours), encode)(**pixels, **asked), pairs[-1][1])
+        for own, stock in pairs:
+            for mine, theirs in zip(shown_of(own), shown_of(stock)):
+                # A tower that would stop early hands on all that it has been asked for.
+                assert len(mine) == len(theirs) or (budget is not None and not theirs)
+                for value, wanted in zip(mine, theirs):
+                    assert wanted is None or torch.equal(value, wanted)
+
+
 @every_row()
 @torch.no_grad()
 def test_greedy_answers_are_those_of_the_stock_class_on_short_prompts(name):
