@@ -41,6 +41,8 @@ class PruneSIDLlama4ForConditionalGeneration(
         self.language_model.register_forward_hook(_add_image_outputs)
 
     def _forward_stock(self, mm_encoder_outputs=None, **inputs):
+        if _add_image_outputs not in self.language_model._forward_hooks.values():  # a stock model, by `compress`
+            self.language_model.register_forward_hook(_add_image_outputs)
         output = super()._forward_stock(mm_encoder_outputs=mm_encoder_outputs, **inputs)
         if "image_outputs" in getattr(output, "__dataclass_fields__", ()):
             output.image_outputs = (mm_encoder_outputs or {}).get("image")
