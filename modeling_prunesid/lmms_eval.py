@@ -184,7 +184,9 @@ class PruneSIDForLmmsEval(lmms):
         if videos:
             frames, metadata = zip(*videos)
             clips = {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
-        return self.processor(text=texts, images=images if any(images) else None, **clips, padding=True, return_tensors="pt")
+        return self.processor(
+            text=texts, images=images if any(images) else None, **clips, padding=True, return_tensors="pt"
+        )
 
     def _read(self, video: str) -> tuple[np.ndarray, VideoMetadata]:
         sample = functools.partial(frame_indices, max_frames_num=self.max_frames_num, video_fps=self.video_fps)

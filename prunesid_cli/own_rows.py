@@ -255,9 +255,7 @@ def collect(
     return found
 
 
-def answer(
-    model: Any, processor: Any, case: Case, requests: list[Request], length: int
-) -> tuple[list[str], float]:
+def answer(model: Any, processor: Any, case: Case, requests: list[Request], length: int) -> tuple[list[str], float]:
     """The greedy answers, and the visual tokens of all rows."""
     inputs = write_requests(processor, requests)
     if case == STOCK:

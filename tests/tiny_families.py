@@ -1,18 +1,10 @@
 """
 Stock checkpoints of every declared family as folders: the tiny model of `families.py` and a processor that fits it,
-with a chat template. Most of the processors need torchvision: in a process without it, run this as a script.
+with a chat template. Most of the processors need torchvision.
 """
 
-import sys
-from pathlib import Path
-
-
-if __name__ == "__main__":
-    from torchvision_shim import add_torchvision
-
-    library = add_torchvision(sys.argv[1])
-
 import copy
+from pathlib import Path
 
 import torch
 import transformers
@@ -21,6 +13,7 @@ from tiny_processors import PROCESSORS, SIZE, pil, tokenizer, video
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
+from modeling_prunesid import PruneSIDPPChart2TableProcessor
 from modeling_prunesid.family import stock_class
 
 
@@ -30,6 +23,9 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 CLIP = {"size": {"shortest_edge": 32}, "crop_size": SIZE}
+# Images of GOT-OCR 2.0 and its kin have 256 tokens, which no argument changes: too many for tiny models.
+for cls in (transformers.GotOcr2Processor, PruneSIDPPChart2TableProcessor):
+    cls.num_image_tokens = property(lambda self: 16, lambda self, value: None)
 PIXELS = {"shortest_edge": 256, "longest_edge": 1024}
 # What a family calls its image, its video, and what begins and ends an image; by default as Qwen-VL does.
 WORDS = {
@@ -58,9 +54,9 @@ PARTS_OF = {
 }
 
 
-def stock_processor(name: str):
-    bases = ROWS[name].head._processor_class.__mro__
-    return next(base for base in bases if base.__module__.startswith("transformers.models."))
+def of_transformers(cls):
+    """The class of Transformers that a class of ours extends."""
+    return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
 
 
 def grid_parts(name: str) -> dict:
@@ -68,10 +64,12 @@ def grid_parts(name: str) -> dict:
     words = dict(zip((IMAGE, VIDEO, VISION_START, VISION_END), WORDS.get(name, QWEN)))
     names = {own: word for group, word in zip(NAMES, words.values()) for own in group}
     like = PARTS_OF.get(name, name)
-    attributes = stock_processor(name).get_attributes()
+    attributes = of_transformers(ROWS[name].head._processor_class).get_attributes()
     is_glm = like.startswith("glm4")  # counts the pixels of two frames
     size = {edge: 2 * pixels if is_glm else pixels for edge, pixels in PIXELS.items()}
-    grid = {"patch_size": 4, "merge_size": 2, "size": size}
+    grid: dict = {"patch_size": 4, "merge_size": 2, "size": size}
+    if name == "dots3_note":
+        grid["temporal_patch_size"] = 1
     classes = IMAGE_PROCESSOR_MAPPING_NAMES[like]
     parts = {
         "image_processor": pil(classes.get("pil", classes["torchvision"]).removesuffix("Pil"), **grid),
@@ -131,20 +129,13 @@ def with_names(made):
 
 def processor_of(name: str):
     """The stock processor, with a chat template that writes its images."""
+    own, _, start, end = WORDS.get(name, QWEN)
+    make, image, _ = PROCESSORS.get(name, (lambda: grid_parts(name), f"{start}{own}{end}", ()))
     if name in OTHERS:
-        parts, image = OTHERS[name](), "<image>"
-    elif name in PROCESSORS:
-        parts, image, _ = PROCESSORS[name]
-        parts = parts()
-    else:
-        parts = grid_parts(name)
-        own, _, start, end = WORDS.get(name, QWEN)
-        image = f"{start}{own}{end}"
+        make, image = OTHERS[name], "<image>"
+    parts = make()
     parts["tokenizer"] = with_names(parts["tokenizer"])
-    processor = stock_processor(name)(**parts, chat_template=TEMPLATE.replace("IMAGE", image))
-    if name in ("got_ocr2", "pp_chart2table"):  # no argument
-        processor.num_image_tokens = 16
-    return processor
+    return of_transformers(ROWS[name].head._processor_class)(**parts, chat_template=TEMPLATE.replace("IMAGE", image))
 
 
 def save(name: str, folder: Path) -> Path:
@@ -155,8 +146,8 @@ def save(name: str, folder: Path) -> Path:
     config = copy.deepcopy(row.config)
     if name == "aria":
         config["vision_config"] |= {"image_size": 490, "patch_size": 70}
-        config["projector_patch_to_query_dict"] = {49: 24}
-    model = stock(stock.config_class(**config))
+        config["projector_patch_to_query_dict"] = {49: 24, 196: 24}
+    model = stock(of_transformers(row.head.config_class)(**config))
     with torch.no_grad():
         for parameter in model.parameters():
             if not torch.isfinite(parameter).all() or (parameter.dim() > 1 and parameter.std() == 0):
@@ -167,8 +158,3 @@ def save(name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     processor_of(name).save_pretrained(folder)
     return folder
-
-
-if __name__ == "__main__":
-    for family in sys.argv[3:]:
-        save(family, Path(sys.argv[2], family))
