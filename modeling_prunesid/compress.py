@@ -35,17 +35,22 @@ def compress(model: Any, budget: int | float | None = 64, **settings: Any) -> An
     if budget is None:
         if settings:
             raise ValueError(f"budget=None gives the stock model back and takes no settings, got {settings}.")
-        if hasattr(type(head), "model_class"):
+        if _is_ours(head):
             _swap(head, stock_class(type(head)), stock_class(type(head.model)))
             vars(head.config).pop("prunesid_config", None)
         return model
 
-    ours = type(head) if hasattr(type(head), "model_class") else _class_for(head)
+    ours = type(head) if _is_ours(head) else _class_for(head)
     prunesid_config = ours.config_class(prunesid_config={"budget": budget, **settings}).prunesid_config
-    _swap(head, ours, ours.model_class)
+    _swap(head, ours, getattr(ours, "model_class", ours))
     head.config.prunesid_config = prunesid_config
     head.model._says_what_it_keeps = True
     return model
+
+
+def _is_ours(head: Any) -> bool:
+    is_stock = stock_class(type(head)) in (None, type(head))
+    return not is_stock and type(head)._auto_class == "AutoModelForImageTextToText"
 
 
 def _class_for(head: Any) -> type:
@@ -62,10 +67,11 @@ def _class_for(head: Any) -> type:
 
 
 def _swap(head: PreTrainedModel, head_class: type, model_class: type) -> None:
-    for module, cls in ((head, head_class), (head.model, model_class)):
+    model = getattr(head, "model", head)  # where tower and language model are in one class, the head itself
+    for module, cls in {head: head_class, model: model_class}.items():
         module.__class__ = cls
         if "_old_forward" in vars(module):  # Accelerate's hooks call this one
             module._old_forward = cls.forward.__get__(module)
-    for config in (head.config, head.model.config):
+    for config in (head.config, model.config):
         config.__class__ = head_class.config_class
         vars(config).pop("model_type", None)  # a loaded one has it beside its class

@@ -178,13 +178,15 @@ class PruneSIDForLmmsEval(lmms):
                     f"Task {task!r} has {kind}, which {type(self.model).__name__} does not take. Choose another task, "
                     "or another repo in pretrained."
                 )
-            images += of_chat["images"]
+            images.append(of_chat["images"])
             videos += [self._read(video) for video in of_chat["videos"]]
         clips: dict[str, Any] = {}
         if videos:
             frames, metadata = zip(*videos)
             clips = {"videos": list(frames), "video_metadata": list(metadata), "do_sample_frames": False}
-        return self.processor(text=texts, images=images or None, **clips, padding=True, return_tensors="pt")
+        return self.processor(
+            text=texts, images=images if any(images) else None, **clips, padding=True, return_tensors="pt"
+        )
 
     def _read(self, video: str) -> tuple[np.ndarray, VideoMetadata]:
         sample = functools.partial(frame_indices, max_frames_num=self.max_frames_num, video_fps=self.video_fps)
@@ -255,16 +257,17 @@ def count_visual_tokens(model) -> Counter:
     model.register_forward_hook(count_layers)
     for name in ("get_image_features", "get_video_features"):
         if hasattr(model, name):
-            setattr(model, name, _counted(getattr(model, name), seen))
+            setattr(model, name, _counted(model, getattr(model, name), seen))
     return seen
 
 
-def _counted(encode: Callable, seen: Counter) -> Callable:
+def _counted(model: Any, encode: Callable, seen: Counter) -> Callable:
     @functools.wraps(encode)
     def counted(*args, **kwargs):
         output = encode(*args, **kwargs)
-        kept = sum(view.shape[:-1].numel() for view in output.pooler_output)
-        seen["views"] += len(output.pooler_output)
+        features = model.features_of(output)
+        kept = sum(view.shape[:-1].numel() for view in features)
+        seen["views"] += len(features)
         seen["kept"] += kept
         seen["all"] += sum(output["num_placeholders"]) if "num_placeholders" in output else kept
         return output

@@ -36,6 +36,12 @@ class PruneSIDCosmos3EdgeForConditionalGeneration(
 class PruneSIDCosmos3EdgeProcessor(GridProcessorMixin, Cosmos3EdgeProcessor):
     """[`Cosmos3EdgeProcessor`] that writes short prompts; see [`PrunedProcessorMixin`]."""
 
+    def __call__(self, *args, **kwargs):
+        kwargs.setdefault(
+            "return_mm_token_type_ids", True
+        )  # upstream's model needs them, its processor has no default
+        return super().__call__(*args, **kwargs)
+
 
 PruneSIDCosmos3EdgeAutoModel = register_family(
     PruneSIDCosmos3EdgeForConditionalGeneration, PruneSIDCosmos3EdgeProcessor

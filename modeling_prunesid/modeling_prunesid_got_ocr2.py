@@ -35,6 +35,8 @@ class PruneSIDGotOcr2ForConditionalGeneration(PrunedGenerationMixin, GotOcr2ForC
 class PruneSIDGotOcr2Processor(TiledProcessorMixin, GotOcr2Processor):
     """[`GotOcr2Processor`] that writes short prompts; see [`TiledProcessorMixin`]."""
 
+    _joins_images = True
+
     def num_tiles(self, modality, inputs, index, runs):
         return sum(runs) // self.num_image_tokens
 

@@ -36,9 +36,10 @@ class PruneSIDLlama4ForConditionalGeneration(
     def patches_per_token(self):
         return round(self.config.vision_config.pixel_shuffle_ratio**-2)
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.language_model.register_forward_hook(_add_image_outputs)
+    def _forward_stock(self, **inputs):
+        if _add_image_outputs not in self.language_model._forward_hooks.values():
+            self.language_model.register_forward_hook(_add_image_outputs)
+        return super()._forward_stock(**inputs)
 
     def patches_of(self, attention):
         return attention[:, :-1]  # its CLS token is the last

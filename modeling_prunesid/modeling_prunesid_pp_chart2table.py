@@ -44,6 +44,7 @@ class PruneSIDPPChart2TableProcessor(TiledProcessorMixin, PPChart2TableProcessor
     """
 
     image_token, num_image_tokens = "<imgpad>", 256  # as in GOT-OCR 2.0
+    _joins_images = True
 
     def __call__(self, images=None, text=None, **kwargs):
         pattern = f"(?:{re.escape(self.image_token)})+"

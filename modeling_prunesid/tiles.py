@@ -72,6 +72,8 @@ class TiledProcessorMixin(PrunedProcessorMixin):
 
     # Videos are handed to the model as images, a tile for each frame.
     _videos_are_images = False
+    # Upstream's processor takes images one behind the other; a list for each text, as chats make it, is joined.
+    _joins_images = False
 
     def num_tiles(self, modality: str, inputs: dict, index: int, runs: list[int]) -> int:
         """How many tiles one input has. By default each run of placeholders is one."""
@@ -91,6 +93,8 @@ class TiledProcessorMixin(PrunedProcessorMixin):
         return super()._write(modality, inputs, texts, num_visual_tokens)
 
     def __call__(self, images=None, text=None, videos=None, **kwargs):
+        if self._joins_images and not kwargs.get("multi_page") and isinstance(images, (list, tuple)):
+            images = [image for own in images for image in (own if isinstance(own, (list, tuple)) else [own])]
         arguments = {"images": images, "text": text, "videos": videos}
         given = {name: value for name, value in arguments.items() if value is not None}
         output = super().__call__(**given, **kwargs)

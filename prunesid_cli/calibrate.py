@@ -18,7 +18,6 @@ Examples:
 """
 
 import argparse
-import inspect
 import itertools
 import json
 import sys
@@ -48,10 +47,12 @@ from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.suppression import WITH_NMS, find_suppressors
 from prunesid_cli.convert import find_family, parse_budget
+from prunesid_cli.generate import ask, load_processor
 from prunesid_cli.images import open_image
 from prunesid_cli.tables import print_rows
 
 
+PROMPT = "What is in this image?"  # of no consequence: processors of whole prompts read images too
 FEW_VIEWS = 100
 CENTILES = (0, 5, 25, 50, 75, 95, 100)
 LAMBDA_VIEWS = 100  # whose survivors are counted
@@ -168,16 +169,15 @@ def recorded_views(watch: Callable[[torch.Tensor], None] | None = None) -> Itera
 
 def measure(
     model: Any,
-    image_processor: Any,
+    processor: Any,
     images: Iterable[Image.Image],
     watch: Callable[[torch.Tensor], None] | None = None,
 ) -> list[tuple[float, int]]:
     """Redundancy and number of tokens of each view (image, crop or slice) that the model encodes."""
-    wanted = inspect.signature(model.get_image_features).parameters
     with recorded_views(watch) as views, torch.no_grad():
         for image in tqdm(images, desc="images", unit=""):
-            inputs = image_processor(images=image, return_tensors="pt").to(model.device, model.dtype)
-            model.get_image_features(**{name: value for name, value in inputs.items() if name in wanted})
+            inputs = ask(processor, image, PROMPT).to(model.device, model.dtype)
+            model.model.encode_views(dict(inputs))
     return views
 
 
@@ -264,7 +264,9 @@ def calibrate(
     model = model_class.from_pretrained(checkpoint, prunesid_config=started, dtype="auto", device_map="auto")
     if model.config.prunesid_config.budget_scope == "image":
         raise ValueError("budget_scope='image' shares out a fixed total, which needs no calibration.")
-    processor = model_class._processor_class.from_pretrained(checkpoint)
+    processor = load_processor(checkpoint, model)
+    if hasattr(processor, "num_visual_tokens"):
+        processor.num_visual_tokens = None  # else the budget of its prompts would replace the dynamic one
     survived: list[Survival] = []
 
     def watch(view: torch.Tensor) -> None:
@@ -273,7 +275,7 @@ def calibrate(
             found = survival(view, own.budget, of_share=not model.model.towers)
             survived.extend([] if found is None else [found])
 
-    views = measure(model, processor.image_processor, images, watch)
+    views = measure(model, processor, images, watch)
     if not views:
         raise ValueError(
             "No view was compressed: there are no images, or none has more tokens than the budget of "

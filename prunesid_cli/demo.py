@@ -37,7 +37,7 @@ from modeling_prunesid.family import PrunedGenerationMixin, PrunedModelMixin, st
 from modeling_prunesid.visualize import beside, draw_kept
 from prunesid_cli.convert import find_family, parse_budget
 from prunesid_cli.demo_steps import ROUNDS, answer, load_assembled
-from prunesid_cli.generate import load_processor
+from prunesid_cli.generate import load_processor, without_ours
 from prunesid_cli.images import open_image
 from prunesid_cli.measuring import machine, peak_bytes, seconds_interleaved
 from prunesid_cli.tables import print_rows
@@ -163,10 +163,11 @@ def list_runs(model, stock, question, budgets: list) -> tuple[list[tuple], dict[
     settings = model.config.prunesid_config
     cases = [("stock class", stock, None), ("PruneSID off", model, None)]
     cases += [(f"PruneSID {count}", model, count) for count in budgets]
+    of_stock = without_ours(model, question)
 
     def first_token(candidate, count):
         settings.budget = count
-        candidate.generate(**question, max_new_tokens=1, do_sample=False)
+        candidate.generate(**(of_stock if candidate is stock else question), max_new_tokens=1, do_sample=False)
 
     return cases, {name: partial(first_token, candidate, count) for name, candidate, count in cases}
 
@@ -178,7 +179,8 @@ def measure(model, stock, processor, question, budgets: list) -> list[dict]:
     seconds = seconds_interleaved(runs, ROUNDS)
     rows = []
     for name, candidate, settings.budget in cases:
-        text, prompt_tokens = answer(candidate, processor, question)
+        asked = without_ours(model, question) if candidate is stock else question
+        text, prompt_tokens = answer(candidate, processor, asked)
         median = statistics.median(seconds[name])
         row = {
             "case": name,

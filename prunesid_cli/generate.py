@@ -17,6 +17,7 @@ Examples:
 """
 
 import argparse
+import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import AutoProcessor
 from transformers.utils import logging
 
 from modeling_prunesid import ViTCoPLlavaForConditionalGeneration
+from modeling_prunesid.family import stock_class
 from modeling_prunesid.presets import check_model_type, read_preset
 from prunesid_cli.batch import Output, Request, Shard, answer_rows, describe
 from prunesid_cli.convert import find_family, parse_budget
@@ -103,6 +105,13 @@ def run_rows(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"output": str(arguments.output), **found}
 
 
+def without_ours(model: Any, inputs: Any) -> Any:
+    """`inputs` of `model`, which is of our class, as its stock class takes them: without what ours takes besides."""
+    takes = inspect.signature(stock_class(type(model.model)).forward).parameters
+    ours = [name for name in model.model.own_arguments if name not in takes]
+    return type(inputs)({name: value for name, value in inputs.items() if name not in ours})
+
+
 def device_map_of(shard: Shard) -> str | dict[str, str]:
     """Everything that one process finds; an accelerator of its own for each of several."""
     if shard.count == 1:
@@ -120,8 +129,18 @@ def answer_requests(model, processor, requests: list[Request], max_new_tokens: i
     Raises:
         `ValueError`: if a conversation or an image does not fit the model, or the memory of the device.
     """
+    return answer_inputs(model, processor, write_requests(processor, requests), max_new_tokens)
+
+
+def write_requests(processor, requests: list[Request]) -> Any:
+    """
+    The inputs of a model for conversations.
+
+    Raises:
+        `ValueError`: if the processor does not take one.
+    """
     try:
-        inputs = processor.apply_chat_template(
+        return processor.apply_chat_template(
             [request.messages for request in requests],
             add_generation_prompt=True,
             tokenize=True,
@@ -131,6 +150,15 @@ def answer_requests(model, processor, requests: list[Request], max_new_tokens: i
         )
     except Exception as error:  # whatever a chat template or an image processor raises
         raise ValueError(f"The processor does not take the row: {error or type(error).__name__}") from error
+
+
+def answer_inputs(model, processor, inputs: Any, max_new_tokens: int) -> list[str]:
+    """
+    The greedy answers to inputs of `write_requests`.
+
+    Raises:
+        `ValueError`: if they do not fit the model, or the memory of the device.
+    """
     try:
         output = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=max_new_tokens, do_sample=False)
     except torch.OutOfMemoryError as error:

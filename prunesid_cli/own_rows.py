@@ -27,7 +27,7 @@ from prunesid_cli.answer_statistics import as_compared, interval, ratio, resampl
 from prunesid_cli.baselines import METHODS, applied
 from prunesid_cli.batch import Request, read_row
 from prunesid_cli.evaluation_pages import grid, percent, ranged
-from prunesid_cli.generate import answer_requests, load
+from prunesid_cli.generate import answer_inputs, load, without_ours, write_requests
 from prunesid_cli.images import open_image
 from prunesid_cli.lines import append_to, read_lines
 from prunesid_cli.measuring import machine, peak_bytes, seconds_interleaved
@@ -201,8 +201,7 @@ def list_cases(model: Any, processor: Any, first: Row, methods: list[str] | None
     chosen = []
     for method in dict.fromkeys(methods or TRIED):
         try:
-            with running(model, (method, budgets[-1])):
-                answer_requests(model, processor, [request_of(first)], 1)
+            answer(model, processor, (method, budgets[-1]), [request_of(first)], 1)
             chosen.append(method)
         except ValueError as error:
             if methods:
@@ -256,29 +255,28 @@ def collect(
     return found
 
 
+def answer(model: Any, processor: Any, case: Case, requests: list[Request], length: int) -> tuple[list[str], float]:
+    """The greedy answers, and the visual tokens of all rows."""
+    inputs = write_requests(processor, requests)
+    if case == STOCK:
+        inputs = without_ours(model, inputs)
+    with running(model, case) as run:
+        answers = answer_inputs(model, processor, inputs, length)
+    token = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
+    placeholders = float((inputs["input_ids"] == token).sum())
+    return answers, sum(run.tokens) if run is not None and run.tokens else placeholders
+
+
 def answers_of(
     model: Any, processor: Any, case: Case, requests: list[Request], length: int
 ) -> tuple[list[str], float]:
     """The greedy answers, and the mean number of visual tokens of a row."""
-    placeholders: list[int] = []
-
-    def count(module, args, kwargs):
-        if not placeholders:
-            ids = kwargs.get("input_ids")
-            token = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
-            placeholders.append(0 if ids is None else int((ids == token).sum()))
-
-    hook = model.model.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        with running(model, case) as run:
-            answers = answer_requests(model, processor, requests, length)
+        answers, tokens = answer(model, processor, case, requests, length)
     except ValueError as error:
         numbers = ", ".join(str(request.row) for request in requests)
         raise ValueError(f"Row {numbers} with {case[0]}: {error}") from error
-    finally:
-        hook.remove()
-    total = sum(run.tokens) if run is not None and run.tokens else sum(placeholders)
-    return answers, total / len(requests)
+    return answers, tokens / len(requests)
 
 
 def measure_cost(model: Any, processor: Any, cases: list[Case], rows: list[Row]) -> dict[Case, dict]:
@@ -286,9 +284,8 @@ def measure_cost(model: Any, processor: Any, cases: list[Case], rows: list[Row])
     requests = [request_of(row) for row in rows[:TIMED_ROWS]]
 
     def first_token(case: Case, few: list[Request]) -> None:
-        with running(model, case):
-            for request in few:
-                answer_requests(model, processor, [request], 1)
+        for request in few:
+            answer(model, processor, case, [request], 1)
 
     seconds = seconds_interleaved({str(case): partial(first_token, case, requests) for case in cases}, ROUNDS)
     return {

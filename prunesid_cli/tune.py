@@ -95,14 +95,14 @@ def between(model: Any) -> list[str]:
     The names of the parameters between the tower and the language model: those of the base model's own parts that are
     neither, and of a tower's part that maps its tokens for the language model (the merger of Qwen-VL).
     """
-    base = model.model
+    prefix = "" if model.model is model else "model."
     found = []
-    for name, _ in base.named_parameters():
+    for name, _ in model.model.named_parameters():
         first, _, rest = name.partition(".")
         if first == "language_model":
             continue
         if CONNECTORS.search(first) or not TOWERS.search(first) or CONNECTORS.search(INSIDE.split(rest)[0]):
-            found.append(f"model.{name}")
+            found.append(f"{prefix}{name}")
     return found
 
 

@@ -3,7 +3,6 @@ The plugin for lmms-eval. Its parts run here on a stand-in of lmms-eval's interf
 client, unmodified, in an environment of its own, and compare what it records with our own `generate`.
 """
 
-import importlib
 import importlib.metadata
 import json
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -20,6 +19,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from lmms_stand_in import stand_in
 from tiny_checkpoint import CHAT_TEMPLATE, build_processor, picture, save_checkpoint
 from tiny_video_llava import build as build_video_llava
 from transformers import AutoModelForImageTextToText
@@ -34,29 +34,6 @@ from modeling_prunesid import (
 ROOT = Path(__file__).parents[1]
 
 
-class Lmms:
-    """What the plugin uses of `lmms_eval.api.model.lmms`."""
-
-    def __init__(self):
-        self._rank, self._world_size, self.task_dict = 0, 1, {}
-
-    rank = property(lambda self: self._rank)
-
-
-class ChatMessages:
-    """What the plugin uses of `lmms_eval.protocol.ChatMessages`: contents hold their medium under `url`."""
-
-    def __init__(self, messages):
-        self.messages = messages
-
-    def extract_media(self):
-        parts = [part for message in self.messages for part in message["content"]]
-        return tuple([part["url"] for part in parts if part["type"] == kind] for kind in ("image", "video", "audio"))
-
-    def to_hf_messages(self):
-        return self.messages
-
-
 @pytest.fixture(scope="module")
 def metrics():
     """What the plugin logs with `log_metrics`."""
@@ -66,34 +43,8 @@ def metrics():
 @pytest.fixture(scope="module")
 def plugin(metrics):
     """The plugin's module, imported with a stand-in of lmms-eval."""
-    contents = {
-        "lmms_eval.api.instance": {
-            "GenerationResult": SimpleNamespace,
-            "Instance": SimpleNamespace,
-            "TokenCounts": SimpleNamespace,
-        },
-        "lmms_eval.api.model": {"lmms": Lmms},
-        "lmms_eval.models.model_utils.gen_metrics": {
-            "log_metrics": lambda *args, additional_metrics: metrics.append(additional_metrics)
-        },
-        "lmms_eval.models.registry_v2": {"ModelManifest": SimpleNamespace},
-        "lmms_eval.protocol": {"ChatMessages": ChatMessages},
-        "loguru": {"logger": SimpleNamespace(info=print)},
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, attributes in contents.items():
-            parts = name.split(".")
-            for end in range(1, len(parts)):
-                package = ".".join(parts[:end])
-                if package not in sys.modules:
-                    patch.setitem(sys.modules, package, ModuleType(package))
-            module = ModuleType(name)
-            vars(module).update(attributes)
-            patch.setitem(sys.modules, name, module)
-        name = "modeling_prunesid.lmms_eval"
-        patch.delitem(sys.modules, name, raising=False)
-        yield importlib.import_module(name)
-        sys.modules.pop(name)
+    with stand_in(metrics) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

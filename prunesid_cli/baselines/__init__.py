@@ -123,7 +123,7 @@ def _measured(base_model: Any, run: Run) -> Iterator[None]:
     @functools.wraps(encode)
     def get_image_features(*args, **kwargs):
         output = encode(*args, **kwargs)
-        run.tokens += [float(len(view)) for view in output.pooler_output]
+        run.tokens += [float(len(view)) for view in base_model.features_of(output)]
         return output
 
     with replaced(base_model, "get_image_features", get_image_features):
