@@ -32,6 +32,7 @@ from modeling_prunesid.family import stock_class
 
 # What an engine cannot serve, as `<family>-<kind>`.
 KINDS = {"thin": {"thin": True}, "dynamic": {"dynamic": True, "reference_information": 0.6}, "original": {}}
+KINDS["question"] = {"method": "spread", "method_settings": {"question": True}}
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 GRID = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
 PIXELS = {"shortest_edge": 256, "longest_edge": 1024}
@@ -77,6 +78,8 @@ def gemma3_parts() -> dict:
     return {**PROCESSORS["gemma3"][0](), "image_processor": pil("Gemma3ImageProcessor", size=SIZE)}
 
 
+# The type of tokens that see none behind them.
+CAUSAL = {"gemma3": 0, "paligemma": 1}
 NAMED = ("image_token", "video_token", "boi_token", "eoi_token", "start_image_token", "end_image_token")
 NAMED += ("context_image_token",)
 
@@ -127,6 +130,14 @@ def questions(name: str) -> list[tuple[str, list[Image.Image]]]:
         (f"{start}word{20 + index} " + f"{token} word9 " * len(chosen) + "word21", [pictures[each] for each in chosen])
         for index, chosen in enumerate(asked)
     ]
+
+
+def as_engines_ask(folder: Path, asked: list[tuple[str, list]]) -> list[tuple[str, list]]:
+    """The questions with what PaliGemma's processor adds to a prompt, which engines take as it is."""
+    if folder.name != "paligemma":
+        return asked
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    return [(processor.prepare_inputs_layout(pictures, [text])[1][0], pictures) for text, pictures in asked]
 
 
 def with_wide_heads(name: str) -> dict:
@@ -185,8 +196,8 @@ def answers(folder: Path, asked: list[tuple[str, list]], max_new_tokens: int = 6
     found = []
     for text, pictures in asked:
         inputs = processor(text=text, images=pictures or None, return_tensors="pt", add_special_tokens=False, **kwargs)
-        if "gemma3" in model.config.model_type:  # placeholders see each other, but not in vLLM on CPUs
-            inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
+        if "token_type_ids" in inputs:  # what sees what is behind it; in vLLM on CPUs nothing does
+            inputs["token_type_ids"].fill_(CAUSAL[model.config.model_type.removeprefix("prunesid_")])
         length = inputs["input_ids"].shape[1]
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0].tolist()
         found.append([ids[:length], ids[length:]])
@@ -205,5 +216,5 @@ if __name__ == "__main__":
             expected = answers(place, asked)
             others = [(text, [picture(*image.size, 9) for image in pictures]) for text, pictures in asked]
             assert answers(place, others) != expected  # not blind
-            place.with_suffix(".pickle").write_bytes(pickle.dumps(asked))
+            place.with_suffix(".pickle").write_bytes(pickle.dumps(as_engines_ask(place, asked)))
             place.with_suffix(".json").write_text(json.dumps(expected))

@@ -351,10 +351,12 @@ def test_vllm_answers_as_generate_does_with_other_arguments(tmp_path, name):
         assert not list(filter(None, map(do, jobs)))
 
 
-FAMILIES = ["llava", "llava_next", "internvl", "gemma3", "mistral3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "glm4v"]
+FAMILIES = ["llava", "llava_next", "internvl", "gemma3", "paligemma", "mistral3", "smolvlm"]
+FAMILIES += ["qwen2_vl", "qwen2_5_vl", "glm4v"]
 REFUSED = {
     "llava-thin": "--output FOLDER`",
     "llava-dynamic": "Save the model with budget_scope='image'",
+    "llava-question": "Save the model with question=False",
     "qwen2_vl-original": "Save the model with mrope_positions='contiguous'",
     "qwen3_vl-original": "Use `transformers serve`",
 }
