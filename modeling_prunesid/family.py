@@ -170,7 +170,8 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     def shows_encoder(self, modality: str) -> bool:
         # A tower that stops early has not even what upstream reads of it for itself, and returns unasked.
         stops_early = bool(self.towers) and not self.is_off(None)
-        return stops_early or _hands_on_arguments(type(self), f"get_{modality}_features")
+        own_class: Any = type(self)
+        return stops_early or _hands_on_arguments(own_class, f"get_{modality}_features")
 
     def expected_counts(self, modality: str, inputs: dict[str, Any]) -> tuple[list[int], list[int]] | None:
         inputs, settings = dict(inputs), self.config.prunesid_config

@@ -1,5 +1,6 @@
 """What families of images of any size share: grids of merged patches, and a budget that is a share of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from .attention import from_windows, pool_blocks, tower_of
@@ -29,7 +30,7 @@ class GridModelMixin(PrunedModelMixin):
     Qwen2-VL has the same, but lambda never falls below 1, and its rho is about half the true one.
     """
 
-    views_apart = ("video",)
+    views_apart: Sequence[str] = ("video",)
 
     def slices(self, modality: str, inputs: dict[str, Any]) -> list[int]:
         """In how many slices of equal length the tokens of each input lie one behind the other."""

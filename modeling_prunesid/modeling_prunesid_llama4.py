@@ -30,8 +30,7 @@ class PruneSIDLlama4ForConditionalGeneration(
     """[`Llama4ForConditionalGeneration`] on shortened prompts; see [`PrunedWholeMixin`]."""
 
     config_class = PruneSIDLlama4Config
-    patch_grids = square_grids
-    not_in_tuples = ("image_outputs",)
+    patch_grids, not_in_tuples = square_grids, ("image_outputs",)
 
     def patches_per_token(self):
         return round(self.config.vision_config.pixel_shuffle_ratio**-2)

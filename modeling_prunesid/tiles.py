@@ -21,7 +21,7 @@ class TiledModelMixin(PrunedModelMixin):
     own_arguments = ("num_tiles", "num_video_tiles")
     # The modalities that are encoded as tiles.
     tiled: Sequence[str] = ("image",)
-    views_apart = ("image", "video")
+    views_apart: Sequence[str] = ("image", "video")
 
     def tile_length(self, inputs: dict[str, Any]) -> int | None:
         """Tokens of a tile; None where each entry of upstream's output is one."""
