@@ -250,8 +250,8 @@ def write(root: Path) -> None:
             "docs/accuracy.json has no intervals by question type. Measure it anew: prunesid evaluate --all."
         )
     (root / "docs" / "which_budget.md").write_text(which_budget(result))
-    speed = [json.loads((root / "docs" / f"{name}.json").read_text()) for name in ("demo", "benchmark")]
-    table = accuracy_table(result, [192, 64], True, IN_README, speed_rows(*speed, [192, 64]))
+    demo, benchmark = (json.loads((root / "docs" / f"{name}.json").read_text()) for name in ("demo", "benchmark"))
+    table = accuracy_table(result, [192, 64], True, IN_README, speed_rows(demo, benchmark, [192, 64]))
     put_table(root / "README.md", table)
     put_table(root / "docs" / "results.md", accuracy_table(result, budgets_of(result), with_time=False))
 
