@@ -93,6 +93,20 @@ def test_tuples_have_the_values_of_the_stock_classes_tuple(name):
     assert torch.equal(found[0], ours(**inputs).logits)
 
 
+@every_row()
+@torch.no_grad()
+def test_logits_to_keep_are_of_the_callers_columns_where_the_stock_class_reads_it(name):
+    ours, reference, row = build(name)
+    inputs = prompt(row, [rows_of(row)[0]])
+    whole, length = ours(**inputs).logits, inputs["input_ids"].shape[1]
+    for keep in (4, torch.tensor([3, length - 2])):
+        expected = reference(**for_stock(row, inputs), logits_to_keep=keep).logits
+        found = ours(**inputs, logits_to_keep=keep).logits
+        assert found.shape == expected.shape
+        wanted = whole if found.shape[1] == length else whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
+        assert close(found, wanted)
+
+
 def shown_of(output):
     """The hidden states and attentions of an encoder's output, tensors or None, whatever tuples they are in."""
 
