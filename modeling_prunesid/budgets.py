@@ -46,6 +46,11 @@ class Budgets:
     totals: list[int]
     rule: str
 
+    def keep_all(self, num_tokens: Sequence[Sequence[int]]) -> list[bool]:
+        """Which inputs, of so many tokens in each of their views, keep all of them, and with them those of no view."""
+        is_known = self.rule != "reference"
+        return [is_known and total >= sum(views) for views, total in zip(num_tokens, self.totals)]
+
 
 class Merged(NamedTuple):
     """

@@ -167,13 +167,14 @@ class TowerEncoding:
         """T and N of each input, where they are known before the tower runs."""
         if self.sizes is None or self.budgets is None or self.budgets.rule == "reference":
             return None
-        return self.sizes, self.budgets.totals
+        return self.sizes, [
+            size if whole else total for size, total, whole in zip(self.sizes, self.budgets.totals, self.is_whole)
+        ]
 
     @property
     def is_whole(self) -> list[bool]:
         """Which inputs keep all of their tokens, and with them those of no view."""
-        is_known = self.budgets.rule != "reference"
-        return [is_known and total >= sum(own) for own, total in zip(self.num_tokens, self.budgets.totals)]
+        return self.budgets.keep_all(self.num_tokens)
 
     @property
     def keeps_cls(self) -> bool:

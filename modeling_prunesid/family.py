@@ -185,7 +185,10 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         lengths = [own if isinstance(own[0], int) else [len(view.rows) for view in own] for own in views]
         sizes = [sum(own) for own in lengths] if isinstance(views[0][0], int) else sizes
         budgets = request_budgets(settings, requested, lengths)
-        return None if budgets is None or budgets.rule == "reference" else (sizes, budgets.totals)
+        if budgets is None or budgets.rule == "reference":
+            return None
+        whole = budgets.keep_all(lengths)
+        return sizes, [size if all_of_it else total for size, total, all_of_it in zip(sizes, budgets.totals, whole)]
 
     def sizes_of(self, modality: str, inputs: dict[str, Any]) -> list[int] | None:
         """Tokens of each entry of upstream's output, where they are known before its encoder runs."""
@@ -287,7 +290,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         budgets = request_budgets(settings, num_visual_tokens, num_tokens)
         if budgets is None:
             return output
-        starts = itertools.accumulate(sizes, initial=0)
+        starts = list(itertools.accumulate(sizes, initial=0))
         rows = [view.rows + start for own, start in zip(views, starts) for view in own]
         table, lengths = table_of(rows), [len(own) for own in rows]
         compared, attention = torch.cat(features).detach(), None
@@ -311,7 +314,17 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             features = whole.index_copy(0, places, values.to(whole.dtype)).split(sizes)
         kept = iter(counts)
         of_inputs = [sum(next(kept) for _ in own) for own in views]
-        rows = rows_of(table, indices, counts)
+        all_kept = zip(budgets.keep_all(num_tokens), num_tokens, sizes)
+        is_whole = [whole and sum(own) < size for whole, own, size in all_kept]
+        if any(is_whole):  # with their tokens of no view
+            of_inputs = [size if whole else count for size, count, whole in zip(sizes, of_inputs, is_whole)]
+            whole_of_view = [whole for own, whole in zip(views, is_whole) for _ in own]
+            chosen = [0 if whole else count for count, whole in zip(counts, whole_of_view)]
+            known = [torch.arange(start, start + size) for start, size, whole in zip(starts, sizes, is_whole) if whole]
+            known = torch.cat(known).to(indices.device, non_blocking=True)
+            rows = torch.cat([rows_of(table, indices, chosen), known])
+        else:
+            rows = rows_of(table, indices, counts)
 
         def keep(entries):
             return list(keep_rows(list(torch.cat(list(entries)).split(sizes)), rows, of_inputs)[0])

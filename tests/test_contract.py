@@ -93,6 +93,42 @@ def test_tuples_have_the_values_of_the_stock_classes_tuple(name):
     assert torch.equal(found[0], ours(**inputs).logits)
 
 
+@every_row()
+@torch.no_grad()
+def test_an_input_that_keeps_all_its_tokens_beside_one_that_does_not(name):
+    """It keeps those of no view (newlines) too, as it does alone, and as its processor writes it."""
+    ours, _, row = build(name)
+    if row.fixed_layout:
+        return
+    texts = [write(row, [index], [row.tokens[index]]) for index in (0, 1)]
+    inputs, totals = batch(texts), [row.tokens[0], row.kept[1]]
+    arguments = {**inputs, **row.along(inputs["input_ids"]), **row.inputs([[0], [1]])}
+    output = ours(**arguments, num_visual_tokens=totals)
+    one = batch(texts[:1])
+    alone = ours(**one, **row.along(one["input_ids"]), **row.inputs([[0]]), num_visual_tokens=1.0).logits[0]
+    assert close(output.logits[0, -len(texts[0]) :], alone)
+    kept = output.keep_mask & inputs["attention_mask"].bool()
+    short = batch([ids[keep].tolist() for ids, keep in zip(inputs["input_ids"], kept)])
+    arguments |= {**short, **row.along(short["input_ids"])}
+    logits = ours(**arguments, num_visual_tokens=totals).logits
+    for own, whole, keep, mask in zip(logits, output.logits, kept, short["attention_mask"]):
+        assert close(own[mask.bool()], whole[keep])
+
+
+@every_row()
+@torch.no_grad()
+def test_logits_to_keep_are_of_the_callers_columns_where_the_stock_class_reads_it(name):
+    ours, reference, row = build(name)
+    inputs = prompt(row, [rows_of(row)[0]])
+    whole, length = ours(**inputs).logits, inputs["input_ids"].shape[1]
+    for keep in (4, torch.tensor([3, length - 2])):
+        expected = reference(**for_stock(row, inputs), logits_to_keep=keep).logits
+        found = ours(**inputs, logits_to_keep=keep).logits
+        assert found.shape == expected.shape
+        wanted = whole if found.shape[1] == length else whole[:, -keep:] if isinstance(keep, int) else whole[:, keep]
+        assert close(found, wanted)
+
+
 def shown_of(output):
     """The hidden states and attentions of an encoder's output, tensors or None, whatever tuples they are in."""
 

@@ -429,10 +429,11 @@ class TestCaches:
         torch.testing.assert_close(got, run(stock, BUDGET, encoded)[0])
 
     @torch.no_grad()
-    def test_a_row_taken_out_of_a_cache_is_refused(self, ours):
+    def test_a_row_taken_out_of_the_tensors_of_a_cache_is_refused(self, ours):
         inputs = full_batch()
         cache = cache_of(ours(**inputs, use_cache=True))
-        cache.batch_select_indices(torch.tensor([0, 1]))
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:2], layer.values[:2]
         mask = torch.nn.functional.pad(inputs["attention_mask"][:2], (0, 1), value=1)
         with pytest.raises(ValueError, match="filled by 3 rows and is continued by 2"):
             ours(input_ids=torch.tensor([[4], [5]]), attention_mask=mask, **{CACHE_NAME: cache})
