@@ -16,12 +16,15 @@ logger = logging.get_logger(__name__)
 _said: set[str] = set()
 
 
-def check_transformers() -> None:
-    """Raise an `ImportError` for a version of Transformers that lacks what this code builds on."""
-    if Version(transformers.__version__).release < Version(OLDEST_TRANSFORMERS).release:
+def check_transformers(release: str = OLDEST_TRANSFORMERS) -> None:
+    """
+    Raises:
+        `ImportError`: if the installed Transformers is older than `release`, the first that has what is built on.
+    """
+    if Version(transformers.__version__).release < Version(release).release:
         raise ImportError(
-            f"PruneSID needs transformers {OLDEST_TRANSFORMERS} or newer, found {transformers.__version__}. Upgrade "
-            f"it: pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
+            f"PruneSID needs transformers {release} or newer, found {transformers.__version__}. Upgrade it: pip "
+            f"install -U 'transformers>={release}'"
         )
 
 

@@ -4,6 +4,8 @@ from packaging.version import Version
 from transformers import __version__
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from .checks import OLDEST_TRANSFORMERS
+
 
 # The declared families: their `model_type`, which ends their file's name, and the name in that of their classes.
 FAMILIES = {
@@ -151,8 +153,13 @@ UNSUPPORTED = {
 }
 
 
+def first_release(family: str) -> str:
+    """The first release of Transformers that was seen to have a family as it is declared."""
+    return _RELEASES.get(family, f"{OLDEST_TRANSFORMERS}.0")
+
+
 def release_with(family: str) -> str | None:
     """The release that has a family which the installed Transformers lacks; None where it has it."""
-    release = _RELEASES.get(family, "5.18.0")
+    release = first_release(family)
     is_new_enough = Version(Version(__version__).base_version) >= Version(release)
     return None if family in _OWN or (family in CONFIG_MAPPING_NAMES and is_new_enough) else release

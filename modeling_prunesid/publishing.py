@@ -5,6 +5,7 @@ This file does not travel with a repo, whose users trust only what runs a model;
 installed, for models of the package and for those that a repo's own code made.
 """
 
+import ast
 import copy
 import json
 import os
@@ -29,6 +30,7 @@ from transformers.utils import (
 )
 
 from .card import write_card
+from .families import first_release
 from .methods import DEFAULT_METHOD, needs_of
 from .registering import carried_source, method_source
 from .repo_files import find_commit, read_fields
@@ -109,6 +111,7 @@ def save_variant(
         settings.base_model_name_or_path, settings.base_model_revision = recorded
     if is_main_process:
         carry_own_method(model, save_directory)
+        state_release(model, save_directory)
         write_card(save_directory, model.config, base, thin, push.get("repo_id"), push.get("tags"), revision)
     if push_to_hub and is_main_process:
         push.setdefault("repo_id", Path(save_directory).name)
@@ -144,6 +147,22 @@ def push_variant(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def state_release(model: Any, folder: str | os.PathLike) -> None:
+    """
+    The family's file in a repo first says which Transformers it needs: in an older one, the imports that follow fail
+    in words that name no release.
+    """
+    module = type(model).__module__.rpartition(".")[2]
+    path = Path(folder, f"{module}.py")
+    source = path.read_text(encoding="utf-8") if path.exists() else ""
+    imports = [node.lineno for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    if not imports or "check_transformers" in source:
+        return
+    lines, release = source.splitlines(keepends=True), first_release(module.removeprefix("modeling_prunesid_"))
+    lines.insert(imports[0] - 1, f'from .checks import check_transformers\n\n\ncheck_transformers("{release}")\n\n')
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def carry_own_method(model: Any, folder: str | os.PathLike) -> None:

@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"'NAME.whl[{extra}]'"
         )
     except ImportError as error:
+        if str(error).startswith("PruneSID needs"):  # another Transformers
+            fail(f"prunesid {name}: {error}")
         missing_backend = re.search(r"(\w+) requires the (\w+) library", str(error))
         if missing_backend is None:
             raise

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from oracle_family import build as build_row
+from oracle_family import prompt as oracle_prompt_of
 from peft import LoraConfig, get_peft_model
 from tiny import BUDGET, NUM_PATCHES, batch, pixels, prompt
 from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel, LlavaForConditionalGeneration, LlavaModel
@@ -48,6 +50,19 @@ def test_a_loaded_variant_is_stock_and_pruned_again(ours, tmp_path):
     assert type(model) is LlavaForConditionalGeneration and model.config.model_type == "llava"
     compress(model, budget=BUDGET)
     assert torch.equal(model.generate(**inputs(), **GREEDY), ours.generate(**inputs(), **GREEDY))
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("name", ["llama4", "nemotron_h_omni"])
+@torch.no_grad()
+def test_a_stock_model_in_one_class(name):
+    ours, reference, row = build_row(name)
+    stock, inputs = copy.deepcopy(reference), oracle_prompt_of(row)
+    expected = ours(**inputs).logits
+    compress(stock, budget=row.budget, **row.settings)
+    assert type(stock) is row.head and torch.equal(stock(**inputs).logits, expected)
+    compress(stock, budget=None)
+    assert type(stock) is type(reference) and not hasattr(stock.config, "prunesid_config")
 
 
 def test_again_with_other_settings(ours, stock):

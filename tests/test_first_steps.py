@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from families import ROWS
 from tiny import NUM_PATCHES, build, pixels, prompt
 from tiny_checkpoint import build_processor, picture, save_checkpoint
 from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaNextConfig
@@ -27,7 +28,9 @@ from modeling_prunesid import (
     ViTCoPLlavaConfig,
     checks,
 )
+from modeling_prunesid import families as families_of_package
 from modeling_prunesid.presets import MODEL_TYPES, preset_names, read_preset
+from prunesid_cli import command
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +204,26 @@ class TestVersions:
         load = f"AutoConfig.from_pretrained({str(folder)!r}, trust_remote_code=True)"
         script = f"from transformers import AutoConfig; {load}"
         assert self.last_error(script, tmp_path).startswith("ImportError: PruneSID needs transformers 99.0 or newer")
+
+    def test_a_published_family_names_the_release_that_has_it(self, monkeypatch, tmp_path):
+        """It says so before the imports of what an older Transformers lacks."""
+        row = ROWS["internvl"]
+        model = row.head(row.head.config_class(**row.config))
+        monkeypatch.setitem(families_of_package._RELEASES, "internvl", "99.0")
+        model.save_pretrained(tmp_path / "repo")
+        code = tmp_path / "repo" / "modeling_prunesid_internvl.py"
+        assert code.read_text().index('check_transformers("99.0")') < code.read_text().index("from transformers")
+        script = "import transformers; transformers.AutoConfig.from_pretrained('repo', trust_remote_code=True)"
+        assert self.last_error(script, tmp_path).startswith("ImportError: PruneSID needs transformers 99.0 or newer")
+
+    def test_a_command_says_it_in_one_sentence(self, monkeypatch, capsys):
+        monkeypatch.setattr(command, "import_command", lambda name: checks.check_transformers("99.0"))
+        with pytest.raises(SystemExit) as stopped:
+            command.main(["doctor"])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.startswith(
+            "prunesid doctor: PruneSID needs transformers 99.0 or newer"
+        )
 
     def last_error(self, script, folder, path=""):
         overlay = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if "ov" in Path(part).parts]
