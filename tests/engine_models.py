@@ -32,6 +32,7 @@ from modeling_prunesid.family import stock_class
 
 # What an engine cannot serve, as `<family>-<kind>`.
 KINDS = {"thin": {"thin": True}, "dynamic": {"dynamic": True, "reference_information": 0.6}, "original": {}}
+KINDS["fixed"] = {}
 KINDS["question"] = {"method": "spread", "method_settings": {"question": True}}
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 GRID = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
@@ -107,6 +108,10 @@ PARTS = {
     "gemma3": (gemma3_parts, "<start_of_image>"),
     "mistral3": (PROCESSORS["mistral3"][0], "[IMG]"),
     "smolvlm": (PROCESSORS["smolvlm"][0], "<image>"),
+    "idefics2": (PROCESSORS["idefics2"][0], "<image>"),
+    "idefics3": (PROCESSORS["idefics3"][0], "<image>"),
+    "aya_vision": (PROCESSORS["aya_vision"][0], "<image>"),
+    "llava_onevision": (PROCESSORS["llava_onevision"][0], "<image>"),
     "qwen2_vl": (lambda: qwen_parts("qwen2_vl"), QWEN),
     "qwen2_5_vl": (lambda: qwen_parts("qwen2_5_vl"), QWEN),
     "qwen3_vl": (lambda: qwen_parts("qwen3_vl"), QWEN),
@@ -152,7 +157,7 @@ def with_wide_heads(name: str) -> dict:
             vision["out_hidden_size"] = 128
         else:
             vision["hidden_size"] = 128
-    if name in ("gemma3", "paligemma"):  # with tied embeddings a random model repeats its last token
+    if name in ("gemma3", "paligemma", "aya_vision"):  # with tied embeddings a random model repeats its last token
         config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
         text["initializer_range"] = 0.4  # so that it matters which tokens see each other
     for fields in (config, vision):

@@ -352,11 +352,12 @@ def test_vllm_answers_as_generate_does_with_other_arguments(tmp_path, name):
 
 
 FAMILIES = ["llava", "llava_next", "internvl", "gemma3", "paligemma", "mistral3", "smolvlm"]
-FAMILIES += ["qwen2_vl", "qwen2_5_vl", "glm4v"]
+FAMILIES += ["idefics3", "aya_vision", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "glm4v"]
 REFUSED = {
     "llava-thin": "--output FOLDER`",
     "llava-dynamic": "Save the model with budget_scope='image'",
     "llava-question": "Save the model with question=False",
+    "idefics2-fixed": "does not say how many tokens an image gets. Use `prunesid generate`",
     "qwen2_vl-original": "Save the model with mrope_positions='contiguous'",
     "qwen3_vl-original": "Use `transformers serve`",
 }
