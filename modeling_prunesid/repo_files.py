@@ -44,11 +44,8 @@ def read_fields(name: str | os.PathLike, file: str, location: dict[str, Any]) ->
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    return levels == 0 or any(
-        _is_deeper(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value)
-    )
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list) and (levels == 0 or any(_is_deeper(item, levels - 1) for item in items))
 
 
 def read_base(fields: dict[str, Any], where: str) -> tuple[str | None, str | None]:

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 import transformers
 
 import modeling_prunesid
-from modeling_prunesid.families import release_with
+from modeling_prunesid.families import FAMILIES, release_with
 
 
 PAD, BOS, EOS, IMAGE, VIDEO, VISION_START, VISION_END, TAG = 0, 1, 2, 100, 101, 102, 103, 11
@@ -48,6 +49,20 @@ def runs(length: int, begin: Sequence[int] = (), end: Sequence[int] = (TAG,)) ->
         return [*begin, *[token] * length, *end] * (num_tokens // length)
 
     return write
+
+
+@functools.cache
+def mechanisms_of(family: str) -> frozenset[str]:
+    """What the file of a family names of ours: mixins to extend, and attributes. It is read, not imported."""
+    path = Path(modeling_prunesid.__file__).with_name(f"modeling_prunesid_{family}.py")
+    return frozenset(re.findall(r"\w+Mixin\b|\bprojector_name\b", path.read_text()))
+
+
+@functools.cache
+def shared_mechanisms() -> frozenset[str]:
+    """What the models of at least four families name. A mechanism of fewer is tested in the contract alone."""
+    counts = Counter(name for family in FAMILIES for name in mechanisms_of(family))
+    return frozenset(name for name, count in counts.items() if count >= 4 and "Processor" not in name)
 
 
 @dataclass
@@ -134,18 +149,16 @@ class Row:
         has_packages = all(importlib.util.find_spec(package) is not None for package in self.needs)
         return has_family and has_packages
 
-    @functools.cached_property
+    @property
     def mechanisms(self) -> frozenset[str]:
-        """What the file of the family names of ours: mixins to extend, and attributes. It is read, not imported."""
-        path = Path(modeling_prunesid.__file__).with_name(f"modeling_prunesid_{self.family}.py")
-        return frozenset(re.findall(r"\w+Mixin\b|\bprojector_name\b", path.read_text()))
+        return mechanisms_of(self.family)
 
     @property
     def kind(self) -> tuple:
-        """Rows of one kind test the same mechanisms."""
+        """Rows of one kind test the same mechanisms, of those that several families share."""
         written = self.write(self.tokens[0], 0, self.token)
         num_runs = sum(is_token for is_token, _ in itertools.groupby(id_ == self.token for id_ in written))
-        return self.mechanisms, self.modality, self.several_runs, num_runs > 1
+        return self.mechanisms & shared_mechanisms(), self.modality, self.several_runs, num_runs > 1
 
     @property
     def module(self):

@@ -197,11 +197,11 @@ def smallest(distances, chosen):
 def test_divprune_picks_greedily():
     for seed, (tokens, budget) in enumerate(random_cases(40)):
         features = torch.randn(tokens, DIM, generator=torch.Generator().manual_seed(seed))
-        distances = 1 - torch.cosine_similarity(features[:, None], features[None], dim=-1)
+        distances = (1 - torch.cosine_similarity(features[:, None], features[None], dim=-1)).tolist()
         rest = set(range(tokens))
-        chosen = [max(rest, key=lambda i: min(float(distances[i, j]) for j in rest - {i}))]
+        chosen = [max(rest, key=lambda i: min(distances[i][j] for j in rest - {i}))]
         while len(chosen) < budget:
-            chosen.append(max(rest - set(chosen), key=lambda i: min(float(distances[i, j]) for j in chosen)))
+            chosen.append(max(rest - set(chosen), key=lambda i: min(distances[i][j] for j in chosen)))
         assert divprune.most_diverse(features, budget).tolist() == sorted(chosen)
 
 
@@ -700,6 +700,7 @@ def test_methods_of_the_seam_choose_in_each_crop_of_llava_next(name):
         assert padded or not ((indices - NUM_PATCHES + 1) % 7 == 0).all()
 
 
+@pytest.mark.contract
 def test_a_model_carries_a_registered_method(tmp_path):
     """Saved, it has the method's file and no other's, and loads in a clean process without our package."""
     model, images = build(method="paper"), pixels(2)

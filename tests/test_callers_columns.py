@@ -522,7 +522,11 @@ DIVISORS = {
     "Qwen2_5_VL": ({}, 36, [1 / 2, 1 / 3, 1 / 4]),
     "Qwen3VL": ({}, 36, [1 / 2, 1 / 3, 1 / 4]),
 }
-CHATS = [(name, vision, total, budget) for name, (vision, total, budgets) in DIVISORS.items() for budget in budgets]
+CHATS = [
+    pytest.param(name, vision, total, budget, marks=() if name in QUICK and not index else pytest.mark.contract)
+    for name, (vision, total, budgets) in DIVISORS.items()
+    for index, budget in enumerate(budgets)
+]
 
 
 @pytest.mark.parametrize("passes", ["all", "new"])

@@ -132,6 +132,7 @@ def test_the_space_answers_a_question(pushed, tmp_path):
     assert Path(loaded).is_relative_to(tmp_path)
 
 
+@pytest.mark.contract
 def test_what_a_space_cannot_have_is_a_sentence(pushed):
     hub, [_, _, *refused] = pushed
     sentences = (

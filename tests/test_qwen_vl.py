@@ -16,7 +16,6 @@ from tiny_qwen import (
     VISION_START,
     batch,
     build,
-    fields,
     our_class,
     pixels,
     positions_seen,
@@ -438,7 +437,7 @@ def test_dynamic_budgets_follow_the_information_of_each_image(family):
 # generate
 
 
-@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("name", ["different grids", "video, images and text-only rows"])
 def test_a_batch_answers_as_its_rows_do_alone(ours, family, name):
     together = inputs_of(family, name)
     answers = new_tokens(ours.generate(**together, **GREEDY), together)
@@ -616,7 +615,7 @@ def test_inputs_embeds_of_a_full_prompt_are_shortened(ours, family):
 # Off means off
 
 
-OFF = [{"budget": None}, {"budget": 1.0}, {"budget": 48}]
+OFF = [{"budget": None}, {"budget": 1.0}]
 
 
 @pytest.mark.parametrize("settings", OFF, ids=str)
@@ -758,13 +757,3 @@ def test_saved_folders_run_where_the_package_cannot_be_imported(tmp_path):
         ours.save_pretrained(tmp_path / family)
         torch.save(inputs, tmp_path / family / "inputs.pt")
     assert run_clean(CLIENT, tmp_path / "home", *(tmp_path / family for family in FAMILIES)) == expected
-
-
-def test_auto_classes_know_ours_when_the_package_is_imported(family):
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
-
-    config = our_class(family, "Config")(**fields(family))
-    assert type(AutoModel.from_config(config)) is our_class(family, "Model")
-    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        assert type(auto_class.from_config(config)) is our_class(family)
-    assert type(AutoConfig.for_model(config.model_type)) is our_class(family, "Config")
