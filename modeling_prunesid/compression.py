@@ -582,7 +582,8 @@ def run_shortened(
             is_counted.set(False)
     inputs = dict(inputs)
     return_dict, keep = inputs.pop("return_dict", None), inputs.pop("logits_to_keep", 0)
-    keep, places = _without_mask(keep if _reads_logits_to_keep(type(model)) else 0)
+    own_class: Any = type(model)
+    keep, places = _without_mask(keep if _reads_logits_to_keep(own_class) else 0)
     columns = prompt.callers_columns()
     needed, wanted = _logits_to_keep(model, prompt, columns, keep)
     if needed is not None:
