@@ -517,11 +517,7 @@ class CompressedModelMixin:
             if int(placeholders.sum()) != sum(lengths):
                 if int((placeholders & is_new).sum()) == sum(lengths):
                     continue
-                raise ValueError(
-                    f"The {modality}s have {sum(lengths)} kept tokens, but {CACHE_NAME} and the prompt hold "
-                    f"{int(placeholders.sum())} placeholders. Pass the budget (num_visual_tokens) that filled the "
-                    f"cache, or the {modality}s of the new turn alone."
-                )
+                raise ValueError(does_not_fit_cache(modality, sum(lengths), int(placeholders.sum())))
             wanted = [own.nonzero()[:, 0] for own in is_new.expand_as(placeholders)[placeholders].split(lengths)]
             output = _settled(outputs.pop(modality))
             if any(map(len, wanted)):
@@ -560,6 +556,15 @@ class CompressedModelMixin:
         token_id = given.get("token_id", self.config.image_token_id)
         mask = self._find_token(token_id, given["input_ids"], given["inputs_embeds"]).to(given["inputs_embeds"].device)
         return mask.unsqueeze(-1) if self.placeholder_mask_dims == 3 else mask
+
+
+def does_not_fit_cache(kind: str, num_features: int, num_placeholders: int) -> str:
+    """What is wrong with views (images, videos) of a conversation whose start a cache holds."""
+    return (
+        f"The {kind}s have {num_features} kept tokens, but {CACHE_NAME} and the prompt hold {num_placeholders} "
+        "placeholders. Pass the budget (num_visual_tokens) that filled the cache, or the "
+        f"{kind}s of the new turn alone."
+    )
 
 
 def run_shortened(

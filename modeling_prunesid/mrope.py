@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .cached_rows import follow_rows
-from .compression import CompressedModelMixin, generating
+from .compression import CompressedModelMixin, does_not_fit_cache, generating
 from .plans import to_host
 from .prompts import ShortPrompt, is_flat
 from .upstream import CACHE_NAME, cache_of
@@ -128,9 +128,14 @@ class MRoPEModelMixin(CompressedModelMixin):
         mask, where = host.get("attention_mask"), host["placeholders"].device
         # What is placed: the whole conversation, or its part behind the cache if only that part's views are given.
         repeats_cached = is_generation and (mask is None or mask.shape[1] == length)
-        first = cached_length if repeats_cached and cached_length and not self._has_every_view(inputs, host) else 0
+        first, features = 0, self._num_features(inputs)
+        found = int(host["placeholders"].any(0).sum())
+        if repeats_cached and cached_length and found != features:
+            first = cached_length
         length -= first
         host["placeholders"] = host["placeholders"][..., first:]
+        if first and features not in (0, int(host["placeholders"].any(0).sum())):
+            raise ValueError(does_not_fit_cache("view", features, found))
         if mask is None:
             before = first if repeats_cached else cached_length
             mask = torch.ones(batch, before + length, dtype=torch.long, device=where)
@@ -183,11 +188,9 @@ class MRoPEModelMixin(CompressedModelMixin):
         """Positions `(axes, batch, length)` of a part of a conversation, `offset` behind the part in a cache."""
         return positions + offset
 
-    def _has_every_view(self, inputs: dict[str, Any], host: dict[str, torch.Tensor]) -> bool:
-        """Whether there is a view for every placeholder of the prompt."""
+    def _num_features(self, inputs: dict[str, Any]) -> int:
         outputs = inputs.get("mm_encoder_outputs") or {}
-        features = sum(len(view) for output in outputs.values() for view in self.features_of(output))
-        return int(host["placeholders"].any(0).sum()) == features
+        return sum(len(view) for output in outputs.values() for view in self.features_of(output))
 
     def _positions_in_full_prompt(
         self, inputs: dict[str, Any], host: dict[str, torch.Tensor], mask: torch.LongTensor, is_generation: bool

@@ -1,5 +1,7 @@
 """Chats with a cache, prompts that could be read in two ways, and callers that read the outputs of `forward`."""
 
+import copy
+
 import pytest
 import tiny_qwen
 import torch
@@ -78,6 +80,24 @@ def test_a_picture_that_loses_tokens_behind_one_that_loses_none(family, passes):
     expected = model.generate(**whole, **GREEDY)
     answer = model.generate(**given[passes], **{CACHE_NAME: cache}, **GREEDY)
     assert torch.equal(answer[0, -4:], expected[0, -4:])
+
+
+@pytest.mark.parametrize("later", [1.0, 0.5])
+@pytest.mark.parametrize("family", tiny_qwen.FAMILIES)
+def test_another_budget_in_a_second_turn(family, later):
+    """The new pictures may have it; those that the cache holds may not."""
+    model, cache, grid = tiny_qwen.build(family, budget=0.25).double(), DynamicCache(), (1, 8, 12)
+    first = qwen_inputs(tiny_qwen.prompt(family, 5, 7, ("image", grid), 20, 21)[0], grids=[grid], seeds=[0])
+    ids = model.generate(**first, **{CACHE_NAME: cache}, **GREEDY)[0].tolist()
+    new = tiny_qwen.prompt(family, 6, ("image", grid), 22)[0]
+    whole = qwen_inputs(ids, new, grids=[grid, grid], seeds=[0, 1])
+    tokens = tiny_qwen.tokens_of(grid)
+    expected = model.generate(**whole, num_visual_tokens=[tokens // 4, int(later * tokens)], **GREEDY)
+    with pytest.raises(ValueError, match="Pass the budget"):
+        model.generate(**whole, num_visual_tokens=later, **{CACHE_NAME: copy.deepcopy(cache)}, **GREEDY)
+    own = {name: qwen_inputs(new, grids=[grid], seeds=[1])[name] for name in ("pixel_values", "image_grid_thw")}
+    answer = model.generate(**{**whole, **own}, num_visual_tokens=later, **{CACHE_NAME: cache}, **GREEDY)
+    assert torch.equal(answer, expected)
 
 
 @pytest.mark.parametrize("budget", [None, 1.0, 10_000, 0.25])
