@@ -587,8 +587,7 @@ def run_shortened(
             is_counted.set(False)
     inputs = dict(inputs)
     return_dict, keep = inputs.pop("return_dict", None), inputs.pop("logits_to_keep", 0)
-    own_class: Any = type(model)
-    keep, places = _without_mask(keep if _reads_logits_to_keep(own_class) else 0)
+    keep, places = _without_mask(keep if getattr(model, "reads_logits_to_keep", False) else 0)
     columns = prompt.callers_columns()
     needed, wanted = _logits_to_keep(model, prompt, columns, keep)
     if needed is not None:
@@ -635,13 +634,6 @@ def _logits_to_keep(
     if _takes_rows(model):
         return wanted, torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
     return wanted.unique(return_inverse=True)  # of all rows, for which the device is waited for
-
-
-@functools.cache
-def _reads_logits_to_keep(cls: type) -> bool:
-    """Whether upstream's head does; others return the logits of all columns, whatever is asked for."""
-    hands_on = getattr(cls, "hands_on_logits_to_keep", False)
-    return hands_on or "logits_to_keep" in inspect.signature(cls.forward).parameters
 
 
 def _takes_rows(model: Any) -> bool:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
-from .compression import CompressedModelMixin
+from .compression import PIXELS, CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, rows_of_features, table_of
 from .generation import CompressedGenerationMixin
 from .hub import AutoModelMixin, HubModelMixin
@@ -68,6 +68,10 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     tower_name: str | None = None
     # The modalities of which each view is a run of placeholders of its own, with tags or text between them.
     views_apart: Sequence[str] = ()
+    # Of upstream's code: whether its encoder of videos calls that of images by the name that we override, and the
+    # modalities whose encoder gets all further arguments of `forward`.
+    _videos_are_images = False
+    _shown: Sequence[str] = ()
     # What `dynamic` shares the total of a clip by.
     video_information = staticmethod(view_information)
 
@@ -75,6 +79,12 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
         super().__init_subclass__(**kwargs)
         cls._auto_map = {"AutoModel": cls.__name__}
         _take_signatures(cls)
+        stock = stock_class(cls)
+        if stock is None:  # a mixin of several families
+            return
+        encode = getattr(stock, "get_video_features", None)
+        cls._videos_are_images = encode is not None and "self.get_image_features(" in inspect.getsource(encode)
+        cls._shown = [name for name in PIXELS if _hands_on_arguments(stock, f"get_{name}_features")]
 
     @property
     def reads_question(self) -> bool:
@@ -170,8 +180,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     def shows_encoder(self, modality: str) -> bool:
         # A tower that stops early has not even what upstream reads of it for itself, and returns unasked.
         stops_early = bool(self.towers) and not self.is_off(None)
-        own_class: Any = type(self)
-        return stops_early or _hands_on_arguments(own_class, f"get_{modality}_features")
+        return stops_early or modality in self._shown
 
     def expected_counts(self, modality: str, inputs: dict[str, Any]) -> tuple[list[int], list[int]] | None:
         inputs, settings = dict(inputs), self.config.prunesid_config
@@ -216,8 +225,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
             output = self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)
         else:
             self.config.check_settings()
-            own_class: Any = type(self)
-            is_nested = modality == "video" and _encodes_as_images(own_class)
+            is_nested = modality == "video" and self._videos_are_images
             arguments, patches = {**inputs, **({"num_visual_tokens": _ALL_TOKENS} if is_nested else {})}, None
             if "attention" in needs_of(self.config.prunesid_config):
                 output, patches = ATTENTION.encode(self, modality, encode, arguments)
@@ -423,7 +431,7 @@ def register_family(head: Any, processor: type | None = None) -> type:
     return auto_model
 
 
-def _take_signatures(cls: type) -> None:
+def _take_signatures(cls: Any) -> None:
     """Gives `cls` copies of our mixins' methods with the arguments of the stock methods that they override."""
     stock = stock_class(cls)
     further = getattr(getattr(cls, "model_class", cls), "own_arguments", ())
@@ -434,19 +442,13 @@ def _take_signatures(cls: type) -> None:
         method = vars(owner)[name]
         copy = functools.wraps(method)(lambda self, _method=method, **inputs: _method(self, **inputs))
         setattr(cls, name, like_upstream(getattr(stock, name), further)(copy))
+    if stock is not None and not hasattr(cls, "reads_logits_to_keep"):
+        cls.reads_logits_to_keep = "logits_to_keep" in inspect.signature(stock.forward).parameters
 
 
-@functools.cache
-def _encodes_as_images(cls: type) -> bool:
-    """Whether upstream's encoder of videos calls that of images, by the name that we override."""
-    encode = getattr(stock_class(cls), "get_video_features", None)
-    return encode is not None and "self.get_image_features(" in inspect.getsource(encode)
-
-
-@functools.cache
-def _hands_on_arguments(cls: type, name: str) -> bool:
+def _hands_on_arguments(stock: Any, name: str) -> bool:
     """Whether upstream's `forward` calls its method `name` with all further arguments that it was given."""
-    _, *calls = inspect.getsource(stock_class(cls).forward).split(f"self.{name}(")
+    _, *calls = inspect.getsource(stock.forward).split(f"self.{name}(")
     for call in calls:
         depths = itertools.accumulate({"(": 1, ")": -1}.get(letter, 0) for letter in call)
         end = next(place for place, depth in enumerate(depths) if depth < 0)

@@ -60,8 +60,9 @@ class _StreamsCallersPrompt:
 class CompressedGenerationMixin:
     """For a model with a language-modelling head whose `self.model` is a [`CompressedModelMixin`]."""
 
-    # Whether upstream's `forward` hands `logits_to_keep`, which it does not name, on to a head within.
-    hands_on_logits_to_keep = False
+    # Whether upstream's head reads `logits_to_keep`; others return the logits of all columns, whatever is asked for.
+    # It is read of the signature of `forward`, where a family does not say so: its `forward` may hand the argument on.
+    reads_logits_to_keep: bool
 
     def forward_compressed(self, forward: Callable, input_ids: torch.LongTensor | None = None, **inputs):
         """Upstream's `forward` on the shortened arguments; what it returns has the caller's columns."""

@@ -29,7 +29,7 @@ class PruneSIDNemotronHOmniForConditionalGeneration(
 
     config_class = PruneSIDNemotronHOmniConfig
     views_apart = ("video",)
-    hands_on_logits_to_keep = True
+    reads_logits_to_keep = True
 
     def patches_of(self, attention):
         return attention[:, self.vision_model.config.num_summary_tokens :]

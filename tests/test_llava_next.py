@@ -361,8 +361,10 @@ class TestForward:
     @pytest.mark.slow
     def test_a_compiled_forward_agrees(self, ours):
         inputs = full_batch()
+        is_token = inputs["attention_mask"] == 1  # a graph keeps padding that otherwise gives way
         with torch.no_grad():
-            torch.testing.assert_close(torch.compile(ours, backend="eager")(**inputs).logits, ours(**inputs).logits)
+            compiled = torch.compile(ours, backend="eager")(**inputs).logits
+            torch.testing.assert_close(compiled[is_token], ours(**inputs).logits[is_token])
 
     def test_half_precision(self, ours):
         ours.to(torch.bfloat16)
