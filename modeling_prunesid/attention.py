@@ -183,7 +183,7 @@ def tower_of(model: Any) -> nn.Module:
     name = model.tower_name or next((name for name in _TOWERS if hasattr(model, name)), None)
     if name is None:
         raise ValueError(
-            f"score='attention' needs a vision tower, which {type(model).__name__} has not. Use score='component'."
+            f"score='attention' needs a vision tower, which {type(model).__name__} lacks. Use score='component'."
         )
     return model.get_submodule(name)
 

@@ -34,7 +34,10 @@ def head_of(model_type: str) -> Any:
 
 
 class PruneSIDForImageTextToText:
-    """Loads any declared family, as `AutoModelForImageTextToText` does the stock ones."""
+    """
+    Loads a checkpoint of any declared family into its PruneSID class, which it finds by the checkpoint's `model_type`.
+    It is used as `AutoModelForImageTextToText` is for stock classes.
+    """
 
     def __init__(self):
         raise OSError(f"{type(self).__name__} is made by `from_pretrained(name)` or `from_config(config)`.")

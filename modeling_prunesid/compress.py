@@ -9,17 +9,17 @@ from .family import stock_class
 
 def compress(model: Any, budget: int | float | None = 64, **settings: Any) -> Any:
     """
-    Gives a loaded stock model PruneSID's classes, in place. Its modules and weights stay as they are: quantised,
-    dispatched over devices, or wrapped by PEFT.
+    Adds PruneSID to a stock model that is already loaded. The model changes its class in place; its modules and
+    weights stay as they are. It may be quantised, dispatched over several devices, or wrapped by PEFT.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): of a declared family, with a language-modelling head.
         budget (`int`, `float` or `None`, defaults to 64):
-            As in [`PruneSIDConfig`]. None gives the stock classes back.
+            Tokens kept of each view, or their share, as in [`PruneSIDConfig`]. None restores the stock classes.
         settings: further fields of [`PruneSIDConfig`].
 
     Returns:
-        `model` itself.
+        `model`, the same object.
 
     Raises:
         `ValueError`: for a model of no declared family, or invalid settings; the model is then as it was.

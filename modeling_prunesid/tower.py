@@ -206,7 +206,7 @@ def check_has_cls(tower: nn.Module) -> None:
     if not any(name.rsplit(".", 1)[-1] in _CLS_EMBEDDINGS for name, _ in tower.named_parameters()):
         raise ValueError(
             "ViTCoP, and methods that rank tokens by CLS attention, need a vision tower with a CLS token, which "
-            f"{type(tower).__name__} has not. {_INSTEAD}"
+            f"{type(tower).__name__} lacks. {_INSTEAD}"
         )
 
 
@@ -256,7 +256,7 @@ def _capture_projections(blocks: nn.ModuleList, layer: int):
     if names is None:
         raise ValueError(
             "ViTCoP, and methods that rank tokens by CLS attention, need separate query and key projections, which "
-            f"{type(blocks[layer - 1]).__name__} has not. {_INSTEAD}"
+            f"{type(blocks[layer - 1]).__name__} lacks. {_INSTEAD}"
         )
     captured: list[torch.Tensor] = []
     with _hooked(by_suffix[names[0]], captured.append), _hooked(by_suffix[names[1]], captured.append):

@@ -53,12 +53,16 @@ class Explanation:
 
 def explain(model: Any, processor: Any, image: Image.Image) -> Explanation:
     """
-    What a model keeps of an image, by its present settings. Of an image with several views (crops or tiles) the first.
+    What a model keeps of an image, by its present settings. Of an image with several views (crops or tiles), only the
+    first is explained.
 
     Args:
         model: of a PruneSID class.
         processor: the model's, or the stock one.
         image (`PIL.Image.Image`): any size.
+
+    Returns:
+        [`Explanation`]: the kept tokens, their groups (section 3.2) and scores, for [`visualize`].
 
     Raises:
         `ValueError`: if nothing is dropped, or the tokens of the view form no grid.
@@ -149,11 +153,14 @@ def _explain_call(call: tuple, settings: Any) -> list[Explanation]:
 
 def visualize(image: Image.Image, output: Explanation) -> Image.Image:
     """
-    The image, the patches that are kept of it with outlines in the colour of their group, and the scores.
+    Draws what is kept of an image: the image, its kept patches outlined in the colour of their group, and the scores.
 
     Args:
-        image (`PIL.Image.Image`): that of `output`.
-        output ([`Explanation`]): of [`explain`].
+        image (`PIL.Image.Image`): the image that was explained.
+        output ([`Explanation`]): what [`explain`] returned for it.
+
+    Returns:
+        `PIL.Image.Image`: the panels side by side.
 
     Example:
         ```python
@@ -267,7 +274,9 @@ def _grid_of(inputs: Any, length: int, model: Any, ratio: float | None) -> tuple
     for name in ("image_grid_thw", "video_grid_thw"):
         if name in inputs:
             _, rows, columns = inputs[name][0].tolist()
-            merge = model.config.vision_config.spatial_merge_size
+            merge = max(math.isqrt(rows * columns // length), 1)  # what towers call it differs
+            if rows // merge * (columns // merge) != length:  # tokens that end rows besides
+                merge = getattr(model.config.vision_config, "spatial_merge_size", merge)
             return rows // merge, columns // merge
     side = round(length**0.5)
     if side**2 == length:

@@ -263,7 +263,9 @@ def calibrate(
     started = {**settings, "dynamic": True, "reference_information": 1.0}
     model = model_class.from_pretrained(checkpoint, prunesid_config=started, dtype="auto", device_map="auto")
     if model.config.prunesid_config.budget_scope == "image":
-        raise ValueError("budget_scope='image' shares out a fixed total, which needs no calibration.")
+        raise ValueError(
+            "budget_scope='image' shares out a fixed total, which needs no calibration. Set budget_scope='view'."
+        )
     processor = load_processor(checkpoint, model)
     if hasattr(processor, "num_visual_tokens"):
         processor.num_visual_tokens = None  # else the budget of its prompts would replace the dynamic one
@@ -333,7 +335,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.limit < 1:
         raise ValueError(f"--limit must be at least 1 image, got {arguments.limit}. Ask for more.")
     if arguments.budget is None and arguments.preset is None:
-        raise ValueError("one of --budget and --preset is required")
+        raise ValueError("one of --budget and --preset is required. Give for example --budget 64.")
     settings = {} if arguments.preset is None else read_preset(arguments.preset).fields
     settings |= {
         name: getattr(arguments, name) for name in ("budget", "min_budget") if getattr(arguments, name) is not None

@@ -29,8 +29,10 @@ from families import ROWS
 from lmms_stand_in import stand_in
 from PIL import Image
 
+from modeling_prunesid import explain, visualize
 from prunesid_cli import demo, own_rows
 from prunesid_cli.command import build_parser, import_command
+from prunesid_cli.generate import load_processor
 
 
 # Budgets of a view, where it has fewer tokens than ten.
@@ -103,7 +105,17 @@ def lmms_eval(checkpoint, rows, out, budget):
     return {"answers": [answer.text for answer in model.generate_until(asked)], **METRICS[-1]}
 
 
+def draw(checkpoint, rows, out, budget):
+    """What `explain` finds, and that it can be drawn."""
+    model = ROWS[checkpoint.name].head.from_pretrained(checkpoint, prunesid_config={"budget": budget})
+    picture = Image.open(rows.parent / "pictures" / "0.png")
+    found = explain(model, load_processor(str(checkpoint), model), picture)
+    visualize(picture, found)
+    return {"grid": found.grid, "kept": len(found.kept)}
+
+
 COMMANDS = {"calibrate": calibrate, "demo": show, "evaluate": evaluate, "tune": tune, "lmms_eval": lmms_eval}
+COMMANDS["explain"] = draw
 
 
 def report_of(family, folder, rows):

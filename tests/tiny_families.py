@@ -99,7 +99,14 @@ def aria_parts() -> dict:
     return {**parts, "image_processor": pil("AriaImageProcessor", max_image_size=490)}
 
 
+def gemma3_parts() -> dict:
+    parts = PROCESSORS["gemma3"][0]()
+    crops = {"pan_and_scan_max_num_crops": 4, "pan_and_scan_min_ratio_to_activate": 1.2}
+    return {**parts, "image_processor": pil("Gemma3ImageProcessor", size=SIZE, **crops)}
+
+
 OTHERS = {
+    "gemma3": gemma3_parts,
     "aria": aria_parts,
     "llava": llava_parts,
     "llava_next": lambda: llava_parts("LlavaNextImageProcessor", image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]]),
@@ -132,7 +139,7 @@ def processor_of(name: str):
     own, _, start, end = WORDS.get(name, QWEN)
     make, image, _ = PROCESSORS.get(name, (lambda: grid_parts(name), f"{start}{own}{end}", ()))
     if name in OTHERS:
-        make, image = OTHERS[name], "<image>"
+        make, image = OTHERS[name], image if name in PROCESSORS else "<image>"
     parts = make()
     parts["tokenizer"] = with_names(parts["tokenizer"])
     return of_transformers(ROWS[name].head._processor_class)(**parts, chat_template=TEMPLATE.replace("IMAGE", image))
