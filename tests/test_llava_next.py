@@ -364,7 +364,9 @@ class TestForward:
         is_token = inputs["attention_mask"] == 1  # a graph keeps padding that otherwise gives way
         with torch.no_grad():
             compiled = torch.compile(ours, backend="eager")(**inputs).logits
-            torch.testing.assert_close(compiled[is_token], ours(**inputs).logits[is_token])
+            expected = ours(**inputs).logits
+        # Columns of other numbers have rotary embeddings in float32.
+        torch.testing.assert_close(compiled[is_token], expected[is_token], atol=1e-4, rtol=0)
 
     def test_half_precision(self, ours):
         ours.to(torch.bfloat16)
