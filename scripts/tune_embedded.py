@@ -1,8 +1,9 @@
 """What `prunesid tune` wins back on the embedded model: its accuracy at a budget, tuned and untuned, beside a ceiling.
 
 Trains the projector and the language model on questions about synthetic scenes, for each method and budget under its
-own selection. Then the untuned model, each tuned one, and the selector that is told where everything is drawn
-(`ceiling.py`, on the untuned model) answer the same questions about scenes that were not trained on.
+own selection. Then the untuned model, each tuned one (with all tokens too, to tell what training alone wins), and the
+selector that is told where everything is drawn (`ceiling.py`, on the untuned model) answer the same questions about
+scenes that were not trained on.
 
     python scripts/tune_embedded.py --split val --scenes 96        # to choose settings
     python scripts/tune_embedded.py                                # test scenes, once; about 20 CPU minutes a training
@@ -74,20 +75,22 @@ def main() -> None:
         own = [(METHODS[method], budget) for method, budget in cases]
         found = answers_of(None, [("full", 576), *own], arguments)
         for case in cases:
-            tuned = answers_of(arguments.output / "{}-{}".format(*case), [(METHODS[case[0]], case[1])], arguments)
-            name = (f"{case[0]} tuned", case[1])
-            for field in ("answers", "tokens"):
-                found[field][name] = tuned[field].popitem()[1]
+            own = {("full", 576): "whole", (METHODS[case[0]], case[1]): "tuned"}
+            tuned = answers_of(arguments.output / "{}-{}".format(*case), list(own), arguments)
+            for asked, name in own.items():
+                for field in ("answers", "tokens"):
+                    found[field][f"{case[0]} {name}", case[1]] = tuned[field][asked]
     shares = {(row["method"], row["budget"]): row["share_of_full"] for row in summarise(found, lambda _: "")["rows"]}
     model, processor = load_model(None)
     told = ceiling.measure(model, processor, arguments.split, arguments.scenes, arguments.questions)["rows"]
     knows = {row["budget"]: row["share_of_full"] for row in told}
     print(f"{machine()}; {len(found['questions'])} questions, {len(found['variants'])} {arguments.split} scenes\n")
-    print("| method | tokens | CPU minutes | untuned | tuned | knows the scene, untuned |\n|---|---|---|---|---|---|")
+    print("| method | tokens | CPU minutes | untuned | tuned | tuned, all tokens | knows the scene, untuned |")
+    print("|---|---|---|---|---|---|---|")
     for method, budget in cases:
-        cells = [shares[METHODS[method], budget], shares[f"{method} tuned", budget], knows[budget]]
+        cells = [shares[METHODS[method], budget], *(shares[f"{method} {name}", budget] for name in ("tuned", "whole"))]
         minutes = reports[method, budget]["cpu_minutes"]
-        print(f"| {method} | {budget} | {minutes} | {' | '.join(map(ranged, cells))} |")
+        print(f"| {method} | {budget} | {minutes} | {' | '.join(map(ranged, [*cells, knows[budget]]))} |")
 
 
 if __name__ == "__main__":
