@@ -72,8 +72,8 @@ def main() -> None:
     with registered(random_choice):
         for method, budget in tqdm(cases, desc="trainings"):
             reports[method, budget] = train(method, budget, rows, arguments)
-        own = [(METHODS[method], budget) for method, budget in cases]
-        found = answers_of(None, [("full", 576), *own], arguments)
+        untuned = [(METHODS[method], budget) for method, budget in cases]
+        found = answers_of(None, [("full", 576), *untuned], arguments)
         for case in cases:
             own = {("full", 576): "whole", (METHODS[case[0]], case[1]): "tuned"}
             tuned = answers_of(arguments.output / "{}-{}".format(*case), list(own), arguments)
