@@ -92,6 +92,6 @@ class LocalCropsProcessorMixin(PrunedProcessorMixin):
 
     def view_lengths(self, modality, inputs, index, runs):
         count = int(inputs["num_local_patches"][index])
-        crops = [inputs["pixel_values_local"][0]] * count
+        crops = [inputs["pixel_values_local"][0]] * count if count else []
         sides = [own.shape[-1] // self.patch_size for own in (*crops, inputs["pixel_values"][index])]
         return [math.ceil(side / self.downsample_ratio) ** 2 for side in sides]

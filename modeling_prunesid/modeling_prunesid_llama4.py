@@ -2,11 +2,11 @@
 
 import torch
 from transformers import GenerationMixin, Llama4Config, Llama4ForConditionalGeneration, Llama4Processor
-from transformers.utils import ModelOutput
 
 from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import register_family
+from .image_outputs import add_image_outputs
 from .tiles import TiledModelMixin, TiledProcessorMixin
 from .whole import PrunedWholeMixin
 
@@ -17,27 +17,24 @@ class PruneSIDLlama4Config(BehindConnectorConfig, Llama4Config):
     model_type = "prunesid_llama4"
 
 
-def _add_image_outputs(module, args, output):
-    """Transformers 5.24.0 reads them of its language model's output, which has none, and raises."""
-    if isinstance(output, ModelOutput) and not hasattr(output, "image_outputs"):
-        output.image_outputs = None
-    return output
-
-
 class PruneSIDLlama4ForConditionalGeneration(
     TiledModelMixin, PrunedWholeMixin, Llama4ForConditionalGeneration, GenerationMixin
 ):
     """[`Llama4ForConditionalGeneration`] on shortened prompts; see [`PrunedWholeMixin`]."""
 
     config_class = PruneSIDLlama4Config
-    patch_grids, not_in_tuples = square_grids, ("image_outputs",)
+    patch_grids = square_grids
+    not_in_tuples = ("image_outputs",)
 
     def patches_per_token(self):
         return round(self.config.vision_config.pixel_shuffle_ratio**-2)
 
+    def __init__(self, config):
+        super().__init__(config)
+        add_image_outputs(self.language_model)
+
     def _forward_stock(self, **inputs):
-        if _add_image_outputs not in self.language_model._forward_hooks.values():
-            self.language_model.register_forward_hook(_add_image_outputs)
+        add_image_outputs(self.language_model)  # of a stock model, by `compress`
         return super()._forward_stock(**inputs)
 
     def patches_of(self, attention):
