@@ -24,7 +24,7 @@ import transformers
 from families import IMAGE, ROWS, VIDEO, VISION_END, VISION_START
 from PIL import Image
 from tiny_checkpoint import CHAT_TEMPLATE
-from tiny_processors import PROCESSORS, SIZE, pil, tokenizer, video
+from tiny_processors import PROCESSORS, SIZE, pil, tokenizer, video, with_names
 
 import modeling_prunesid
 from modeling_prunesid.family import stock_class
@@ -81,21 +81,6 @@ def gemma3_parts() -> dict:
 
 # The type of tokens that see none behind them.
 CAUSAL = {"gemma3": 0, "paligemma": 1}
-NAMED = ("image_token", "video_token", "boi_token", "eoi_token", "start_image_token", "end_image_token")
-NAMED += ("context_image_token",)
-
-
-def with_names(made):
-    """A tokenizer whose named tokens are saved with it."""
-    names = {name: getattr(made, name) for name in NAMED if getattr(made, name, None)}
-    return type(made)(
-        tokenizer_object=made.backend_tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=names,
-    )
 
 
 QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"

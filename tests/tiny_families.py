@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from families import IMAGE, ROWS, VIDEO, VISION_END, VISION_START
-from tiny_processors import PROCESSORS, SIZE, pil, tokenizer, video
+from tiny_processors import PROCESSORS, SIZE, pil, tokenizer, video, with_names
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
@@ -115,23 +115,6 @@ OTHERS = {
         "video_processor": video("VideoLlavaVideoProcessor", **CLIP),
     },
 }
-
-
-def with_names(made):
-    """A tokenizer whose named tokens are saved with it."""
-    names = {
-        name: value
-        for name, value in vars(made).items()
-        if name.endswith("_token") and isinstance(value, str) and not name.startswith("_")
-    }
-    return type(made)(
-        tokenizer_object=made.backend_tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=names,
-    )
 
 
 def processor_of(name: str):

@@ -30,6 +30,23 @@ def tokenizer(specials, **names):
     return made
 
 
+def with_names(made):
+    """A tokenizer whose named tokens are saved with it."""
+    names = {
+        name: value
+        for name, value in vars(made).items()
+        if name.endswith("_token") and isinstance(value, str) and not name.startswith("_")
+    }
+    return type(made)(
+        tokenizer_object=made.backend_tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=names,
+    )
+
+
 def pil(name, **settings):
     """The image processor that needs no torchvision where upstream has one."""
     cls = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
