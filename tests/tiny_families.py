@@ -77,7 +77,8 @@ def grid_parts(name: str) -> dict:
     }
     if "video_processor" in attributes:
         own = {"draw_on_frames": False} if name == "ernie4_5_vl_moe" else {}  # needs a font
-        parts["video_processor"] = video(VIDEO_PROCESSOR_MAPPING_NAMES[like]["torchvision"], **grid, **own)
+        videos = VIDEO_PROCESSOR_MAPPING_NAMES[like]  # a name alone before 5.24
+        parts["video_processor"] = video(videos if isinstance(videos, str) else videos["torchvision"], **grid, **own)
     if "feature_extractor" in attributes:
         parts["feature_extractor"] = transformers.WhisperFeatureExtractor()
     return parts
