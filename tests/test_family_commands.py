@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from families import ROWS
+from families import ROWS, SHIPPED, is_at_least
+from tiny_processors import SINCE
 
 from modeling_prunesid import FAMILIES
 
@@ -21,7 +22,10 @@ NEEDS = {"smolvlm": "num2words"}
 FAMILIES_OF = [
     name
     for name in FAMILIES
-    if name in ROWS and ROWS[name].is_installed and importlib.util.find_spec(NEEDS.get(name, "torch")) is not None
+    if name in ROWS
+    and ROWS[name].is_installed
+    and is_at_least(SINCE.get(name, SHIPPED))
+    and importlib.util.find_spec(NEEDS.get(name, "torch")) is not None
 ]
 
 
