@@ -12,12 +12,11 @@ import pytest
 import torch
 from families import PAD, ROWS, SHIPPED, is_at_least
 from PIL import Image
-from tiny_processors import PROCESSORS
+from tiny_processors import PROCESSORS, SINCE
 
 import modeling_prunesid
 
 
-SINCE = {"deepseek_ocr2": "5.23.0"}  # before, upstream's processor writes its text by itself: full prompts
 ROWS_OF = [
     name
     for name, (_, _, needs) in PROCESSORS.items()

@@ -100,6 +100,11 @@ GRIDS = [[32, 64], [64, 32], [64, 64]]
 
 
 # Family: what makes its processor's parts, the text that stands for an image, the packages that it needs.
+# The first release whose processor makes the inputs that are compared.
+SINCE = {
+    "deepseek_ocr2": "5.23.0",  # before, it writes its text by itself: full prompts
+    "nemotron_h_omni": "5.24.0",  # before, its feature extractor needs librosa
+}
 PROCESSORS = {
     "vipllava": (
         lambda: {
