@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from .configuration_prunesid import NestsPruneSIDConfig
 from .family import stock_class
 
 
@@ -36,13 +37,14 @@ def compress(model: Any, budget: int | float | None = 64, **settings: Any) -> An
         if settings:
             raise ValueError(f"budget=None gives the stock model back and takes no settings, got {settings}.")
         if _is_ours(head):
-            _swap(head, stock_class(type(head)), stock_class(type(head.model)))
+            stock = stock_class(type(head)), stock_class(type(head.model)), _stock_config(type(head).config_class)
+            _swap(head, *stock)
             vars(head.config).pop("prunesid_config", None)
         return model
 
     ours = type(head) if _is_ours(head) else _class_for(head)
     prunesid_config = ours.config_class(prunesid_config={"budget": budget, **settings}).prunesid_config
-    _swap(head, ours, getattr(ours, "model_class", ours))
+    _swap(head, ours, getattr(ours, "model_class", ours), ours.config_class)
     head.config.prunesid_config = prunesid_config
     head.model._says_what_it_keeps = True
     return model
@@ -66,12 +68,18 @@ def _class_for(head: Any) -> type:
     return ours
 
 
-def _swap(head: PreTrainedModel, head_class: type, model_class: type) -> None:
+def _stock_config(ours: type) -> type:
+    """The stock configuration that ours extends: PP-Chart2Table has one of its own, but the classes of GOT-OCR 2."""
+    configs = [base for base in ours.__mro__ if issubclass(base, PretrainedConfig)]
+    return next(base for base in configs if not issubclass(base, NestsPruneSIDConfig))
+
+
+def _swap(head: PreTrainedModel, head_class: type, model_class: type, config_class: type) -> None:
     model = getattr(head, "model", head)  # where tower and language model are in one class, the head itself
     for module, cls in {head: head_class, model: model_class}.items():
         module.__class__ = cls
         if "_old_forward" in vars(module):  # Accelerate's hooks call this one
             module._old_forward = cls.forward.__get__(module)
     for config in (head.config, model.config):
-        config.__class__ = head_class.config_class
+        config.__class__ = config_class
         vars(config).pop("model_type", None)  # a loaded one has it beside its class

@@ -9,7 +9,15 @@ from oracle_family import build as build_row
 from oracle_family import prompt as oracle_prompt_of
 from peft import LoraConfig, get_peft_model
 from tiny import BUDGET, NUM_PATCHES, batch, pixels, prompt
-from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel, LlavaForConditionalGeneration, LlavaModel
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPConfig,
+    CLIPModel,
+    GotOcr2ForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    PPChart2TableConfig,
+)
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaModel, compress
 
@@ -50,6 +58,17 @@ def test_a_loaded_variant_is_stock_and_pruned_again(ours, tmp_path):
     assert type(model) is LlavaForConditionalGeneration and model.config.model_type == "llava"
     compress(model, budget=BUDGET)
     assert torch.equal(model.generate(**inputs(), **GREEDY), ours.generate(**inputs(), **GREEDY))
+
+
+@torch.no_grad()
+def test_a_family_with_the_classes_of_another_keeps_its_configuration():
+    ours, _, row = build_row("pp_chart2table")
+    model, config_class = copy.deepcopy(ours), type(ours.config)
+    compress(model, budget=None)
+    assert type(model) is GotOcr2ForConditionalGeneration and type(model.config) is PPChart2TableConfig
+    compress(model, budget=row.budget, **row.settings)
+    assert type(model) is row.head and type(model.config) is config_class
+    assert torch.equal(model(**oracle_prompt_of(row)).logits, ours(**oracle_prompt_of(row)).logits)
 
 
 @pytest.mark.contract
