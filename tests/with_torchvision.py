@@ -1,0 +1,8 @@
+"""A plugin (`pytest -p with_torchvision`): this process of tests has the torchvision in the folder that a variable names."""
+
+import os
+
+from torchvision_shim import add_torchvision
+
+
+KEPT = add_torchvision(os.environ["TORCHVISION_FOLDER"])
