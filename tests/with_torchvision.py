@@ -1,4 +1,4 @@
-"""A plugin (`pytest -p with_torchvision`): this process of tests has the torchvision in the folder that a variable names."""
+"""A plugin (`pytest -p with_torchvision`): this process has the torchvision of the folder that a variable names."""
 
 import os
 
