@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import PAD, ROWS, SHIPPED, is_at_least
 from PIL import Image
-from tiny_processors import PROCESSORS, SINCE
+from tiny_processors import PROCESSORS, SINCE, SINCE_OF_VIDEOS
 
 import modeling_prunesid
 
@@ -233,7 +233,8 @@ def ask_of_videos(name, processor):
     )
 
 
-if VIDEO_ROWS := [name for name in ROWS_OF if name in VIDEO_TEXTS]:  # all of them need torchvision
+VIDEO_ROWS = [name for name in ROWS_OF if name in VIDEO_TEXTS and is_at_least(SINCE_OF_VIDEOS.get(name, SHIPPED))]
+if VIDEO_ROWS:  # all of them need torchvision
 
     @pytest.mark.parametrize("name", VIDEO_ROWS)
     @torch.no_grad()

@@ -100,9 +100,11 @@ GRIDS = [[32, 64], [64, 32], [64, 64]]
 
 
 # Family: what makes its processor's parts, the text that stands for an image, the packages that it needs.
-# The first release whose processor makes the inputs that are compared.
+# The first release whose processor makes inputs that can be compared, and whose stock class takes videos.
+SINCE_OF_VIDEOS = {"kimi_k25": "5.24.0"}
 SINCE = {
     "deepseek_ocr2": "5.23.0",  # before, it writes its text by itself: full prompts
+    "minicpmv4_6": "5.19.0",  # before, the stock model raises on images of these sizes
     "nemotron_h_omni": "5.24.0",  # before, its feature extractor needs librosa
 }
 PROCESSORS = {
