@@ -311,9 +311,9 @@ def frame_information(views: torch.Tensor, lengths: list[int], first_views: list
     scores = 1 - redundancy(views, lengths)
     directions = torch.nn.functional.normalize(views.float(), dim=-1)
     change = 1 - (directions[1:] * directions[:-1]).sum(-1).mean(-1)
-    changed = torch.minimum(scores[1:], change.nan_to_num(0)).tolist()
-    scores = scores.tolist()
-    return [scores[view] if view in first_views else changed[view - 1] for view in range(len(views))]
+    changed = torch.cat([scores[:1], torch.minimum(scores[1:], change.nan_to_num(0))])
+    alone, changing = torch.stack([scores, changed]).tolist()
+    return [alone[view] if view in first_views else changing[view] for view in range(len(views))]
 
 
 def choose_tokens(

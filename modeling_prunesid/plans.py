@@ -519,18 +519,6 @@ def _read_traced(
     return Reading(placeholders, num_placeholders, num_kept, True, row_ends)
 
 
-def mark_kept_placeholders(
-    placeholders: torch.BoolTensor,
-    num_placeholders: list[int],
-    keep_indices: list[torch.LongTensor],
-    modality: str = "image",
-) -> torch.BoolTensor | None:
-    """The columns `(batch, length)` of a prompt that remain; see `read_placeholders` and `Reading.mark_kept`."""
-    reading = read_placeholders(placeholders, num_placeholders, list(map(len, keep_indices)), modality)
-    shortens = reading is not None and reading.shortens
-    return reading.mark_kept(keep_indices, placeholders.device) if shortens else None
-
-
 def run_lengths(placeholders: torch.BoolTensor) -> list[int]:
     """The lengths of the runs of adjacent placeholders in the rows."""
     edges = torch.nn.functional.pad(placeholders.long(), (1, 1)).diff(dim=1)

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from modeling_prunesid.plans import mark_kept_placeholders
+from modeling_prunesid.plans import read_placeholders
 from modeling_prunesid.prompts import ShortPrompt
 from modeling_prunesid.upstream import like_upstream
 
@@ -114,6 +114,12 @@ def naive_mark(placeholders, num_placeholders, keep_indices):
         for index, (r, c) in enumerate(view):
             keep[r][c] = index in wanted
     return keep
+
+
+def mark_kept_placeholders(placeholders, num_placeholders, keep_indices, modality="image"):
+    reading = read_placeholders(placeholders, num_placeholders, list(map(len, keep_indices)), modality)
+    shortens = reading is not None and reading.shortens
+    return reading.mark_kept(keep_indices, placeholders.device) if shortens else None
 
 
 @pytest.mark.parametrize("seed", range(50))
