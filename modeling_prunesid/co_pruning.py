@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from .layer_pruning import CachedColumns, LayerInput, Reducer, hooked_output, prune_layers
-from .plans import Plan, Reading
+from .plans import Plan
 from .prompts import is_flat
+from .readings import Reading
 from .upstream import cache_of
 from .vitcop import keep_smallest, leading_true
 

@@ -9,26 +9,24 @@ on everything upstream (caches, positions, decoding) works on the short prompt a
 import functools
 import inspect
 import itertools
-import sys
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
 
+from .arguments import ShortensArgumentsMixin
 from .budgets import share_over_runs, share_total
+from .cached_chats import ContinuesCacheMixin
 from .cached_rows import settle_rows
 from .context import ASKED
 from .methods import QUESTION
-from .plans import CachedPrompt, Plan, run_lengths, to_host
-from .prompts import IGNORED_LABEL, ShortPrompt, gather_columns, is_flat
-from .upstream import CACHE_NAME, SHOWN, cache_of
+from .outputs import run_shortened
+from .plans import CachedPrompt, Plan, generating, is_counted, to_host
+from .prompts import IGNORED_LABEL, ShortPrompt, columns_of, is_flat
+from .readings import run_lengths
+from .upstream import CACHE_NAME, PIXELS, SHOWN, cache_of
 
 
-# The pixels that each modality is encoded from, by the names that Transformers uses.
-PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 # What the sizes of images and clips are passed as.
 _SIZES = (
     "image_grid_thw", "image_grid_hw", "image_grids", "image_sizes", "image_merge_sizes", "spatial_shapes",
@@ -36,22 +34,13 @@ _SIZES = (
     "video_compression_mask", "target_sizes_videos", "num_video_tiles",
 )  # fmt: skip
 
-# The base model whose `generate` runs.
-generating: ContextVar[Any] = ContextVar("generating", default=None)
-# Whether the placeholders of the prompt that goes into upstream's next `forward` were counted at its entrance.
-is_counted: ContextVar[bool] = ContextVar("is_counted", default=False)
 
-
-class CompressedModelMixin:
+class CompressedModelMixin(ShortensArgumentsMixin, ContinuesCacheMixin):
     """
     For a base model (vision tower, projector and language model) whose `get_image_features` or `get_video_features`
     returns, besides upstream's fields, `keep_indices` and `num_placeholders` of each view where it dropped tokens.
     """
 
-    # The position of the first column, where `forward` is given none.
-    first_position = 0
-    # Further arguments of `forward` that run along the prompt, with what fills added padding.
-    along_prompt: dict[str, float | int] = {}
     # Fields of upstream's output that its tuples lack.
     not_in_tuples: tuple[str, ...] = ()
     # How many dimensions upstream's mask of placeholders has, where it needs features for it.
@@ -159,7 +148,7 @@ class CompressedModelMixin:
         stated = inputs.get("num_visual_tokens")
         is_stated, is_off = isinstance(stated, (list, tuple, torch.Tensor)), self.is_off(stated)
         requests, plan = self.requests(inputs), None
-        if requests and not is_off and _columns_of(inputs) is not None:
+        if requests and not is_off and columns_of(inputs) is not None:
             plan = self.look_at(inputs, is_generation)
             self._check_before_encoding(plan, requests, is_stated)
         if plan is not None and self.reads_question:
@@ -184,7 +173,7 @@ class CompressedModelMixin:
         prompt = self._plan_prompt(inputs, plan, keep_mask, num_dropped, is_generation)
         if prompt is not None:
             inputs = self._shorten(inputs, prompt)
-        self._check_prompt_goes_on(plan, _columns_of(inputs).shape[1], dropped or prompt)
+        self._check_prompt_goes_on(plan, columns_of(inputs).shape[1], dropped or prompt)
         inputs = self.place(inputs, is_generation, plan)
         if not is_generation and plan.cached_length and (prompt is not None or plan.earlier is not None):
             inputs = self._place_behind_cache(inputs, plan, prompt)
@@ -192,7 +181,7 @@ class CompressedModelMixin:
 
     def _pass_on(self, inputs: dict[str, Any], is_generation: bool, is_off: bool) -> dict[str, Any] | None:
         """The arguments as they go on where there is nothing to shorten; None where there may be."""
-        columns, cache, is_traced = _columns_of(inputs), cache_of(inputs), torch.compiler.is_compiling()
+        columns, cache, is_traced = columns_of(inputs), cache_of(inputs), torch.compiler.is_compiling()
         if columns is None:
             return inputs
         if self._dropped_tokens(inputs):
@@ -248,7 +237,7 @@ class CompressedModelMixin:
     def look_at(self, inputs: dict[str, Any], is_generation: bool = False, is_needed: bool = True) -> Plan:
         """What the plan for a prompt reads of the arguments of `forward`, in one copy to the host if `is_needed`."""
         ids, embeds, mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-        cache, columns = cache_of(inputs), _columns_of(inputs)
+        cache, columns = cache_of(inputs), columns_of(inputs)
         cached_length = int(cache.get_seq_length()) if cache is not None else 0
         earlier = CachedPrompt.recall(cache, len(columns))
         repeats_cached = is_generation and (not is_flat(mask) or mask.shape[1] == columns.shape[1])
@@ -287,24 +276,6 @@ class CompressedModelMixin:
             counts = self.expected_counts(modality, arguments) if modality in plan.placeholders else None
             if counts is not None:
                 plan.read(modality, *counts, is_stated)
-
-    def _go_on_with_cache(self, inputs: dict[str, Any], plan: Plan) -> dict[str, Any]:
-        """A caller's mask and positions, which count the full prompt that filled the cache, count the short one."""
-        earlier, mask = plan.earlier, inputs.get("attention_mask")
-        if earlier is None or plan.repeats_cached:
-            plan.check_cache()
-            return inputs
-        columns, prompt, callers_mask = _columns_of(inputs), earlier.prompt, mask
-        if mask is None and prompt.has_added_padding:  # the caller's rows have no padding
-            length = prompt.full_length + plan.cached_length - prompt.length + columns.shape[1]
-            callers_mask = torch.ones(len(columns), length, dtype=torch.long, device=columns.device)
-        mask = prompt.take_cached_mask(callers_mask, plan.cached_length, columns.shape[1])
-        inputs = {**inputs, "attention_mask": mask}
-        positions, moved = inputs.get("position_ids"), prompt.moved
-        # Positions along a mask of the short prompt are upstream's own.
-        if positions is not None and moved is not None and (mask is None or mask is not callers_mask):
-            inputs["position_ids"] = positions - moved.to(positions.device)
-        return inputs
 
     def _check_not_forgotten(self, inputs: dict[str, Any], plan: Plan, is_generation: bool) -> None:
         """
@@ -345,7 +316,7 @@ class CompressedModelMixin:
             if reading is None:
                 continue
             views, of_views = output.get("view_lengths"), output.get("num_kept_of_views")
-            kept = reading.mark_kept(output.keep_indices, _columns_of(inputs).device, views, of_views)
+            kept = reading.mark_kept(output.keep_indices, columns_of(inputs).device, views, of_views)
             keep_mask = kept if keep_mask is None else keep_mask & kept
             lost = reading.num_dropped(num_kept, plan.start)
             num_dropped = lost if num_dropped is None else [sum(own) for own in zip(num_dropped, lost)]
@@ -394,137 +365,6 @@ class CompressedModelMixin:
         prompt.cached_before = 0 if plan.repeats_cached else plan.cached_length
         return prompt
 
-    def _ignore_placeholders(self, inputs: dict[str, Any], plan: Plan) -> dict[str, Any]:
-        """
-        Labels of placeholders are ignored: how many of them are left is no matter of the loss. `num_items_in_batch`,
-        which counted them, is reduced by their share of the labels.
-        """
-        inputs = dict(inputs)
-        for name, (ignored, given) in plan.labels_of_placeholders(self._outputs(inputs)).items():
-            labels = inputs[name]
-            inputs[name] = labels.masked_fill(ignored.to(labels.device, non_blocking=True), IGNORED_LABEL)
-            is_used = name == "shift_labels" or inputs.get("shift_labels") is None
-            if is_used and inputs.get("num_items_in_batch") is not None:
-                counted, given = int((given & ~ignored).sum()), int(given.sum())
-                if counted < given:
-                    inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * (counted / given)
-        return inputs
-
-    def _shorten(self, inputs: dict[str, Any], prompt: ShortPrompt) -> dict[str, Any]:
-        """Drop the columns from every argument that runs along the prompt."""
-        inputs = dict(inputs)
-        mask = inputs.get("attention_mask")
-        if mask is not None and not is_flat(mask):
-            got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-            raise ValueError(
-                f"attention_mask must have the shape (batch, length) for a prompt that is to be shortened, got {got}. "
-                "Pass the two-dimensional mask, or a prompt with one placeholder for each kept token."
-            )
-        if mask is None and prompt.has_added_padding:
-            shape = len(prompt.keep_mask), prompt.cached_before + prompt.full_length
-            mask = torch.ones(shape, dtype=torch.long, device=prompt.keep_mask.device)
-        if mask is not None:
-            cached, current = mask[:, : -prompt.full_length], mask[:, -prompt.full_length :]
-            inputs["attention_mask"] = torch.cat([cached, prompt.take(current, fill=0)], dim=1)
-        fills = {
-            "input_ids": self._padding_id(),
-            "inputs_embeds": 0.0,
-            "labels": IGNORED_LABEL,
-            "token_type_ids": 0,
-            "mm_token_type_ids": 0,
-            **self.along_prompt,
-        }
-        for name, fill in fills.items():
-            if inputs.get(name) is not None:
-                inputs[name] = prompt.take(inputs[name], fill)
-        if inputs.get("shift_labels") is not None and inputs["shift_labels"].shape[1] == prompt.full_length:
-            inputs["shift_labels"] = prompt.take_shifted_labels(inputs["shift_labels"])
-        if inputs.get("position_ids") is not None:
-            is_token = None if mask is None else mask[:, -prompt.full_length :] != 0
-            inputs["position_ids"] = self._shorten_positions(inputs["position_ids"], prompt, is_token)
-        return inputs
-
-    def _shorten_positions(
-        self, position_ids: torch.LongTensor, prompt: ShortPrompt, is_token: torch.BoolTensor | None
-    ) -> torch.LongTensor:
-        prompt.moved = prompt.moved_at_end(position_ids, is_token)
-        return prompt.take_positions(position_ids, is_token)
-
-    def _padding_id(self) -> int:
-        """An id for added padding that is no placeholder."""
-        placeholder_ids = [getattr(self.config, f"{modality}_token_id", None) for modality in PIXELS]
-        padding_id = self.config.get_text_config().pad_token_id
-        candidates = [0, 1, 2] if padding_id is None else [padding_id, 0, 1, 2]
-        return next(candidate for candidate in candidates if candidate not in placeholder_ids)
-
-    @staticmethod
-    def _check_prompt_goes_on(plan: Plan, length: int, has_changed: Any) -> None:
-        if plan.repeats_cached and plan.cached_length and has_changed and length <= plan.cached_length:
-            raise ValueError(
-                f"{CACHE_NAME} holds {plan.cached_length} columns, and the prompt has no more ({length}), so that "
-                "nothing is left to answer. Pass the whole conversation of the cache, or an empty cache."
-            )
-
-    def _place_behind_cache(self, inputs: dict[str, Any], plan: Plan, prompt: ShortPrompt | None) -> dict[str, Any]:
-        """
-        Without positions upstream counts the columns of the cache. Padding that was added between a row's own columns,
-        or gave way there, is none of the row's.
-        """
-        earlier, cached_length = plan.earlier, plan.cached_length
-        if inputs.get("position_ids") is not None or (earlier is not None and cached_length < earlier.prompt.length):
-            return inputs
-        columns = _columns_of(inputs)
-        batch, length, device = len(columns), columns.shape[1], columns.device
-        current = ShortPrompt.whole(batch, length, device) if prompt is None else prompt
-        before = ShortPrompt.whole(batch, 0, device) if earlier is None else earlier.prompt
-        before = before.then(ShortPrompt.whole(batch, cached_length - before.length, device))
-        ahead = before.columns_ahead + current.first_ahead - before.then(current).first_ahead
-        if not ahead.any():
-            return inputs
-        positions = torch.arange(length) + cached_length + self.first_position - ahead
-        return {**inputs, "position_ids": positions.to(device, non_blocking=True)}
-
-    def _settle(self, inputs: dict[str, Any], plan: Plan, num_dropped: int) -> dict[str, Any]:
-        """Encoders' outputs become upstream's again, which fit the prompt, and lose what the cache has seen."""
-        outputs = dict(inputs.get("mm_encoder_outputs") or {})
-        settled = {modality: _settled(output) for modality, output in self._dropped_tokens(inputs).items()}
-        if settled:
-            inputs = {**inputs, "mm_encoder_outputs": {**outputs, **settled}}
-            if not torch.compiler.is_compiling():
-                is_counted.set(settled.keys() == self._outputs(inputs).keys())
-        if plan.repeats_cached and plan.cached_length and not self._has_new_views_alone(inputs, plan, num_dropped):
-            inputs = self._drop_cached_features(inputs, plan.cached_length)
-        return inputs
-
-    def _has_new_views_alone(self, inputs: dict[str, Any], plan: Plan, num_dropped: int) -> bool:
-        """Whether the host knows that the features are those of the columns behind the cache."""
-        outputs = self._outputs(inputs)
-        if len(outputs) != 1 or not plan.start or plan.cached_length < plan.earlier.prompt.length:
-            return False
-        ((modality, output),) = outputs.items()
-        found = int(plan.placeholders[modality][:, plan.seen :].sum()) - num_dropped
-        return found == sum(len(entry) for entry in self.features_of(output))
-
-    def _drop_cached_features(self, inputs: dict[str, Any], cached_length: int) -> dict[str, Any]:
-        """Features whose placeholders are in the cache already are not needed again."""
-        outputs, ids_or_embeds = self._outputs(inputs), (inputs.get("input_ids"), inputs.get("inputs_embeds"))
-        found = to_host({modality: self.find_placeholders(modality, *ids_or_embeds) for modality in outputs})
-        for modality, placeholders in found.items():
-            is_new = torch.arange(placeholders.shape[1], device=placeholders.device) >= cached_length
-            lengths = [len(entry) for entry in self.features_of(outputs[modality])]
-            if not (placeholders & ~is_new).any():
-                continue
-            if int(placeholders.sum()) != sum(lengths):
-                if int((placeholders & is_new).sum()) == sum(lengths):
-                    continue
-                raise ValueError(does_not_fit_cache(modality, sum(lengths), int(placeholders.sum())))
-            wanted = [own.nonzero()[:, 0] for own in is_new.expand_as(placeholders)[placeholders].split(lengths)]
-            output = _settled(outputs.pop(modality))
-            if any(map(len, wanted)):
-                outputs[modality] = output
-                self.put_features(output, lambda entries, wanted=wanted: _take_rows(entries, wanted))
-        return {**inputs, "mm_encoder_outputs": outputs}
-
     @staticmethod
     def _outputs(inputs: dict[str, Any]) -> dict[str, Any]:
         """The encoded modalities, by name."""
@@ -556,132 +396,3 @@ class CompressedModelMixin:
         token_id = given.get("token_id", self.config.image_token_id)
         mask = self._find_token(token_id, given["input_ids"], given["inputs_embeds"]).to(given["inputs_embeds"].device)
         return mask.unsqueeze(-1) if self.placeholder_mask_dims == 3 else mask
-
-
-def does_not_fit_cache(kind: str, num_features: int, num_placeholders: int) -> str:
-    """What is wrong with views (images, videos) of a conversation whose start a cache holds."""
-    return (
-        f"The {kind}s have {num_features} kept tokens, but {CACHE_NAME} and the prompt hold {num_placeholders} "
-        "placeholders. Pass the budget (num_visual_tokens) that filled the cache, or the "
-        f"{kind}s of the new turn alone."
-    )
-
-
-def run_shortened(
-    model: Any,
-    forward: Callable,
-    inputs: dict[str, Any],
-    input_ids: torch.LongTensor | None,
-    prompt: ShortPrompt | None,
-) -> Any:
-    """
-    Upstream's `forward` of a `model` on shortened arguments. Its logits and hidden states get the columns of the
-    caller's prompt `input_ids`; a tuple, where one is asked for, has what the stock class returns.
-    """
-    if prompt is None and (torch.compiler.is_compiling() or not is_counted.get()):
-        return forward(**inputs)
-    if prompt is None:
-        try:
-            return forward(**inputs)
-        finally:
-            is_counted.set(False)
-    inputs = dict(inputs)
-    return_dict, keep = inputs.pop("return_dict", None), inputs.pop("logits_to_keep", 0)
-    keep, places = _without_mask(keep if getattr(model, "reads_logits_to_keep", False) else 0)
-    columns = prompt.callers_columns()
-    needed, wanted = _logits_to_keep(model, prompt, columns, keep)
-    if needed is not None:
-        inputs["logits_to_keep"] = needed
-    try:
-        output = forward(**inputs, return_dict=True)
-    finally:
-        if not torch.compiler.is_compiling():
-            is_counted.set(False)
-    CachedPrompt(input_ids, prompt).remember(cache_of(output))
-    if output.get("logits") is not None:
-        output["logits"] = gather_columns(output["logits"], wanted)
-        if places is not None:
-            output["logits"] = output["logits"][places]
-    if output.get("last_hidden_state") is not None:
-        output["last_hidden_state"] = gather_columns(output["last_hidden_state"], columns)
-    if output.get("hidden_states") is not None:
-        output["hidden_states"] = tuple(
-            state if state is None else gather_columns(state, columns) for state in output["hidden_states"]
-        )
-    if not (model.config.return_dict if return_dict is None else return_dict):
-        names = [field.name for field in fields(output) if output.get(field.name) is not None]
-        values = [output[name] for name in names if name not in getattr(model, "not_in_tuples", ())]
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in values)
-    output["keep_mask"] = prompt.keep_mask
-    return output
-
-
-def _logits_to_keep(
-    model: Any, prompt: ShortPrompt, columns: torch.LongTensor, keep: int | torch.Tensor
-) -> tuple[Any, torch.LongTensor]:
-    """
-    What a head is to be asked for in place of the `logits_to_keep` of a caller's prompt, None for nothing, and where
-    in that the caller's columns are. `columns` `(batch, full_length)` are those of `ShortPrompt.callers_columns`.
-    """
-    wanted = _select(columns, keep)
-    if isinstance(keep, int) and keep > 0:  # the caller's last columns carry no earlier ones of the short prompt
-        needed = min(keep + prompt.added_behind + 1, prompt.length)
-        return needed, wanted - (prompt.length - needed)
-    if wanted is columns:
-        return None, wanted
-    if len(wanted) == 1:
-        return wanted[0], torch.arange(wanted.shape[1], device=wanted.device)[None]
-    if _takes_rows(model):
-        return wanted, torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
-    return wanted.unique(return_inverse=True)  # of all rows, for which the device is waited for
-
-
-def _takes_rows(model: Any) -> bool:
-    """Whether upstream's head takes other `logits_to_keep` for each row, as it may from 5.23 on."""
-    modules = {base.__module__ for base in type(model).__mro__ if base.__module__.startswith("transformers.models.")}
-    return any(hasattr(sys.modules[module], "slice_logits_to_keep") for module in modules)
-
-
-def _select(columns: torch.LongTensor, keep: int | torch.Tensor) -> torch.LongTensor:
-    """Of `columns` `(batch, length)` those that `logits_to_keep` asks for, in the forms that upstream takes."""
-    if isinstance(keep, int):
-        return columns[:, -keep:] if keep else columns
-    if isinstance(keep, torch.Tensor):
-        keep = keep.to(columns.device, non_blocking=True)
-        if keep.dim() == 2:
-            return columns.gather(1, keep % columns.shape[1])
-    return columns[:, keep]
-
-
-def _without_mask(keep: int | torch.Tensor) -> tuple[Any, tuple[torch.LongTensor, torch.LongTensor] | None]:
-    """
-    A mask `(batch, length)` of `logits_to_keep` as as many columns of each row, read on the host, and where in their
-    logits the marked ones are, row by row. All else as it is, and None.
-    """
-    if not isinstance(keep, torch.Tensor) or keep.dim() != 2 or keep.dtype != torch.bool:
-        return keep, None
-    mask = keep.cpu()
-    counts = mask.sum(1, keepdim=True)
-    most = max(int(counts.max()), 1)
-    columns = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-    rows, places = (torch.arange(most) < counts).nonzero(as_tuple=True)
-    columns, rows, places = (part.to(keep.device, non_blocking=True) for part in (columns, rows, places))
-    return columns, (rows, places)
-
-
-def _columns_of(inputs: dict[str, Any]) -> Any:
-    """The ids `(batch, length)` of a prompt, or its embeddings `(batch, length, hidden_size)`."""
-    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-
-
-def _take_rows(entries: list[torch.Tensor], rows: list[torch.LongTensor]) -> list[torch.Tensor]:
-    return [entry[own.to(entry.device, non_blocking=True)] for entry, own in zip(entries, rows) if len(own)]
-
-
-def _settled(output: Any) -> Any:
-    """A copy of an encoder's output with upstream's fields alone: it fits the prompt, and beams may repeat it."""
-    settled = type(output)(
-        **{field.name: output[field.name] for field in fields(output) if output.get(field.name) is not None}
-    )
-    settled.is_pruned = True
-    return settled

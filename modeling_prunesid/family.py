@@ -19,13 +19,13 @@ from transformers.utils import logging
 
 from .budgets import View, choose_tokens, request_budgets, view_information
 from .checks import resolve_budget
-from .compression import PIXELS, CompressedModelMixin
+from .compression import CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, rows_of_features, table_of
 from .generation import CompressedGenerationMixin
 from .hub import AutoModelMixin, HubModelMixin
 from .methods import ATTENTION, needs_of, reads_question
 from .tower import count_prefix
-from .upstream import like_upstream
+from .upstream import PIXELS, like_upstream
 
 
 # In place of `num_visual_tokens`: all of them, where upstream's encoder of videos calls that of images.

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .compression import generating, is_counted, run_shortened
-from .plans import CachedPrompt
+from .outputs import run_shortened
+from .plans import CachedPrompt, generating, is_counted
 from .prompts import ShortPrompt
 from .upstream import CACHE_NAME, SHOWN, cache_of, rename_cache
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from .cached_chats import does_not_fit_cache
 from .cached_rows import follow_rows
-from .compression import CompressedModelMixin, does_not_fit_cache, generating
-from .plans import to_host
+from .compression import CompressedModelMixin
+from .plans import generating, to_host
 from .prompts import ShortPrompt, is_flat
 from .upstream import CACHE_NAME, cache_of
 

@@ -229,3 +229,8 @@ def gather_columns(states: torch.Tensor, columns: torch.LongTensor) -> torch.Ten
 def is_flat(mask: Any) -> bool:
     """Whether a mask has the shape `(batch, length)`. Upstream also takes `(batch, 1, queries, keys)` and dicts."""
     return isinstance(mask, torch.Tensor) and mask.dim() == 2
+
+
+def columns_of(inputs: dict[str, Any]) -> Any:
+    """The ids `(batch, length)` of a prompt, or its embeddings `(batch, length, hidden_size)`."""
+    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")

@@ -76,8 +76,9 @@ METHOD_CODE = (  # all that can change an answer to given inputs
     "modeling_prunesid/encoding.py", "modeling_prunesid/question.py",
     "modeling_prunesid/generation.py", "modeling_prunesid/plans.py", "modeling_prunesid/prompts.py",
     "modeling_prunesid/family.py", "modeling_prunesid/vitcop.py", "modeling_prunesid/checks.py",
-    "modeling_prunesid/cached_rows.py", "modeling_prunesid/context.py", "modeling_prunesid/grouping.py",
-    "modeling_prunesid/attention.py",
+    "modeling_prunesid/cached_*.py", "modeling_prunesid/context.py", "modeling_prunesid/grouping.py",
+    "modeling_prunesid/attention.py", "modeling_prunesid/arguments.py", "modeling_prunesid/outputs.py",
+    "modeling_prunesid/readings.py",
     "prunesid_cli/baselines/*.py", "prunesid_cli/towers.py", "prunesid_cli/ablations.py", "prunesid_cli/evaluate.py",
     "prunesid_cli/tower_memo.py",
 )  # fmt: skip

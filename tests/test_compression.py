@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from modeling_prunesid.plans import read_placeholders
 from modeling_prunesid.prompts import ShortPrompt
+from modeling_prunesid.readings import read_placeholders
 from modeling_prunesid.upstream import like_upstream
 
 

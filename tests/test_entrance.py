@@ -9,7 +9,7 @@ import torch
 from families import ROWS, every_row
 from tiny import BUDGET, IMAGE, NUM_PATCHES, batch, build, pixels, prompt
 
-from modeling_prunesid.compression import is_counted
+from modeling_prunesid.plans import is_counted
 
 
 @every_row()

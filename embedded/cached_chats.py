@@ -1,0 +1,1 @@
+../modeling_prunesid/cached_chats.py
