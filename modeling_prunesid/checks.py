@@ -1,7 +1,9 @@
-"""Checks of versions, counts and budgets, and what is said once in a process."""
+"""Checks of versions, counts and budgets, what is said once in a process, and what only the package has."""
 
+import importlib
 import math
 from numbers import Integral, Real
+from types import ModuleType
 
 import torch
 import transformers
@@ -10,6 +12,7 @@ from transformers.utils import logging
 
 
 OLDEST_TRANSFORMERS = "5.18"
+PACKAGE = "prunesid-transformers"
 
 logger = logging.get_logger(__name__)
 
@@ -26,6 +29,14 @@ def check_transformers(release: str = OLDEST_TRANSFORMERS) -> None:
             f"PruneSID needs transformers {release} or newer, found {transformers.__version__}. Upgrade it: pip "
             f"install -U 'transformers>={release}'"
         )
+
+
+def from_package(name: str) -> ModuleType | None:
+    """A file that stays in the installed package, so that who runs a repo has less to read; None without it."""
+    try:
+        return importlib.import_module(f"modeling_prunesid.{name}")
+    except ImportError:
+        return None
 
 
 def warn_once(kind: str, message: str) -> None:

@@ -19,8 +19,8 @@ from .budgets import share_over_runs, share_total
 from .cached_chats import ContinuesCacheMixin
 from .cached_rows import settle_rows
 from .context import ASKED
-from .methods import QUESTION
 from .outputs import run_shortened
+from .parts import QUESTION
 from .plans import CachedPrompt, Plan, generating, is_counted, to_host
 from .prompts import IGNORED_LABEL, ShortPrompt, columns_of, is_flat
 from .readings import run_lengths

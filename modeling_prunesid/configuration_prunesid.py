@@ -1,20 +1,18 @@
 """Settings of PruneSID, and the model configurations that carry them."""
 
 import copy
-import importlib
 import math
 import numbers
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig, __version__
 from transformers.models.auto import modeling_auto
 
-from .checks import check_transformers
-from .methods import DEFAULT_METHOD, OF_CLS, check_method, method_of_saved, needs_of, options_of
+from .checks import PACKAGE, check_transformers, from_package
+from .methods import DEFAULT_METHOD, OF_CLS, check_method, needs_of, options_of
 
 
 check_transformers()
@@ -61,15 +59,15 @@ def check_budget(value: Any, name: str = "prunesid_config.budget") -> None:
         )
 
 
-def find_presets() -> ModuleType:
-    """The module that reads presets. They stay in the package: a repo on the Hub has settings of its own."""
-    try:
-        return importlib.import_module("modeling_prunesid.presets")
-    except ImportError as error:
+def settings_of_preset(settings_class: type, name: Any, with_defaults: Callable = dict) -> Any:
+    """The settings of a preset, by its name. `ValueError` without the package, which has presets."""
+    presets = from_package("presets")
+    if presets is None:
         raise ValueError(
-            "Presets come with the package prunesid-transformers, which is not installed. Install it, or give the "
-            "settings themselves."
-        ) from error
+            f"Presets come with the package {PACKAGE}, which is not installed. Install it, or give the settings "
+            "themselves."
+        )
+    return presets.read_settings(settings_class, name, with_defaults)
 
 
 def _one_of(*choices: str):
@@ -84,8 +82,6 @@ def optional_name():
     return lambda value: value is None or (isinstance(value, str) and value != ""), "a non-empty string or None"
 
 
-# Fields of 0.1.0, which became methods and their settings, or classes of their own.
-_RETIRED = ("score", "center", "quota", "keep_cls", "grouping", "seed", "llm_budget")
 # field: (is it valid?, what is valid)
 _RULES = {
     "num_groups": optional_count(),
@@ -129,15 +125,7 @@ class NestedSettings(PretrainedConfig):
         Raises:
             `ValueError`: if there is no such preset, with a list of those that exist; or if it is of another method.
         """
-        preset, own = find_presets().read_preset(name), cls.model_type.partition("_")[0]
-        if preset.method != own:
-            raise ValueError(
-                f"The preset {str(name)!r} has settings of {preset.method!r}, and {cls.__name__} takes those of "
-                f"{own!r}. Take one of {', '.join(find_presets().preset_names(own))}."
-            )
-        settings = cls(**preset.fields)
-        settings._preset = str(name)
-        return settings
+        return settings_of_preset(cls, name)
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
@@ -155,12 +143,16 @@ class NestedSettings(PretrainedConfig):
                 raise ValueError(f"{self.base_config_key}.{name} must be {description}, got {value!r}.")
         super().__setattr__(name, value)
 
-    def _check_name(self, name):
+    @classmethod
+    def _has(cls, name: str) -> bool:
         # Everything that Transformers itself gives a configuration is an attribute of the class, or one of these two.
-        known = name.startswith("_") or hasattr(type(self), name)
-        if not known and name not in ("attn_implementation", "experts_implementation"):
+        return name.startswith("_") or hasattr(cls, name) or name in ("attn_implementation", "experts_implementation")
+
+    def _check_name(self, name):
+        if not self._has(name):
             fields = ", ".join(sorted(["budget", *self._rules]))
-            raise ValueError(f"{self.base_config_key} has no field {name!r}. Its fields are: {fields}.")
+            advice = "" if from_package("retired") else f" For those of version 0.1.0 install {PACKAGE}."
+            raise ValueError(f"{self.base_config_key} has no field {name!r}. Its fields are: {fields}.{advice}")
 
     def check(self) -> None:
         """Raise a `ValueError` for fields that contradict each other. Runs at construction and before each use."""
@@ -244,22 +236,8 @@ class PruneSIDConfig(NestedSettings):
     base_model_revision: str | None = None
 
     def __post_init__(self, **kwargs):
-        retired = {name: kwargs.pop(name) for name in _RETIRED if name in kwargs and name not in self._rules}
-        # A field of 0.1.0, saved as null with every model.
-        if retired.pop("llm_budget", None) is not None:
-            raise ValueError(
-                "prunesid_config.llm_budget must be None for this model: tokens are dropped inside the language model "
-                "by LayerPrunedLlavaForConditionalGeneration. Load the model with it."
-            )
-        if retired and self.method == DEFAULT_METHOD and not self.method_settings:
-            self.method, settings = method_of_saved(retired)
-            self.method_settings = settings or None
-        elif retired:
-            raise ValueError(
-                f"prunesid_config has {', '.join(retired)} of version 0.1.0 beside method={self.method!r}, "
-                f"method_settings={self.method_settings!r}. Write them into method and method_settings."
-            )
-        super().__post_init__(**kwargs)
+        retired = None if all(map(self._has, kwargs)) else from_package("retired")
+        super().__post_init__(**(kwargs if retired is None else retired.renew(self, kwargs)))
 
     def check(self) -> None:
         check_method(self.method, self.method_settings)
@@ -293,30 +271,14 @@ def as_own(fields: dict[str, Any], config_class: type, checkpoint: Any) -> dict[
     stock, *_ = known = [
         base.model_type for base in config_class.__mro__[1:] if issubclass(base, PretrainedConfig) and base.model_type
     ]
-    bare = _bare_type(given)
+    bare = given.removeprefix("prunesid_").removeprefix("layer_pruned_").removeprefix("vitcop_")
     if bare in (*known, *getattr(config_class, "_also_loads", ())):  # a stock configuration may extend another one
         return {**fields, "model_type": own}
-    family = config_class.__name__.removesuffix("Config")
+    family, families = config_class.__name__.removesuffix("Config"), from_package("families")
+    advice = families.advise_class(bare) if families else "Load it with AutoModelForImageTextToText."
     raise ValueError(
-        f"{checkpoint} is a checkpoint of model_type {given!r}, and {family} classes load those of {stock!r}. "
-        f"{_advise_class(bare)}"
+        f"{checkpoint} is a checkpoint of model_type {given!r}, and {family} classes load those of {stock!r}. {advice}"
     )
-
-
-def _bare_type(model_type: str) -> str:
-    for prefix in ("prunesid_layer_pruned_", "prunesid_", "vitcop_"):
-        model_type = model_type.removeprefix(prefix)
-    return model_type
-
-
-def _advise_class(model_type: str) -> str:
-    try:
-        package = importlib.import_module("modeling_prunesid")
-    except ImportError:
-        return "Load it with AutoModelForImageTextToText."
-    if model_type in package.FAMILIES:
-        return f"Load it with PruneSID{package.FAMILIES[model_type]}ForConditionalGeneration."
-    return f"PruneSID does not support that model; it supports {', '.join(sorted(package.FAMILIES))}."
 
 
 def ignored_at_inference(config_class: type) -> list[str]:
@@ -326,10 +288,13 @@ def ignored_at_inference(config_class: type) -> list[str]:
     return list(dict.fromkeys([*stock, *ours]))
 
 
-def read_settings(value: Any, settings_class: type, current: Any, with_defaults: Callable) -> Any:
+def read_settings(
+    value: Any, settings_class: type, current: Any, model_type: str, with_defaults: Callable = dict
+) -> Any:
     """
     What is assigned to a model's `prunesid_config` as settings: those of a dict or of a preset by its name; for None
-    the defaults where there are none yet, else the current ones with the budget None.
+    the defaults where there are none yet, else the current ones with the budget None. `ValueError` for a preset that
+    is for models of another type.
     """
     if value is None and current is not None:
         settings = copy.deepcopy(current)
@@ -339,23 +304,17 @@ def read_settings(value: Any, settings_class: type, current: Any, with_defaults:
     if value is None or isinstance(value, dict):
         settings = settings_class(**with_defaults(value or {}))
     elif isinstance(value, str):
-        preset = settings_class.from_preset(value)
-        settings = settings_class(**with_defaults(find_presets().read_preset(value).fields))
-        settings._preset = preset._preset
+        settings = settings_of_preset(settings_class, value, with_defaults)
     for name in ("base_model_name_or_path", "base_model_revision"):
         if getattr(current, name, None) is not None and getattr(settings, name) is None:
             setattr(settings, name, getattr(current, name))
+    if getattr(settings, "_preset", None) is not None:
+        from_package("presets").check_model_type(settings._preset, model_type)
     return settings
 
 
 def without_none(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None or name not in names}
-
-
-def check_preset(settings: Any, model_type: str) -> None:
-    """Raise a `ValueError` for settings of a preset that is for models of another type."""
-    if getattr(settings, "_preset", None) is not None:
-        find_presets().check_model_type(settings._preset, model_type)
 
 
 class NestsPruneSIDConfig:
@@ -401,8 +360,7 @@ class NestsPruneSIDConfig:
         if name != "prunesid_config":
             return super().__setattr__(name, value)
         before = vars(self).get(name)
-        value = read_settings(value, self._settings_class, before, self._with_defaults)
-        check_preset(value, self.model_type)
+        value = read_settings(value, self._settings_class, before, self.model_type, self._with_defaults)
         super().__setattr__(name, value)
         try:
             self.check_settings()

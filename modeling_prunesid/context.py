@@ -104,9 +104,10 @@ class Selection:
 QUESTION_RULE = (lambda value: value is True or value is False or value == "keep", "False, True or 'keep'")
 
 
-def needs_of_question(method_settings: dict) -> frozenset[str]:
-    """What of a [`Context`] the question is read for."""
-    return frozenset({"projected", "relevance"} if method_settings.get("question") else ())
+def needs_of_settings(method_settings: dict) -> frozenset[str]:
+    """What `question` and `grouping` need: tensors of a [`Context`], and the code of `grouping.py`."""
+    asked = {"projected", "relevance"} if method_settings.get("question") else set()
+    return frozenset(asked | ({"grouping"} if method_settings.get("grouping", "psca") != "psca" else set()))
 
 
 def counts_on(device: torch.device, counts: list[int]) -> torch.LongTensor:

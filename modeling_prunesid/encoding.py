@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .budgets import Merged, View, choose_tokens, request_budgets, view_information
-from .methods import ATTENTION, OF_CLS, needs_of, options_of
+from .methods import OF_CLS, needs_of, options_of
+from .parts import ATTENTION
 from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
 from .upstream import SHOWN, install_capturing
 

@@ -163,3 +163,10 @@ def release_with(family: str) -> str | None:
     release = first_release(family)
     is_new_enough = Version(Version(__version__).base_version) >= Version(release)
     return None if family in _OWN or (family in CONFIG_MAPPING_NAMES and is_new_enough) else release
+
+
+def advise_class(model_type: str) -> str:
+    """Which of our classes loads a checkpoint of this `model_type`."""
+    if model_type in FAMILIES:
+        return f"Load it with PruneSID{FAMILIES[model_type]}ForConditionalGeneration."
+    return f"PruneSID does not support that model; it supports {', '.join(sorted(FAMILIES))}."

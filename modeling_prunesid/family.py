@@ -23,7 +23,8 @@ from .compression import CompressedModelMixin
 from .encoding import TowerEncoding, as_views, keep_rows, rows_of, rows_of_features, table_of
 from .generation import CompressedGenerationMixin
 from .hub import AutoModelMixin, HubModelMixin
-from .methods import ATTENTION, needs_of, reads_question
+from .methods import needs_of, reads_question
+from .parts import ATTENTION
 from .tower import count_prefix
 from .upstream import PIXELS, like_upstream
 

@@ -5,6 +5,14 @@ import math
 import torch
 
 from .exact import is_batched, product
+from .similarity import Pairs
+
+
+def group(name: str, pairs: Pairs, num_groups: int, own: int | torch.Tensor, seed: int) -> torch.LongTensor:
+    """The groups `(views, tokens)` of `method_settings["grouping"]`, `"kmeans"` or `"random"`."""
+    if name == "random":
+        return random_groups(pairs.finite, own, seed)
+    return kmeans_groups(pairs.features, pairs.finite, num_groups, own, seed)
 
 
 def kmeans_groups(

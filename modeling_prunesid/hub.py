@@ -1,22 +1,15 @@
 """What lets Auto classes, pipelines and the Hub treat our classes as they treat the stock ones."""
 
-import importlib
 import os
-from types import ModuleType
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.utils import (
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import resolve_revision
 
-from .repo_files import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, find_commit, read_base, read_fields
+from .checks import PACKAGE, from_package
+from .parts import THIN, missing_thin
 
 
 _DYNAMIC_MODULES = "transformers_modules."
@@ -70,24 +63,28 @@ class HubModelMixin:
         if own_class is not cls:
             opt_in = {"base_trust_remote_code": True} if base_trust_remote_code else {}
             return own_class.from_pretrained(name, *model_args, config=config, **opt_in, **kwargs)
-        location = {key: kwargs[key] for key in (*ACCESS_ARGUMENTS, "revision", "subfolder") if key in kwargs}
-        if name is None or _find_base_of(config, name, location) is None or _has_weights(name, location):
-            loaded = super().from_pretrained(name, *model_args, config=config, **kwargs)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.loaded_revision = _pinned(kwargs.get("revision"))
-            model._remember_source(name, model.loaded_revision, location)
-            return loaded
-
-        if not isinstance(config, PretrainedConfig):
-            kwargs.pop("trust_remote_code", None)
-            placement = {
-                key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs
-            }
-            config, kwargs = cls.config_class.from_pretrained(
-                name if config is None else config, return_unused_kwargs=True, **(kwargs | location)
-            )
-            kwargs |= placement | {key: location[key] for key in ACCESS_ARGUMENTS if key in location}
-        return cls._from_base(name, config, location, model_args, kwargs, base_trust_remote_code)
+        is_thin = THIN is not None and THIN.is_thin(name, config, kwargs)
+        try:
+            if is_thin:
+                load, trust = super().from_pretrained, base_trust_remote_code
+                loaded = THIN.load_model(cls, load, name, model_args, config, trust, kwargs)
+            else:
+                loaded = super().from_pretrained(name, *model_args, config=config, **kwargs)
+        except OSError as error:
+            if THIN is None:
+                config = cls.config_class.from_pretrained(name, **kwargs) if config is None else config
+                if getattr(config.prunesid_config, "base_model_name_or_path", None) is not None:
+                    raise missing_thin(name) from error
+            raise
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.loaded_revision = None if kwargs.get("revision") in (None, "main") else str(kwargs["revision"])
+        settings = model.config.prunesid_config
+        model._remember_source(
+            settings.base_model_name_or_path if is_thin else name,
+            settings.base_model_revision if is_thin else model.loaded_revision,
+            kwargs.get("cache_dir"),
+        )
+        return loaded
 
     @classmethod
     def _class_in(cls, name: str | os.PathLike | None, is_trusted: bool | None) -> type:
@@ -107,41 +104,11 @@ class HubModelMixin:
         except (OSError, AttributeError):  # the folder has other code or none
             return cls
 
-    @classmethod
-    def _from_base(cls, name, config, location, model_args, kwargs, base_trust_remote_code):
-        settings = config.prunesid_config
-        base, revision = settings.base_model_name_or_path, settings.base_model_revision or "main"
-        kwargs = {key: value for key, value in kwargs.items() if key not in VARIANT_ARGUMENTS}
-        kwargs["trust_remote_code"] = base_trust_remote_code
-        if kwargs.get("generation_config") is None:
-            kwargs["generation_config"] = _read_generation_config(name, location)
-        adapter = dict(kwargs.pop("adapter_kwargs", None) or {})
-        if "_adapter_model_path" not in adapter:
-            adapter.pop("revision", None)  # that of the variant
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"adapter_kwargs": adapter, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        try:
-            access = {key: kwargs[key] for key in ACCESS_ARGUMENTS if key in kwargs}
-            _check_family(base, config, PretrainedConfig.get_config_dict(base, revision=revision, **access)[0])
-            model, info = super().from_pretrained(base, *model_args, config=config, revision=revision, **kwargs)
-        except OSError as error:
-            raise OSError(
-                f"{name} takes its weights from prunesid_config.base_model_name_or_path={base!r} at revision "
-                f"{revision!r}, which cannot be loaded: {error}"
-            ) from error
-        _check_fit(base, info, has_head=cls.can_generate())
-        model.name_or_path = model.config.name_or_path = str(name)
-        model.loaded_revision = _pinned(location.get("revision"))
-        model._remember_source(base, settings.base_model_revision, access)
-        return (model, info) if wants_info else model
-
-    def _remember_source(self, name: str | os.PathLike, revision: str | None, access: dict[str, Any]) -> None:
+    def _remember_source(self, name: str | os.PathLike | None, revision: str | None, cache_dir: Any) -> None:
         """Keep the commit that was just loaded, which a branch may leave behind until the model is saved."""
-        if name is None:
-            return
-        location = {"cache_dir": access["cache_dir"]} if access.get("cache_dir") is not None else {}
-        commit = find_commit(name, revision, {**location, "local_files_only": True})
-        self._sources = {**self._sources, (str(name), revision): {**location, "revision": commit or revision}}
+        found = resolve_revision(name, revision, cache_dir=cache_dir, local_files_only=True)
+        source = {"revision": getattr(found, "resolved", revision)}
+        self._sources = {(str(name), revision): source if cache_dir is None else {**source, "cache_dir": cache_dir}}
 
     def save_pretrained(
         self,
@@ -169,8 +136,9 @@ class HubModelMixin:
                 adapter.
             `OSError`: if `thin` and the base's weights cannot be read.
         """
-        publishing = _find_publishing(is_needed=thin)
+        publishing = from_package("publishing")
         if publishing is None:
+            _refuse(thin)
             self.config.auto_map = self.own_auto_map()
             super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
             return
@@ -191,8 +159,9 @@ class HubModelMixin:
             `ImportError`: if `thin` and our package is not installed.
             `ValueError`: if `thin` and the base is a folder of this machine, which nobody else can load.
         """
-        publishing = _find_publishing(is_needed=thin)
+        publishing = from_package("publishing")
         if publishing is None:
+            _refuse(thin)
             return super().push_to_hub(repo_id, **kwargs)
         return publishing.push_variant(self, repo_id, thin=thin, **kwargs)
 
@@ -223,78 +192,9 @@ class AutoModelMixin:
         return cls._base_class._from_config(config, **kwargs)
 
 
-def _find_publishing(is_needed: bool) -> ModuleType | None:
-    """What publishes variants. It stays in the package, so that who runs a repo has less to read; None without it."""
-    try:
-        return importlib.import_module("modeling_prunesid.publishing")
-    except ImportError as error:
-        if not is_needed:
-            return None
+def _refuse(thin: bool) -> None:
+    if thin:
         raise ImportError(
-            "thin=True needs the package prunesid-transformers, which is not installed: a repo carries only what runs "
-            "its model. Install it, or save the model with its weights (thin=False)."
-        ) from error
-
-
-def _pinned(revision: str | None) -> str | None:
-    return None if revision in (None, "main") else str(revision)
-
-
-def _find_base_of(config: Any, name: str | os.PathLike, location: dict[str, Any]) -> str | None:
-    """The base that a variant's configuration names, None for other checkpoints."""
-    if isinstance(config, PretrainedConfig):
-        return getattr(getattr(config, "prunesid_config", None), "base_model_name_or_path", None)
-    try:
-        fields = read_fields(name if config is None else config, CONFIG_NAME, location)
-    except OSError:  # which upstream words itself
-        return None
-    for key in ("prunesid_config", "vitcop_config"):
-        settings = (fields or {}).get(key)
-        if isinstance(settings, dict):
-            return read_base(settings, key)[0]
-        if settings is not None:
-            raise ValueError(f"{key} in {CONFIG_NAME} of {name} must be a JSON object or null, got {settings!r}.")
-    return None
-
-
-def _read_generation_config(name: str | os.PathLike, location: dict[str, Any]) -> GenerationConfig | None:
-    if read_fields(name, GENERATION_CONFIG_NAME, location) is None:
-        return None
-    return GenerationConfig.from_pretrained(name, **location)
-
-
-def _has_weights(name: str | os.PathLike, location: dict[str, Any]) -> bool:
-    return any(
-        cached_file(name, file, _raise_exceptions_for_missing_entries=False, **location) is not None
-        for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
-    )
-
-
-def _check_family(base: str, config: PretrainedConfig, fields: dict[str, Any]) -> None:
-    """The base must be a checkpoint of the same parts: `model_type` of the whole, of its tower and language model."""
-    own = {getattr(base, "model_type", "") for base in type(config).__mro__} - {""}  # with that of the stock class
-    if fields.get("model_type") in getattr(config, "_also_loads", ()):
-        return
-    parts = [("", own, fields)]
-    for part in ("text_config", "vision_config"):
-        if isinstance(fields.get(part), dict) and hasattr(getattr(config, part, None), "model_type"):
-            parts.append((f"{part}.", {getattr(config, part).model_type}, fields[part]))
-    for part, expected, found in parts:
-        if found.get("model_type") not in (None, *expected):
-            raise ValueError(
-                f"prunesid_config.base_model_name_or_path={base!r} is no base of this variant: its {part}model_type "
-                f"is {found['model_type']!r}, expected {' or '.join(map(repr, sorted(expected)))}. Name the "
-                "checkpoint that the variant was made from."
-            )
-
-
-def _check_fit(base: str, info: dict[str, Any], has_head: bool) -> None:
-    # Without a head, the base's head is left over.
-    for kind in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if has_head else [])):
-        if info[kind]:
-            keys = sorted(map(str, info[kind]))
-            raise ValueError(
-                f"The weights of prunesid_config.base_model_name_or_path={base!r} do not fit this variant: "
-                f"{len(keys)} {kind.replace('_', ' ')}, for example {', '.join(keys[:3])}. The base may have changed: "
-                "pin base_model_revision to the one that the variant was made from, or convert the base anew."
-            )
+            f"thin=True needs the package {PACKAGE}, which is not installed: a repo carries only what runs its model. "
+            "Install it, or save the model with its weights (thin=False)."
+        )

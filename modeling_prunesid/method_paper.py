@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .context import QUESTION_RULE, Context, Selection, in_parts, needs_of_question
+from .context import QUESTION_RULE, Context, Selection, in_parts, needs_of_settings
 from .selection import proportional_quotas, select_by_groups
 
 
@@ -18,7 +18,7 @@ RULES = {
 
 def needs(method_settings: dict) -> frozenset[str]:
     """What of a [`Context`] is read."""
-    return needs_of_question(method_settings)
+    return needs_of_settings(method_settings)
 
 
 @in_parts

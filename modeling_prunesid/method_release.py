@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .context import QUESTION_RULE, Context, Selection, in_parts, needs_of_question
+from .context import QUESTION_RULE, Context, Selection, in_parts, needs_of_settings
 from .selection import SCORES, proportional_quotas, select_by_groups
 
 
@@ -34,7 +34,7 @@ RULES = {
 
 def needs(method_settings: dict) -> frozenset[str]:
     """What of a [`Context`] is read."""
-    return frozenset({(DEFAULTS | method_settings)["score"]} - {"component"}) | needs_of_question(method_settings)
+    return frozenset({(DEFAULTS | method_settings)["score"]} - {"component"}) | needs_of_settings(method_settings)
 
 
 @in_parts

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .context import QUESTION_RULE, Context, Selection, in_parts, largest, needs_of_question
+from .context import QUESTION_RULE, Context, Selection, in_parts, largest, needs_of_settings
 from .exact import is_batched
 from .selection import SCORES, groups_of, kept_tokens, strongest_components
 from .similarity import compare, distances
@@ -26,7 +26,7 @@ RULES = {
 def needs(method_settings: dict) -> frozenset[str]:
     """What of a [`Context`] is read."""
     own = frozenset({"projected", (DEFAULTS | method_settings)["score"]} - {"component"})
-    return own | needs_of_question(method_settings)
+    return own | needs_of_settings(method_settings)
 
 
 @in_parts

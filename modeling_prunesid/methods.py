@@ -10,11 +10,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .attention import PARTS as ATTENTION_PARTS
 from .method_paper import select as paper
 from .method_release import select as release
 from .method_spread import select as spread
-from .question import PARTS
+from .parts import CARRIED, missing_part
 
 
 METHODS: dict[str, Callable] = {
@@ -22,12 +21,6 @@ METHODS: dict[str, Callable] = {
     "release": release,
     "spread": spread,
 }
-# What reads the attention in a tower; None in a repository whose method does not.
-ATTENTION: Any = ATTENTION_PARTS
-_CARRIES_ATTENTION = ATTENTION is not None
-# What reads the question of a prompt; None in a repository whose method does not.
-QUESTION: Any = PARTS
-_CARRIES_QUESTION = QUESTION is not None
 # The module of each method. A configuration knows methods by name alone: pickled by value, as vLLM does, it takes no
 # selector along.
 MODULES = {name: f"{__name__.rpartition('.')[0]}.method_{name}" for name in METHODS}
@@ -75,42 +68,9 @@ def check_method(name: str, method_settings: dict | None, field: str = "prunesid
         is_valid, description = rules[setting]
         if not is_valid(value):
             raise ValueError(f"{field}[{setting!r}] must be {description}, got {value!r}.")
-        if setting == "question" and value and not _CARRIES_QUESTION:
-            raise ValueError(
-                f"{field}[{setting!r}]={value!r} needs code that this model was saved without, because it read no "
-                "question. Convert it with the package, which carries it."
-            )
-    if not _CARRIES_ATTENTION and "attention" in module_of(name).needs(method_settings or {}):
-        raise ValueError(
-            f"{field}={method_settings!r} needs code that this model was saved without, because it read no attention. "
-            "Convert it with the package, which carries it."
-        )
-
-
-def method_of_saved(fields: dict) -> tuple[str, dict]:
-    """
-    The method and its settings of a configuration saved by 0.1.0.
-
-    Args:
-        fields (`dict`): of which `score`, `center`, `quota`, `keep_cls`, `grouping` and `seed` are read, each of them
-            optional.
-    """
-    given = {"score": "component", "center": "tokens", "quota": "proportional", "keep_cls": False}
-    given |= {"grouping": "psca", "seed": 0}
-    given |= {name: fields[name] for name in given if name in fields}
-    if given["quota"] == "spread":
-        name, unread = "spread", {"quota", "grouping", "seed"}
-    elif (given["score"], given["center"], given["quota"], given["keep_cls"]) == (
-        "component",
-        "tokens",
-        "proportional",
-        False,
-    ):
-        name, unread = "paper", {"score", "center", "quota", "keep_cls"}
-    else:
-        name, unread = "release", set()
-    defaults = module_of(name).DEFAULTS
-    return name, {key: value for key, value in given.items() if key not in unread and value != defaults[key]}
+    for need in module_of(name).needs(method_settings or {}):
+        if not CARRIED.get(need, True):
+            raise missing_part(f"{field}={method_settings!r}")
 
 
 def module_of(name: str) -> Any:

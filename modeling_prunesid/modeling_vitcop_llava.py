@@ -16,7 +16,6 @@ from .co_pruning import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_to
 from .configuration_prunesid import (
     NestedSettings,
     as_own,
-    check_preset,
     ignored_at_inference,
     is_integer,
     is_number,
@@ -126,8 +125,7 @@ class ViTCoPLlavaConfig(LlavaConfig):
 
     def __setattr__(self, name, value):
         if self.attribute_map.get(name, name) == "vitcop_config":
-            value = read_settings(value, ViTCoPConfig, vars(self).get("vitcop_config"), dict)
-            check_preset(value, self.model_type)
+            value = read_settings(value, ViTCoPConfig, vars(self).get("vitcop_config"), self.model_type)
         super().__setattr__(name, value)
 
 

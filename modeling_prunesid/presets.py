@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,24 @@ def read_preset(name: str | os.PathLike) -> Preset:
     fields.pop("transformers_version", None)
     model_types = () if is_file else next(types for start, types in MODEL_TYPES.items() if path.stem.startswith(start))
     return Preset(fields, method, model_types)
+
+
+def read_settings(settings_class: Any, name: str | os.PathLike, with_defaults: Callable[[dict], dict]) -> Any:
+    """
+    The settings of a preset, as `settings_class`, with defaults for what it does not say.
+
+    Raises:
+        `ValueError`: if there is no such preset, or it is of another method.
+    """
+    preset, own = read_preset(name), settings_class.model_type.partition("_")[0]
+    if preset.method != own:
+        raise ValueError(
+            f"The preset {str(name)!r} has settings of {preset.method!r}, and {settings_class.__name__} takes those "
+            f"of {own!r}. Take one of {', '.join(preset_names(own))}."
+        )
+    settings = settings_class(**with_defaults(preset.fields))
+    settings._preset = str(name)
+    return settings
 
 
 def check_model_type(name: str | os.PathLike, model_type: str) -> None:

@@ -8,22 +8,20 @@ the models accept as well.
 """
 
 import inspect
-import os
 import re
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
-from transformers.utils import PROCESSOR_NAME
 
 from .budgets import request_budgets, share_over_runs, share_total
 from .checks import warn_once
 from .configuration_prunesid import PruneSIDConfig, check_budget
-from .methods import QUESTION, reads_question
+from .methods import reads_question
+from .parts import QUESTION, THIN, missing_part, missing_thin
 from .prompts import IGNORED_LABEL
-from .repo_files import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
 
 
 OF_VIDEOS = "num_visual_tokens_of_videos"
@@ -33,55 +31,6 @@ _BUDGET_ARGUMENTS = ("num_visual_tokens", "budget_scope", "min_budget", "dynamic
 # What is returned as one number for each input, whatever its rows of pixels are.
 _OF_INPUTS = ("num_visual_tokens", "num_tiles", "num_video_tiles")
 _MOST_TOKENS = 1_000_000  # that a request can ask for: more than any input has
-
-
-def _locate(name: str | os.PathLike, is_trusted: bool, kwargs: dict[str, Any]) -> tuple[Any, dict, dict]:
-    """
-    Where to load a part of a variant's processor from, and how.
-
-    Returns:
-        name of the base of a thin variant, else the given one; the arguments for it; the fields of the variant.
-    """
-    location = {key: kwargs[key] for key in (*ACCESS_ARGUMENTS, "revision", "subfolder") if key in kwargs}
-    fields = read_fields(name, PROCESSOR_NAME, location) or {}
-    base, revision = read_base(fields, PROCESSOR_NAME)
-    if base is None:
-        return name, kwargs, fields
-    kwargs = {key: value for key, value in kwargs.items() if key not in VARIANT_ARGUMENTS}
-    return base, {**kwargs, "revision": revision or "main", "trust_remote_code": is_trusted}, fields
-
-
-def _load_from_base(load: Any, base: str, kwargs: dict[str, Any], *args: Any) -> Any:
-    try:
-        return load(base, *args, **kwargs)
-    except ValueError as error:
-        if kwargs["trust_remote_code"] or "trust_remote_code=True" not in str(error):
-            raise
-        raise ValueError(
-            f"The base {base!r} of this thin variant has Python files of its own, which `trust_remote_code` does not "
-            "run: it is said of the variant. Read them, and pass `base_trust_remote_code=True`."
-        ) from error
-
-
-class BaseTokenizer:
-    """What `AutoTokenizer` makes of a thin variant: the tokenizer of its base."""
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
-        """Nothing is registered: what is loaded is the base's."""
-
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, *args: Any, base_trust_remote_code: bool = False, **kwargs: Any):
-        """
-        Upstream's `AutoTokenizer.from_pretrained` of the base. See [`VariantProcessorMixin.from_pretrained`].
-
-        Raises:
-            `ValueError`: if `name` is no thin variant.
-        """
-        base, kwargs, fields = _locate(name, base_trust_remote_code, kwargs)
-        if fields.get("base_model_name_or_path") is None:
-            raise ValueError(f"{PROCESSOR_NAME} of {name} names no base_model_name_or_path. Save the variant again.")
-        return _load_from_base(AutoTokenizer.from_pretrained, base, kwargs, *args)
 
 
 class VariantProcessorMixin:
@@ -107,17 +56,23 @@ class VariantProcessorMixin:
         check_request(kwargs.get("num_visual_tokens"))
         names = cls._budget_arguments()
         kwargs = {name: value for name, value in kwargs.items() if name not in names or value is not None}
-        name, arguments, fields = _locate(pretrained_model_name_or_path, base_trust_remote_code, kwargs)
-        if arguments is kwargs:
-            processor = super().from_pretrained(name, **kwargs)
+        name, load = pretrained_model_name_or_path, super().from_pretrained
+        if THIN is None:
+            processor = load(name, **kwargs)
         else:
-            saved = {key: fields[key] for key in names if key in fields}
-            processor = _load_from_base(super().from_pretrained, name, {**saved, **arguments})
-            processor._thin_variant = str(pretrained_model_name_or_path)
+            processor = THIN.load_processor(load, name, names, base_trust_remote_code, kwargs)
         # Upstream hands a processor's arguments to its tokenizer too, whose copy would outrank what is set later.
         for name in names:
             processor.tokenizer.init_kwargs.pop(name, None)
         return processor
+
+    @classmethod
+    def get_processor_dict(cls, name, **kwargs):
+        """Upstream's. `ValueError` for that of a thin variant, in a repo that does not load them."""
+        fields, kwargs = super().get_processor_dict(name, **kwargs)
+        if THIN is None and fields.get("base_model_name_or_path") is not None:
+            raise missing_thin(name)
+        return fields, kwargs
 
     @classmethod
     def arguments_for(cls, settings: PretrainedConfig) -> dict:
@@ -330,7 +285,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
     def _mark_question(self, output: Any) -> Any:
         """What the processor returns, with `question_mask`, in the form of its `input_ids`."""
         if QUESTION is None:
-            raise ValueError("question=True needs code that this processor was saved without. Set it to False.")
+            raise missing_part("question=True")
         if self._question_reader is None or not self._question_reader.is_of(self):
             self._question_reader = QUESTION.reader(self)
         ids, labels = output["input_ids"], output.get("labels")

@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +28,14 @@ from transformers.utils import (
     WEIGHTS_NAME,
     cached_file,
     logging,
+    resolve_revision,
 )
 
 from .card import write_card
 from .families import first_release
-from .methods import DEFAULT_METHOD, needs_of
-from .registering import carried_source, method_source
-from .repo_files import find_commit, read_fields
+from .methods import DEFAULT_METHOD
+from .registering import carried_parts, carried_source, method_source
+from .repo_files import read_fields
 
 
 logger = logging.get_logger(__name__)
@@ -49,6 +51,9 @@ _PUSH_ARGUMENTS = (
     "tags",
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
+_SOURCES = Path(__file__).parent
+# What a method may need, and the name in `parts.py` of the code for it.
+_PARTS = {"attention": "ATTENTION", "grouping": "GROUPING", "relevance": "QUESTION"}
 
 
 def save_variant(
@@ -90,7 +95,8 @@ def save_variant(
     source = dict(model._sources.get((base, revision), {"revision": revision}))
     revision = source["revision"]
     if thin and base is not None:
-        revision = source["revision"] = find_commit(base, revision, source) or revision
+        found = resolve_revision(base, revision, cache_dir=source.get("cache_dir"))
+        revision = source["revision"] = getattr(found, "resolved", revision)
         _check_weights(model, base, source)
     model.config.auto_map = model.own_auto_map()
     if is_main_process:
@@ -110,7 +116,7 @@ def save_variant(
     finally:
         settings.base_model_name_or_path, settings.base_model_revision = recorded
     if is_main_process:
-        carry_own_method(model, save_directory)
+        carry_own_code(model, save_directory, thin)
         state_release(model, save_directory)
         write_card(save_directory, model.config, base, thin, push.get("repo_id"), push.get("tags"), revision)
     if push_to_hub and is_main_process:
@@ -165,47 +171,59 @@ def state_release(model: Any, folder: str | os.PathLike) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def carry_own_method(model: Any, folder: str | os.PathLike) -> None:
+def carry_own_code(model: Any, folder: str | os.PathLike, thin: bool) -> None:
     """
-    Leave in a saved folder the code of the model's own method alone: `methods.py` names no other, a registered method
-    has its file beside it, and files that were copied and that nothing imports any more are removed.
+    Leave in a saved folder the code that the model needs: `methods.py` names its own method alone, a registered one
+    has its file beside it, `parts.py` has None for what it does not need, and files that nothing imports any more are
+    removed.
     """
     package, _, own = type(model).__module__.rpartition(".")
-    path, sources = Path(folder, "methods.py"), Path(__file__).parent
-    if package != __package__ or not path.exists():  # the code of a repo has one method already
+    folder, own = Path(folder), f"{own}.py"
+    if not (folder / "parts.py").exists():  # the code of a repo that an earlier release saved
         return
-    own = f"{own}.py"
     settings = model.config.prunesid_config
-    name = getattr(settings, "method", DEFAULT_METHOD)  # ViTCoP has none
-    copied = files_imported_by(own, Path(folder))
-    needs = needs_of(settings) if hasattr(settings, "method") else ()
-    path.write_text(carried_source(name, "relevance" in needs, "attention" in needs), encoding="utf-8")
-    method = Path(folder, f"method_{name}.py")
-    if not (sources / method.name).exists():
+    name, needs = DEFAULT_METHOD, frozenset()  # ViTCoP has none
+    if hasattr(settings, "method"):
+        name, needs = settings.method, sys.modules[f"{package}.methods"].needs_of(settings)
+    given = files_imported_by(own, folder) | files_imported_by("parts.py", _SOURCES)
+    for file, write, what in (
+        ("methods.py", carried_source, name),
+        ("parts.py", carried_parts, [part for need, part in _PARTS.items() if need in needs] + ["THIN"] * thin),
+    ):
+        source = (folder / file).read_text(encoding="utf-8")
+        (folder / file).write_text(write(what, source), encoding="utf-8")
+    method = folder / f"method_{name}.py"
+    if package == __package__ and not (_SOURCES / method.name).exists():
         method.write_text(method_source(name), encoding="utf-8")
-        for imported in [f"{module}.py" for module in get_relative_imports(method)]:
-            if not (sources / imported).exists():
+        for imported in _imports(method):
+            if not (_SOURCES / imported).exists():
                 raise ValueError(
                     f"prunesid_config.method={name!r} imports {imported}, which does not travel with a model: only "
                     "its own file does, and what that imports of modeling_prunesid. Move what it needs into the file."
                 )
-            for needed in files_imported_by(imported, sources):
-                if not Path(folder, needed).exists():
-                    shutil.copy(sources / needed, folder)
-    for name in copied - files_imported_by(own, Path(folder)):
-        Path(folder, name).unlink()
+    carried = files_imported_by(own, folder, or_package=True)
+    for name in carried:
+        if not (folder / name).exists():
+            shutil.copy(_SOURCES / name, folder)
+    for name in given - carried:
+        (folder / name).unlink(missing_ok=True)
 
 
-def files_imported_by(name: str, folder: Path) -> set[str]:
-    """The code files in the folder that this one imports, directly or not, and itself."""
+def files_imported_by(name: str, folder: Path, or_package: bool = False) -> set[str]:
+    """The code files in the folder (or else in the package) that this one imports, directly or not, and itself."""
     found: set[str] = set()
     names = [name]
     while names:
         name = names.pop()
-        if name not in found and (folder / name).exists():
+        path = _SOURCES / name if or_package and not (folder / name).exists() else folder / name
+        if name not in found and path.exists():
             found.add(name)
-            names += [f"{module}.py" for module in get_relative_imports(folder / name)]
+            names += _imports(path)
     return found
+
+
+def _imports(path: Path) -> list[str]:
+    return [f"{module}.py" for module in get_relative_imports(path)]
 
 
 def find_base(model: Any) -> tuple[str | None, str | None]:
@@ -269,7 +287,8 @@ def _save_processor(
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     custom_object_save(processor, folder)
     # `AutoTokenizer` fetches the base's megabytes; `AutoImageProcessor` and its like read settings alone.
-    tokenizer = {"auto_map": {"AutoTokenizer": [None, "processing.BaseTokenizer"]}}
+    module = "thin" if Path(folder, "parts.py").exists() else "processing"  # in repos of earlier releases
+    tokenizer = {"auto_map": {"AutoTokenizer": [None, f"{module}.BaseTokenizer"]}}
     Path(folder, "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n", encoding="utf-8")
     for name in ("image_processor", "video_processor"):
         part = getattr(processor, name, None)

@@ -2,10 +2,11 @@
 
 import inspect
 import re
-import sys
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-from .methods import METHODS, MODULES, check_name, module_of
+from .methods import METHODS, MODULES, module_of
 
 
 def register_method(name: str, module: Any) -> None:
@@ -28,20 +29,21 @@ def register_method(name: str, module: Any) -> None:
     METHODS[name], MODULES[name] = module.select, module.__name__
 
 
-def carried_source(name: str, reads_question: bool = False, reads_attention: bool = False) -> str:
+def carried_source(name: str, source: str) -> str:
     """The source of `methods.py` for a repository that carries one method."""
-    check_name(name)
-    source = inspect.getsource(sys.modules[check_name.__module__])
     source = re.sub(
         r"(from \.method_\w+ import .*\n)+", f"from .method_{name} import select as {name}\n", source, count=1
     )
-    source = re.sub(r'(    "\w+": \w+,\n)+', f'    "{name}": {name},\n', source, count=1)
-    if not reads_question:
-        source = re.sub(r"from \.question import .*\n", "", source, count=1)
-        source = re.sub(r"^QUESTION: Any = .*$", "QUESTION: Any = None", source, count=1, flags=re.MULTILINE)
-    if not reads_attention:
-        source = re.sub(r"from \.attention import .*\n", "", source, count=1)
-        source = re.sub(r"^ATTENTION: Any = .*$", "ATTENTION: Any = None", source, count=1, flags=re.MULTILINE)
+    return re.sub(r'(    "\w+": \w+,\n)+', f'    "{name}": {name},\n', source, count=1)
+
+
+def carried_parts(needed: Collection[str], source: str) -> str:
+    """The source of `parts.py`, in place of another one, for a repository that carries the parts of these names."""
+    own = Path(__file__).with_name("parts.py").read_text(encoding="utf-8")
+    for line in re.findall(r"^from \..* as [A-Z]+$", own, re.MULTILINE):
+        name = line.split()[-1]
+        new = line if name in needed else f"{name} = None"
+        source = re.sub(rf"^(from \..* as {name}|{name} = None)$", new, source, flags=re.MULTILINE)
     return source
 
 

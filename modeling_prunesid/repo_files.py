@@ -1,12 +1,11 @@
-"""What a variant's files say: their fields, the base that they name, the commit that was loaded."""
+"""What a variant's files say: their fields, and the base that they name."""
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import cached_file
 
 
 # How files are fetched, from the variant and from its base alike.
@@ -64,16 +63,3 @@ def read_base(fields: dict[str, Any], where: str) -> tuple[str | None, str | Non
             )
         values.append(value)
     return values[0], values[1]
-
-
-def find_commit(name: str | os.PathLike, revision: str | None, location: dict[str, Any]) -> str | None:
-    """The commit that a branch, tag or commit of a repo on the Hub stands for; None for a folder, or if unknown."""
-    if os.path.isdir(name):
-        return None
-    location = {key: value for key, value in location.items() if key != "revision"}
-    try:
-        path = cached_file(name, CONFIG_NAME, revision=revision, **location)
-    except OSError:
-        return None
-    found = re.search(r"/snapshots/([0-9a-f]{40})/", Path(path).as_posix()) if path is not None else None
-    return found and found[1]

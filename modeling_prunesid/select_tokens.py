@@ -8,7 +8,8 @@ import torch
 
 from .checks import check_integer, resolve_budget
 from .context import Context, Selection, counts_on
-from .methods import method_of, method_of_saved
+from .methods import method_of
+from .retired import method_of_saved
 
 
 CHOICES = {

@@ -24,7 +24,7 @@ from .checks import check_integer, resolve_budget
 from .components import principal_components
 from .context import Context, Selection, are_equal, in_parts, largest
 from .exact import is_batched
-from .grouping import kmeans_groups, random_groups
+from .parts import GROUPING
 from .similarity import Pairs, compare
 
 
@@ -129,10 +129,8 @@ def select_by_groups(
     nominal = counts[:, None] + context.extra_kept
     num_groups, own = groups_of(counts, pairs.lengths, settings, context, tokens)
     scores, groups = strongest_components(pairs, num_groups, own, center)
-    if grouping == "kmeans":
-        groups = kmeans_groups(pairs.features, pairs.finite, num_groups, own, seed)
-    elif grouping == "random":
-        groups = random_groups(pairs.finite, own, seed)
+    if grouping != "psca":
+        groups = GROUPING(grouping, pairs, num_groups, own, seed)
     scores = scores if attention is None else attention
     scores = scores if context.relevance is None else scores * context.relevance
     scores = scores.masked_fill(~pairs.finite, -math.inf)

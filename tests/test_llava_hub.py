@@ -199,6 +199,7 @@ class TestSavedFolder:
             "qwen_vl",
             "tower_crops",
             "attention",
+            "retired",
         }
         for path in Path(variant).glob("*.py"):
             for line in path.read_text().splitlines():

@@ -16,9 +16,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_prunesid import PruneSIDConfig, PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
 from modeling_prunesid.context import Context, counts_on
-from modeling_prunesid.methods import METHODS, check_method, method_of
+from modeling_prunesid.methods import METHODS, method_of
 from modeling_prunesid.question import QuestionReader, relevance, rows_of_inputs
-from modeling_prunesid.registering import carried_source
 from modeling_prunesid.upstream import CACHE_NAME
 
 
@@ -473,16 +472,3 @@ def test_a_repo_carries_the_file_only_where_its_method_reads_the_question(tmp_pa
     assert torch.equal(loaded.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
     processor = AutoProcessor.from_pretrained(tmp_path / "repo", trust_remote_code=True)
     assert processor.question is True
-
-
-def test_the_source_that_is_carried():
-    with_it, without = (carried_source("spread", reads) for reads in (True, False))
-    assert "from .question import" in with_it and "question import" not in without
-    scope: dict = {}
-    exec(
-        compile(without.replace("from .method_spread import select as spread", "spread = None"), "methods.py", "exec"),
-        {"__name__": "x.y"},
-        scope,
-    )  # noqa: E501
-    assert scope["QUESTION"] is None
-    check_method("spread", {"question": True})

@@ -1,0 +1,186 @@
+"""A repo carries the code of its own model: which parts travel, what loads without them, and what the others say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from clean_process import LOAD, run_clean
+from tiny import BUDGET, pixels
+from tiny_checkpoint import save_checkpoint
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+import modeling_prunesid
+from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
+from modeling_prunesid.methods import module_of
+from modeling_prunesid.registering import carried_parts
+
+
+# The name in `parts.py`, and its file.
+PARTS = {"ATTENTION": "attention", "GROUPING": "grouping", "QUESTION": "question", "THIN": "thin"}
+SOURCE = Path(modeling_prunesid.__file__).with_name("parts.py").read_text()
+# Settings, and the parts that they need.
+SETTINGS = {
+    "paper": ({}, set()),
+    "kmeans": ({"method_settings": {"grouping": "kmeans"}}, {"GROUPING"}),
+    "random": ({"method": "release", "method_settings": {"grouping": "random", "score": "component"}}, {"GROUPING"}),
+    "psca": ({"method_settings": {"grouping": "psca"}}, set()),
+    "question": ({"method_settings": {"question": True}}, {"QUESTION"}),
+    "attention": ({"method": "spread", "method_settings": {"score": "attention"}}, {"ATTENTION"}),
+}
+# What a repo without the package says of what only the package has.
+REFUSED = """
+import json, sys
+
+sys.modules["modeling_prunesid"] = None
+from transformers import AutoConfig
+
+config, refused = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True), []
+for value in ("llava_1.5_64", {"score": "cls_attention"}, {"grouping": "kmeans"}):
+    try:
+        config.prunesid_config = value
+    except ValueError as error:
+        refused.append(str(error))
+try:
+    type(config).from_dict({"model_type": "llava_next"})
+    type(config).from_pretrained(sys.argv[2])
+except ValueError as error:
+    refused.append(str(error))
+print(json.dumps(refused))
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A stock checkpoint."""
+    return save_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+def from_base(base, **settings):
+    return PruneSIDLlavaForConditionalGeneration.from_pretrained(base, prunesid_config={"budget": BUDGET, **settings})
+
+
+@pytest.fixture(scope="module")
+def folders(base, tmp_path_factory):
+    """A variant with weights, and a thin one."""
+    folder = tmp_path_factory.mktemp("variants")
+    for name in ("full", "thin"):
+        from_base(base).save_pretrained(folder / name, thin=name == "thin")
+    return {name: folder / name for name in ("full", "thin")}
+
+
+def of_repo(folder, name="modeling_prunesid_llava.PruneSIDLlavaForConditionalGeneration"):
+    """A class of the code in a folder."""
+    own = get_class_from_dynamic_module(name, str(folder))
+    assert own.__module__.startswith("transformers_modules.")
+    return own
+
+
+def parts_in(folder):
+    """The parts that a folder carries: each is imported and has its file, and each of the others is None."""
+    source = (folder / "parts.py").read_text()
+    carried = {name for name, file in PARTS.items() if f"from .{file} import " in source}
+    assert all((f"{name} = None\n" in source) is (name not in carried) for name in PARTS)
+    assert {name for name, file in PARTS.items() if (folder / f"{file}.py").exists()} == carried
+    assert (folder / "repo_files.py").exists() is ("THIN" in carried)
+    return carried
+
+
+def test_each_part_is_written_and_left_out_alone():
+    for needed in (set(), *({name} for name in PARTS), set(PARTS)):
+        source = carried_parts(needed, SOURCE)
+        compile(source, "parts.py", "exec")
+        assert {name for name in PARTS if f"{name} = None" not in source.split("\n")} == needed
+        assert carried_parts(PARTS, source) == SOURCE
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_repo_carries_the_parts_that_its_settings_need_and_names_what_it_lacks(base, tmp_path, name):
+    settings, needed = SETTINGS[name]
+    model = from_base(base, **settings)
+    model.save_pretrained(tmp_path)
+    assert parts_in(tmp_path) == needed
+    loaded = of_repo(tmp_path).from_pretrained(tmp_path)
+    if "QUESTION" not in needed:
+        found, expected = (each.get_image_features(pixels(2)).keep_indices for each in (loaded, model))
+        assert all(map(torch.equal, found, expected))
+    own = loaded.config.prunesid_config
+    lacking = {"QUESTION": {"question": True}, "GROUPING": {"grouping": "kmeans"}, "ATTENTION": {"score": "attention"}}
+    for part, method_settings in lacking.items():
+        own.method_settings = method_settings
+        if part in needed:
+            own.check()
+        elif method_settings.keys() <= module_of(own.method).RULES.keys():
+            with pytest.raises(ValueError, match="method_settings=.* needs code that this model was saved without"):
+                own.check()
+
+
+def test_thin_variants_alone_carry_what_loads_them(folders):
+    assert (parts_in(folders["full"]), parts_in(folders["thin"])) == (set(), {"THIN"})
+    tokenizer = json.loads((folders["thin"] / "tokenizer_config.json").read_text())
+    assert tokenizer["auto_map"]["AutoTokenizer"] == [None, "thin.BaseTokenizer"]
+
+
+@pytest.mark.parametrize("thin", [True, False], ids=["thin", "full"])
+@pytest.mark.parametrize("of", ["full", "thin"])
+def test_code_of_a_repo_saves_either_kind(folders, base, tmp_path, of, thin):
+    loaded = of_repo(folders[of]).from_pretrained(folders[of])
+    if of == "full":
+        loaded.config.prunesid_config.base_model_name_or_path = str(base)
+    loaded.save_pretrained(tmp_path, thin=thin)
+    assert parts_in(tmp_path) == ({"THIN"} if thin else set())
+    again = of_repo(tmp_path).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in loaded.state_dict().items())
+    processor = of_repo(tmp_path, "modeling_prunesid_llava.PruneSIDLlavaProcessor").from_pretrained(tmp_path)
+    assert processor.num_visual_tokens == BUDGET
+
+
+def test_weights_over_a_thin_variant_by_code_that_loads_none(folders, tmp_path):
+    loaded = of_repo(folders["full"]).from_pretrained(folders["full"])
+    loaded.config.prunesid_config.base_model_name_or_path = str(folders["full"])
+    loaded.save_pretrained(tmp_path, thin=True)
+    loaded.save_pretrained(tmp_path)
+    assert parts_in(tmp_path) == set()
+
+
+def test_a_part_that_a_repo_lacks_comes_from_the_package_when_it_is_saved_with_that(folders, tmp_path):
+    loaded = of_repo(folders["full"]).from_pretrained(folders["full"])
+    loaded.config.prunesid_config.method_settings = {"grouping": "random"}
+    loaded.save_pretrained(tmp_path)
+    assert parts_in(tmp_path) == {"GROUPING"}
+    again = of_repo(tmp_path).from_pretrained(tmp_path)
+    assert len(again.get_image_features(pixels(1)).keep_indices[0]) == BUDGET
+
+
+@pytest.mark.parametrize("name", ["PruneSIDLlavaForConditionalGeneration", "PruneSIDLlavaProcessor"])
+def test_code_of_a_full_variant_says_what_loads_a_thin_one(folders, name, tmp_path):
+    own = of_repo(folders["full"], f"modeling_prunesid_llava.{name}")
+    with pytest.raises(ValueError, match="Loading .*thin, a thin variant, needs code that this model was saved wit"):
+        own.from_pretrained(folders["thin"])
+    with pytest.raises(OSError, match=f"{tmp_path}"):
+        own.from_pretrained(tmp_path)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize("kind", ["full", "thin"])
+def test_both_kinds_answer_without_the_package(folders, tmp_path, kind):
+    found = run_clean(LOAD, tmp_path / "home", folders[kind])
+    assert (found["config"], found["processor"]) == ("PruneSIDLlavaConfig", "PruneSIDLlavaProcessor")
+    assert found["length"] == BUDGET + 2
+    for auto_class in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        assert found[auto_class]["keys"] == []
+        assert len(found[auto_class]["answer"][0]) == found["length"] + 6
+    assert found["one chat"].split()
+
+
+@pytest.mark.contract
+def test_what_only_the_package_has_is_named_without_it(folders, base, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llava_next"}')
+    preset, retired, grouping, stock = run_clean(REFUSED, tmp_path / "home", folders["full"], other)
+    assert "Presets come with the package prunesid-transformers, which is not installed" in preset
+    for name, refused in (("score", retired), ("grouping", grouping)):
+        assert f"prunesid_config has no field '{name}'. Its fields are: " in refused
+        assert refused.endswith("For those of version 0.1.0 install prunesid-transformers.")
+    assert "PruneSIDLlava classes load those of 'llava'. Load it with AutoModelForImageTextToText." in stock
