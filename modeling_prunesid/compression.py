@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from .budgets import share_over_runs, share_total
+from .budgets import share_total
 from .cached_rows import settle_rows
 from .context import ASKED
 from .methods import QUESTION
 from .plans import CachedPrompt, Plan, run_lengths, to_host
 from .prompts import IGNORED_LABEL, ShortPrompt, gather_columns, is_flat
+from .runs import share_over_runs
 from .upstream import CACHE_NAME, SHOWN, cache_of
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .budgets import largest_remainder
 from .cached_rows import follow_rows
 from .prompts import ShortPrompt
+from .runs import largest_remainder
 from .upstream import CACHE_NAME
 
 

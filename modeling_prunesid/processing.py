@@ -18,12 +18,13 @@ from transformers import AutoTokenizer, PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
 from transformers.utils import PROCESSOR_NAME
 
-from .budgets import request_budgets, share_over_runs, share_total
+from .budgets import request_budgets, share_total
 from .checks import warn_once
 from .configuration_prunesid import PruneSIDConfig, check_budget
 from .methods import QUESTION, reads_question
 from .prompts import IGNORED_LABEL
 from .repo_files import ACCESS_ARGUMENTS, VARIANT_ARGUMENTS, read_base, read_fields
+from .runs import share_over_runs
 
 
 OF_VIDEOS = "num_visual_tokens_of_videos"
