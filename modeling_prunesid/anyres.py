@@ -10,8 +10,8 @@ import torch
 from transformers import LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from .budgets import View
 from .frames import FramesModelMixin, FramesProcessorMixin
+from .views import View
 
 
 def are_cropped(inputs: dict[str, Any]) -> list[bool] | None:

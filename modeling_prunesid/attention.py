@@ -8,7 +8,6 @@ sequence, and a matrix of tokens x tokens is never formed.
 """
 
 import copy
-import math
 import sys
 import threading
 from collections.abc import Callable
@@ -20,15 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
-from transformers.vision_utils import get_vision_window_index
 
-from .tower import find_layers, resolve_layer
+from .layers import count_prefix, find_layers, resolve_layer
+from .patches import pool_blocks, tower_of
 
 
 # Each copy of this file, of the package and of every repository, has a function of its own.
 _NAME = f"prunesid_read_{abs(hash(__name__))}"
 _LOGITS_AT_ONCE = 2**24
-_TOWERS = ("visual", "vision_tower", "vision_model", "vision_encoder")
 
 # The module that the current thread watches, and where what it receives goes.
 _reader: ContextVar[tuple[nn.Module, list] | None] = ContextVar("reader", default=None)
@@ -178,51 +176,11 @@ def encode_with_attention(
     return output, torch.cat([model.patches_of(part).flatten() for part in received])
 
 
-def tower_of(model: Any) -> nn.Module:
-    """The vision tower of a base model whose tokens are compared as they enter the language model."""
-    name = model.tower_name or next((name for name in _TOWERS if hasattr(model, name)), None)
-    if name is None:
-        raise ValueError(
-            f"score='attention' needs a vision tower, which {type(model).__name__} lacks. Use score='component'."
-        )
-    return model.get_submodule(name)
-
-
-def pool_blocks(patches: torch.Tensor, grids: torch.LongTensor, num_tokens: int) -> torch.Tensor:
-    """The mean of the square of patches that each token is merged from, of grids `(t, h, w)` in raster order."""
-    side, pooled = math.isqrt(len(patches) // num_tokens), []
-    for own, (frames, height, width) in zip(patches.split(grids.prod(-1).tolist()), grids.tolist()):
-        blocks = own.view(frames, height // side, side, width // side, side)
-        pooled.append(blocks.mean((2, 4)).flatten())
-    return torch.cat(pooled)
-
-
-def square_grids(model: Any, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor:
-    """The `patch_grids` of families whose tower encodes square images, tiles or frames of one size."""
-    size, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
-    side = size // patch if isinstance(size, int) else size[0] // patch[0]
-    return torch.tensor([[1, side, side]]).expand(num_patches // side**2, -1)
-
-
-def grids_of_image_sizes(model: Any, modality: str, inputs: dict[str, Any], num_patches: int) -> torch.LongTensor:
-    """The `patch_grids` of families with Pixtral's tower, which encodes images `(height, width)` of any size."""
-    sizes = torch.as_tensor(inputs["image_sizes"]) // model.config.vision_config.patch_size
-    return torch.nn.functional.pad(sizes, (1, 0), value=1)
-
-
-def from_windows(tower: nn.Module, tokens: torch.Tensor, grids: torch.LongTensor) -> torch.Tensor:
-    """Merged tokens `(tokens,)` of a tower that lays them out by windows, in the order of the grids."""
-    if not hasattr(tower, "fullatt_block_indexes"):
-        return tokens
-    index, _ = get_vision_window_index(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size)
-    return tokens[index.argsort().to(tokens.device)]
-
-
 # What the model's code reads attention by; a repository whose method reads none goes without this file.
 PARTS = SimpleNamespace(
     attending_layer=attending_layer,
     watch=watch_attention,
     encode=encode_with_attention,
-    tower_of=tower_of,
+    num_prefix=lambda model: count_prefix(tower_of(model)),
     pool=pool_blocks,
 )

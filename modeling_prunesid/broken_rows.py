@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from .family import PrunedModelMixin
+from .connector import BehindConnectorModelMixin
 
 
-class BrokenRowsModelMixin(PrunedModelMixin):
+class BrokenRowsModelMixin(BehindConnectorModelMixin):
     """A view is a grid of tokens. Each row of an image's grids is a run of placeholders."""
 
     def grids(self, modality: str, inputs: dict[str, Any]) -> list[list[tuple[int, int]]] | None:

@@ -15,22 +15,6 @@ from .methods import method_of, reads_question
 from .selection import information_budgets, redundancy
 
 
-class View(NamedTuple):
-    """
-    One view of an input.
-
-    Args:
-        rows (`torch.LongTensor` of shape `(tokens,)`): its tokens among upstream's features of the input, ascending.
-        patches (`torch.LongTensor` of shape `(tokens,)`, *optional*):
-            The same tokens among the patches of the view in the vision tower, where tokens are compared there.
-        cls_at (`int`, *optional*): the row before which its CLS token goes, if that is kept; by default its first.
-    """
-
-    rows: torch.LongTensor
-    patches: torch.LongTensor | None = None
-    cls_at: int | None = None
-
-
 @dataclass
 class Budgets:
     """
@@ -41,15 +25,25 @@ class Budgets:
         rule (`"equal"`, `"information"` or `"reference"`):
             How a total becomes budgets of views: shared equally; shared in proportion to the views' information; or
             not at all: each view is given N' of its own by `reference_information`, and the total is the nominal one.
+        num_tokens, full_view, extra_kept: as given to `request_budgets`.
     """
 
     totals: list[int]
     rule: str
+    num_tokens: Sequence[Sequence[int]]
+    full_view: int | None = None
+    extra_kept: int = 0
 
-    def keep_all(self, num_tokens: Sequence[Sequence[int]]) -> list[bool]:
-        """Which inputs, of so many tokens in each of their views, keep all of them, and with them those of no view."""
-        is_known = self.rule != "reference"
-        return [is_known and total >= sum(views) for views, total in zip(num_tokens, self.totals)]
+    @property
+    def is_whole(self) -> list[bool]:
+        """Which inputs keep all of their tokens, and with them those of no view."""
+        return [self.rule != "reference" and n >= sum(views) for n, views in zip(self.totals, self.num_tokens)]
+
+    def counts_of(self, sizes: list[int]) -> tuple[list[int], list[int]] | None:
+        """T of each input, those of no view included, and N; None where the features decide."""
+        if self.rule == "reference":
+            return None
+        return sizes, [size if whole else n for size, n, whole in zip(sizes, self.totals, self.is_whole)]
 
 
 class Merged(NamedTuple):
@@ -130,20 +124,15 @@ def request_budgets(
     settings.check()
     if isinstance(num_visual_tokens, torch.Tensor) and torch.compiler.is_compiling():
         return _traced_budgets(settings, num_visual_tokens, num_tokens, full_view, extra_kept)
-    budgets = listed_budgets(num_visual_tokens, len(num_tokens))
-    is_total = budgets is not None or settings.budget_scope == "image"
-    is_by_reference = settings.dynamic and settings.budget_scope == "view" and num_visual_tokens is None
-    if budgets is None:
-        budgets = [settings.budget if num_visual_tokens is None else num_visual_tokens] * len(num_tokens)
+    listed, is_of_image = listed_budgets(num_visual_tokens, len(num_tokens)), settings.budget_scope == "image"
+    is_total, asked = is_of_image or listed is not None, num_visual_tokens
+    budgets = [settings.budget if asked is None else asked] * len(num_tokens) if listed is None else listed
     if None in budgets:
         return None
     totals = []
     for budget, views in zip(budgets, num_tokens):
         check_budget(budget, name="num_visual_tokens")
-        if is_total:
-            total = resolve_budget(budget, sum(views))
-        else:
-            total = sum(nominal_budgets(settings, budget, views, full_view))
+        total = _total(settings, budget, views, full_view, is_total)
         smallest = sum(min(extra_kept + 1, tokens) for tokens in views)
         if total < smallest:
             raise ValueError(
@@ -151,14 +140,16 @@ def request_budgets(
                 f"frames), which keep at least {smallest}: {extra_kept + 1} of each. Ask for more."
             )
         totals.append(total)
-    if listed_budgets(num_visual_tokens, len(num_tokens)) is not None:
-        _compare_with_settings(settings, totals, num_tokens, full_view)
+    if listed is not None and (is_of_image or not settings.dynamic):
+        own = [_total(settings, settings.budget, views, full_view, is_of_image) for views in num_tokens]
+        _say_what_is_replaced(settings.budget, own, totals)
     if all(total >= sum(views) for total, views in zip(totals, num_tokens)):
         _warn_of_excess(budgets, [sum(views) if is_total else max(views, default=0) for views in num_tokens])
         return None
-    if is_by_reference:
-        return Budgets(totals, "reference")
-    return Budgets(totals, "information" if settings.dynamic and is_total else "equal")
+    rule = "equal"
+    if settings.dynamic and (is_total or asked is None):
+        rule = "information" if is_total else "reference"
+    return Budgets(totals, rule, num_tokens, full_view, extra_kept)
 
 
 def _traced_budgets(
@@ -188,24 +179,24 @@ def _warn_of_excess(budgets: list[int | float], num_tokens: list[int]) -> None:
             )
 
 
-def _compare_with_settings(
-    settings: PretrainedConfig, totals: list[int], num_tokens: Sequence[Sequence[int]], full_view: int | None
-) -> None:
+def _say_what_is_replaced(budget: int | float | None, own: list[int], totals: list[int]) -> None:
     """Say once that a prompt brings another budget than the model's, which somebody may have set in vain."""
-    budget = settings.budget
-    if budget is None:
-        expected = [sum(views) for views in num_tokens]
-    elif settings.budget_scope == "image":
-        expected = [resolve_budget(budget, sum(views)) for views in num_tokens]
-    else:
-        expected = [sum(nominal_budgets(settings, budget, views, full_view)) for views in num_tokens]
-    if totals != expected and not (settings.dynamic and settings.budget_scope == "view"):
+    if totals != own:
         warn_once(
             "budget of the prompt",
             f"The prompt was written for num_visual_tokens={totals}, which replaces the model's own "
             f"prunesid_config.budget={budget}. Set processor.num_visual_tokens to the budget that you want, or to "
             "None: then it writes full prompts, which leave the budget to the model.",
         )
+
+
+def _total(
+    settings: PretrainedConfig, budget: Any, views: Sequence[int], full_view: int | None, is_total: bool
+) -> int:
+    """N of an input, of a budget of the whole of it (`is_total`) or of each of its views."""
+    if budget is None:
+        return sum(views)
+    return resolve_budget(budget, sum(views)) if is_total else sum(nominal_budgets(settings, budget, views, full_view))
 
 
 def nominal_budgets(
@@ -253,44 +244,6 @@ def _share_by_weight(count: int, weights: Sequence[float], num_tokens: Sequence[
     return shares
 
 
-def largest_remainder(sizes: list[int], total: int) -> list[int]:
-    """Shares out `total` in proportion to `sizes`, none above its size; equal remainders go to the earlier one."""
-    whole = sum(sizes)
-    shares = [size * total // whole for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda index: -(sizes[index] * total % whole))
-    for index in by_remainder[: total - sum(shares)]:
-        shares[index] += 1
-    return shares
-
-
-def share_over_runs(runs: list[int], views: list[int], kept: list[int]) -> list[int]:
-    """
-    What remains of each run of placeholders, when `kept` of each of the `views` do.
-
-    A run may hold several views, and tokens of none (newlines), which leave. A view may be written as several runs
-    (rows with breaks between them): then its kept tokens are shared over them by largest remainder.
-    """
-    if len(runs) == 1:
-        return [sum(kept)]
-    remaining, view = [], 0
-    run = 0
-    while run < len(runs):
-        if views[view] <= runs[run]:
-            held, total = 0, 0
-            while view < len(views) and held + views[view] <= runs[run]:
-                held, total, view = held + views[view], total + kept[view], view + 1
-            remaining.append(total)
-            run += 1
-            continue
-        rows = [runs[run]]
-        while sum(rows) < views[view]:
-            run += 1
-            rows.append(runs[run])
-        remaining += largest_remainder(rows, kept[view])
-        run, view = run + 1, view + 1
-    return remaining
-
-
 def view_information(views: torch.Tensor, lengths: list[int], first_views: list[int]) -> list[float]:
     """
     The information score 1 - rho of each view (section 3.4).
@@ -302,29 +255,12 @@ def view_information(views: torch.Tensor, lengths: list[int], first_views: list[
     return [1 - rho for rho in redundancy(views, lengths).tolist()]
 
 
-def frame_information(views: torch.Tensor, lengths: list[int], first_views: list[int]) -> list[float]:
-    """
-    What each frame of a clip shows: its information score 1 - rho, but no more than its change, the mean cosine
-    distance of its patches to the same patches of the frame before. This is ours: a static frame has none. Arguments
-    are those of `view_information`, for frames of equal lengths.
-    """
-    scores = 1 - redundancy(views, lengths)
-    directions = torch.nn.functional.normalize(views.float(), dim=-1)
-    change = 1 - (directions[1:] * directions[:-1]).sum(-1).mean(-1)
-    changed = torch.cat([scores[:1], torch.minimum(scores[1:], change.nan_to_num(0))])
-    alone, changing = torch.stack([scores, changed]).tolist()
-    return [alone[view] if view in first_views else changing[view] for view in range(len(views))]
-
-
 def choose_tokens(
     settings: PretrainedConfig,
     views: torch.Tensor,
     lengths: list[int],
-    num_tokens: Sequence[Sequence[int]],
     budgets: Budgets,
     *,
-    full_view: int | None = None,
-    extra_kept: int = 0,
     lambda_of_share: bool = False,
     seen: dict[str, torch.Tensor] | None = None,
     information: Callable[..., list[float]] = view_information,
@@ -336,7 +272,6 @@ def choose_tokens(
         settings (`PruneSIDConfig`).
         views (`torch.Tensor` of shape `(views, tokens, dim)`): the features that are compared, padded.
         lengths (`list[int]`): how many of them each view has.
-        num_tokens (`list[list[int]]`), full_view (`int`), extra_kept (`int`): as given to `request_budgets`.
         budgets ([`Budgets`]).
         lambda_of_share (`bool`): lambda is 18 N/T where `settings` have none, in place of N/32.
         seen (`dict[str, torch.Tensor]`, *optional*):
@@ -344,19 +279,19 @@ def choose_tokens(
         information (`Callable`): the scores that a total is shared by with rule `"information"`.
     """
     settings.check()
-    all_tokens = list(itertools.chain(*num_tokens))
-    shares = _shares(settings, views, lengths, num_tokens, budgets, full_view, extra_kept, information)
-    counts = [
-        0 if tokens <= extra_kept else min(share - extra_kept, length)
-        for share, tokens, length in zip(shares, all_tokens, lengths)
-    ]
-    for share, count, tokens in zip(shares, counts, all_tokens):
+    extra_kept, counts = budgets.extra_kept, []
+    all_tokens = [(tokens, whole) for own, whole in zip(budgets.num_tokens, budgets.is_whole) for tokens in own]
+    for share, length, (tokens, whole) in zip(
+        _shares(settings, views, lengths, budgets, information), lengths, all_tokens
+    ):
+        count = 0 if tokens <= extra_kept else min(share - extra_kept, length)
         if count < 1 and tokens > extra_kept:
             raise ValueError(
                 f"prunesid_config.budget must exceed the {extra_kept} tokens that are kept besides the patches, got "
                 f"{share}. Raise it{', or min_budget,' if budgets.rule == 'reference' else ''} to at least "
                 f"{extra_kept + 1}."
             )
+        counts.append(length if whole else count)
     chosen = [view for view, (count, length) in enumerate(zip(counts, lengths)) if 0 < count < length]
     most, device = max(counts), views.device
     indices = torch.arange(most, device=device).expand(len(views), -1)
@@ -370,7 +305,7 @@ def choose_tokens(
 
         chosen_counts = [counts[view] for view in chosen]
         if reads_question(settings):
-            seen = {**(seen or {}), "relevance": _relevance(settings, views, lengths, num_tokens, budgets, seen or {})}
+            seen = {**(seen or {}), "relevance": _relevance(settings, views, lengths, budgets, seen or {})}
         found = None if torch.compiler.is_compiling() else SELECTIONS.get()
         context = Context(
             counts=chosen_counts,
@@ -394,7 +329,6 @@ def _relevance(
     settings: PretrainedConfig,
     views: torch.Tensor,
     lengths: list[int],
-    num_tokens: Sequence[Sequence[int]],
     budgets: Budgets,
     seen: dict[str, torch.Tensor],
 ) -> torch.Tensor:
@@ -405,37 +339,32 @@ def _relevance(
             f"prunesid_config.method_settings={settings.method_settings!r} chooses tokens by the question, which "
             "images alone do not have. Pass them to `generate` or `forward` with their prompt."
         )
-    return question.weigh(seen.get("projected", views), lengths, num_tokens, budgets.totals)
+    return question.weigh(seen.get("projected", views), lengths, budgets.num_tokens, budgets.totals)
 
 
 def _shares(
     settings: PretrainedConfig,
     views: torch.Tensor,
     lengths: list[int],
-    num_tokens: Sequence[Sequence[int]],
     budgets: Budgets,
-    full_view: int | None,
-    extra_kept: int,
     information: Callable[..., list[float]],
 ) -> list[int]:
     """N of each view, with what is kept besides. Looks at the features only where budgets follow information."""
+    of_inputs, extra_kept = budgets.num_tokens, budgets.extra_kept
     if budgets.rule == "reference":
-        nominal = itertools.chain(*(nominal_budgets(settings, settings.budget, own, full_view) for own in num_tokens))
+        nominal = [nominal_budgets(settings, settings.budget, own, budgets.full_view) for own in of_inputs]
         bounds = {"minimum": settings.min_budget, "maximum": settings.max_budget}
         rho = redundancy(views, lengths)
         adjusted = [
             information_budgets(rho[view], budget, length + extra_kept, settings.reference_information, **bounds)
-            for view, (budget, length) in enumerate(zip(nominal, lengths))
+            for view, (budget, length) in enumerate(zip(itertools.chain(*nominal), lengths))
             if length
         ]
         adjusted = iter(torch.stack(adjusted).tolist())
         return [next(adjusted) if length else 0 for length in lengths]
-    weights = [1.0] * len(lengths)
-    if budgets.rule == "information":
-        firsts = list(itertools.accumulate(map(len, num_tokens), initial=0))
-        weights = information(views, lengths, firsts)
-    shares, first = [], 0
-    for own, total in zip(num_tokens, budgets.totals):
+    firsts = list(itertools.accumulate(map(len, of_inputs), initial=0))
+    weights = information(views, lengths, firsts) if budgets.rule == "information" else [1.0] * len(lengths)
+    shares = []
+    for own, total, first in zip(of_inputs, budgets.totals, firsts):
         shares += share_total(total, weights[first : first + len(own)], own, minimum=extra_kept + 1)
-        first += len(own)
     return shares

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .arguments import ShortensArgumentsMixin
-from .budgets import share_over_runs, share_total
+from .budgets import share_total
 from .cached_chats import ContinuesCacheMixin
 from .cached_rows import settle_rows
 from .context import ASKED
@@ -24,6 +24,7 @@ from .parts import QUESTION
 from .plans import CachedPrompt, Plan, generating, is_counted, to_host
 from .prompts import IGNORED_LABEL, ShortPrompt, columns_of, is_flat
 from .readings import run_lengths
+from .runs import share_over_runs
 from .upstream import CACHE_NAME, PIXELS, SHOWN, cache_of
 
 

@@ -12,73 +12,14 @@ from typing import Any
 
 import torch
 
-from .budgets import Merged, View, choose_tokens, request_budgets, view_information
+from .budgets import Merged, choose_tokens, request_budgets, view_information
+from .family import NumVisualTokens, PrunedModelMixin
+from .layers import count_prefix, resolve_layer
 from .methods import OF_CLS, needs_of, options_of
 from .parts import ATTENTION
-from .tower import TowerStates, check_has_cls, count_prefix, project_rows, resolve_layer, watch_tower
+from .tower import TowerStates, check_has_cls, project_rows, watch_tower
 from .upstream import SHOWN, install_capturing
-
-
-def as_views(views: list[int] | list[View]) -> list[View]:
-    """Views given by their lengths, one behind the other, as [`View`]s."""
-    lengths: Any = views
-    if lengths and isinstance(lengths[0], int):
-        return [View(rows) for rows in torch.arange(sum(lengths)).split(lengths)]
-    return lengths
-
-
-def table_of(rows: list[torch.LongTensor]) -> torch.LongTensor:
-    """Rows of several views as one table `(views, longest)`, on the host; shorter ones repeat row 0."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-def rows_of(table: torch.LongTensor, indices: torch.LongTensor, counts: list[int]) -> torch.LongTensor:
-    """
-    The entries of `table` that were chosen, one view behind the other, without a wait for the device.
-
-    Args:
-        table (`torch.LongTensor` of shape `(views, tokens)`): on the host.
-        indices (`torch.LongTensor` of shape `(views, largest N)`), counts (`list[int]`): of `choose_tokens`.
-    """
-    device, width = indices.device, indices.shape[1]
-    chosen = table.to(device, non_blocking=True).gather(1, indices.clamp(max=table.shape[1] - 1)).flatten()
-    if set(counts) == {width}:
-        return chosen
-    slots = torch.cat([torch.arange(count) + view * width for view, count in enumerate(counts)])
-    return chosen[slots.to(device, non_blocking=True)]
-
-
-def rows_of_features(features: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """The leading `counts` of the rows `(views, rows, dim)` of each view, one view behind the other."""
-    return torch.cat([own[:count] for own, count in zip(features, counts)])
-
-
-def keep_rows(features: list[torch.Tensor], rows: torch.LongTensor, counts: list[int], cls=None):
-    """
-    The kept rows of the features `(T, hidden_size)` of several inputs, in order.
-
-    Args:
-        rows (`torch.LongTensor`): kept rows of all inputs, counted through, in any order.
-        counts (`list[int]`): how many of each input, with its CLS tokens.
-        cls (`tuple`, *optional*):
-            Features `(cls, hidden_size)` of CLS tokens, which have no row, and the row `(cls,)` that each precedes.
-
-    Returns:
-        Features `(N, hidden_size)`, and indices `(N,)` into its T rows, -1 for a CLS token, of each input.
-    """
-    whole, device = torch.cat(features), rows.device
-    starts = torch.tensor([0, *map(len, features[:-1])]).cumsum(0)
-    starts = starts.repeat_interleave(torch.tensor(counts), output_size=sum(counts))
-    starts = starts.to(device, non_blocking=True)
-    if cls is None:
-        rows = rows.sort().values
-        return whole[rows].split(counts), (rows - starts).split(counts)
-    cls_features, places = cls
-    order = torch.cat([2 * places.to(device), 2 * rows + 1]).argsort(stable=True)
-    kept = torch.cat([cls_features.to(device), whole[rows]])[order]
-    is_cls = order < len(places)
-    indices = torch.cat([torch.zeros_like(places, device=device), rows])[order] - starts
-    return kept.split(counts), indices.masked_fill(is_cls, -1).split(counts)
+from .views import View, keep_rows, kept_rows, put_merged, rows_of, table_of
 
 
 class TowerEncoding:
@@ -115,9 +56,9 @@ class TowerEncoding:
             self.sizes = [sum(own) + len(own) * self.num_fed for own in views]
         self.views = [self._lay_out(own) for own in views]
         self.num_tokens = [[len(view.rows) + self.num_fixed for view in own] for own in self.views]
-        self.full_view = max([0, *itertools.chain(*self.num_tokens)])
+        full_view = max([0, *itertools.chain(*self.num_tokens)])
         self.budgets: Any = request_budgets(
-            self.settings, num_visual_tokens, self.num_tokens, self.full_view, self.num_extra
+            self.settings, num_visual_tokens, self.num_tokens, full_view, self.num_extra
         )
 
     def _lay_out(self, views: list[int] | list[View]) -> list[View]:
@@ -166,16 +107,12 @@ class TowerEncoding:
     @property
     def expected_counts(self) -> tuple[list[int], list[int]] | None:
         """T and N of each input, where they are known before the tower runs."""
-        if self.sizes is None or self.budgets is None or self.budgets.rule == "reference":
-            return None
-        return self.sizes, [
-            size if whole else total for size, total, whole in zip(self.sizes, self.budgets.totals, self.is_whole)
-        ]
+        return None if self.sizes is None or self.budgets is None else self.budgets.counts_of(self.sizes)
 
     @property
     def is_whole(self) -> list[bool]:
         """Which inputs keep all of their tokens, and with them those of no view."""
-        return self.budgets.keep_all(self.num_tokens)
+        return self.budgets.is_whole
 
     @property
     def keeps_cls(self) -> bool:
@@ -261,22 +198,18 @@ class TowerEncoding:
         views, length = list(itertools.chain(*self.views)), features.shape[1]
         starts = [view * length for view in range(len(views))]
         table = table_of([view.patches + start + self.num_prefix_rows for view, start in zip(views, starts)])
-        rows = [rows_of(table, self.indices, self.counts)]
+        rows = rows_of(table, self.indices, self.counts)
         if merged is not None:
-            places = rows_of(table[merged.views], merged.indices, merged.counts)
-            values = rows_of_features(merged.features, merged.counts)
-            features = features.flatten(0, 1).index_copy(0, places, values.to(features.dtype)).view_as(features)
+            features = put_merged(features.flatten(0, 1), table, merged).view_as(features)
+        if not self.num_extra:
+            return features, rows
         whole_of_view = [whole for own, whole in zip(self.views, self.is_whole) for _ in own]
-        first_extra = [self.has_own_cls if whole else 0 for whole in whole_of_view]
         extra = [
-            torch.arange(start + first, start + self.num_extra)
-            for view, start, first in zip(views, starts, first_extra)
+            torch.arange(start + (self.has_own_cls and whole), start + self.num_extra)
+            for view, start, whole in zip(views, starts, whole_of_view)
             if len(view.rows)
         ]
-        if self.num_extra:
-            rows.append(torch.cat(extra).to(features.device, non_blocking=True))
-            return features, torch.cat(rows).sort().values
-        return features, rows[0]
+        return features, torch.cat([rows, torch.cat(extra).to(features.device, non_blocking=True)]).sort().values
 
     @property
     def num_prefix_rows(self) -> int:
@@ -299,15 +232,10 @@ class TowerEncoding:
             self.settings,
             compared,
             lengths,
-            self.num_tokens,
             self.budgets,
-            full_view=self.full_view,
-            extra_kept=self.num_extra,
             seen=seen,
             information=self.information,
         )
-        all_whole = [whole for own, whole in zip(self.views, self.is_whole) for _ in own]
-        self.counts = [length if whole else count for length, count, whole in zip(lengths, self.counts, all_whole)]
         return merged
 
     def _finish(self, output: Any, projected_cls: torch.Tensor | None) -> Any:
@@ -315,39 +243,60 @@ class TowerEncoding:
         images = output.pooler_output
         if isinstance(images, torch.Tensor):
             images = images.reshape(len(self.views), -1, images.shape[-1])
-        images = list(images)
         if not self.runs_whole:
             output = type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
-        sizes, device = [len(image) for image in images], images[0].device
-        known, tables, counts, cls_views, cls_places = [], [], [], [], []
-        first = start = 0
-        for own, size, whole in zip(self.views, sizes, self.is_whole):
-            if whole:
-                known.append(torch.arange(start, start + size))
-            kept = 0
-            for index, view in enumerate(own, first):
-                tables.append(view.rows + start)
-                if whole or not len(view.rows):
-                    continue
-                kept += self.counts[index] + self.num_extra
-                if not self.num_extra:
-                    continue
-                begin = int(view.rows[0]) - self.num_fixed
-                known.append(torch.arange(start + begin, start + begin + self.num_fixed))
-                if projected_cls is not None:
-                    cls_views.append(index)
-                    cls_places.append(start + (begin if view.cls_at is None else view.cls_at))
-            counts.append(size if whole else kept)
-            first, start = first + len(own), start + size
-        whole_of_view = [whole for own, whole in zip(self.views, self.is_whole) for _ in own]
-        chosen = [0 if whole else count for count, whole in zip(self.counts, whole_of_view)]
-        rows = rows_of(table_of(tables), self.indices, chosen).to(device)
-        if known:
-            rows = torch.cat([torch.cat(known).to(device, non_blocking=True), rows])
+        sizes, features = [len(image) for image in images], torch.cat(list(images))
+        rows, counts = kept_rows(self.views, sizes, self.is_whole, self.indices, self.counts, self.num_fixed)
         cls = None
-        if cls_views:
-            cls = projected_cls[torch.tensor(cls_views, device=projected_cls.device)], torch.tensor(cls_places)
-        pooled, indices = keep_rows(images, rows, counts, cls)
+        if projected_cls is not None:
+            found, starts, index = [], itertools.accumulate(sizes, initial=0), itertools.count()
+            for place, (own, start, whole) in enumerate(zip(self.views, starts, self.is_whole)):
+                for view, number in zip(own, index):
+                    if len(view.rows) and not whole:
+                        first = int(view.rows[0]) - self.num_fixed if view.cls_at is None else view.cls_at
+                        found.append((number, start + first))
+                        counts[place] += 1
+            of_views, places = torch.tensor(found, dtype=torch.long).view(-1, 2).T
+            cls = projected_cls[of_views.to(projected_cls.device)], places
+        pooled, indices = keep_rows(features, sizes, rows.to(features.device), counts, cls)
         output["num_placeholders"] = sizes
         output.pooler_output, output["keep_indices"] = list(pooled), list(indices)
         return output
+
+
+class TowerModelMixin(PrunedModelMixin):
+    """
+    For families whose tokens are compared in the vision tower, as in the paper, or as they enter the projector, which
+    maps each of them for itself, so that only kept ones go through it. See [`PrunedModelMixin`].
+    """
+
+    # The vision tower of each modality; without it, tokens are compared as they enter the projector.
+    towers: dict[str, str] = {}
+    # The projector. Not `projector`: that is what several stock models call the module itself.
+    projector_name: str
+    # How tokens are chosen before it.
+    encoding_class = TowerEncoding
+    # What `dynamic` shares the total of a clip by.
+    video_information = staticmethod(view_information)
+
+    def views(self, modality: str, inputs: dict[str, Any], sizes: None) -> list[list[int]] | list[list[View]]:
+        """
+        The views of each input of what our method was called with, by how many patches they have, or as [`View`]s. By
+        default a view is an image or frame.
+        """
+        return self.patch_counts(modality, inputs)
+
+    def sizes_of(self, modality: str, inputs: dict[str, Any]) -> list[int] | None:
+        """T of each input, where that is not the tokens of its views."""
+        return None
+
+    def shows_encoder(self, modality: str) -> bool:
+        # A tower that stops early has not even what upstream reads of it for itself, and returns unasked.
+        return bool(self.towers) and not self.is_off(None) or super().shows_encoder(modality)
+
+    def expected_counts(self, modality: str, inputs: dict[str, Any]) -> tuple[list[int], list[int]] | None:
+        inputs = dict(inputs)
+        return self.encoding_class(self, modality, inputs.pop("num_visual_tokens", None), inputs).expected_counts
+
+    def encode_kept(self, modality, encode, num_visual_tokens: NumVisualTokens, inputs, given):
+        return self.encoding_class(self, modality, num_visual_tokens, inputs).run(encode)

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from .encoding import as_views
-from .family import PrunedModelMixin
+from .connector import BehindConnectorModelMixin
 from .processing import PrunedProcessorMixin
+from .views import as_views
 
 
-class FramesModelMixin(PrunedModelMixin):
+class FramesModelMixin(BehindConnectorModelMixin):
     """For `pixel_values_videos` of shape `(videos, frames, channels, height, width)`."""
 
     num_separators = 0  # tokens of no view behind a clip

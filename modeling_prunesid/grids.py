@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .attention import from_windows, pool_blocks, tower_of
 from .configuration_prunesid import NestsPruneSIDConfig
-from .family import PrunedModelMixin
+from .connector import BehindConnectorModelMixin
+from .patches import from_windows, pool_blocks, tower_of
 from .processing import PrunedProcessorMixin
 
 
@@ -24,7 +24,7 @@ class GridConfigMixin(NestsPruneSIDConfig):
         return settings if settings.get("budget_scope") == "image" else {"min_budget": 16, **settings}
 
 
-class GridModelMixin(PrunedModelMixin):
+class GridModelMixin(BehindConnectorModelMixin):
     """
     A view is a temporal slice of a grid. K is N/4 and lambda 18 N/T, which is N/32 at 576 tokens. The release for
     Qwen2-VL has the same, but lambda never falls below 1, and its rho is about half the true one.

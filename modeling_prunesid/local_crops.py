@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from .budgets import View
-from .encoding import as_views
-from .family import PrunedModelMixin
+from .connector import BehindConnectorModelMixin
 from .processing import PrunedProcessorMixin
+from .views import View, as_views
 
 
-class LocalCropsModelMixin(PrunedModelMixin):
+class LocalCropsModelMixin(BehindConnectorModelMixin):
     """
     A view is a crop or the whole image, which comes behind its crops, and before its separators. The tower encodes all
     whole images before all crops. `num_local_patches` says how many crops each image has.

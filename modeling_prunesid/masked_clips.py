@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from .family import PrunedModelMixin
+from .connector import BehindConnectorModelMixin
 
 
-class MaskedClipsModelMixin(PrunedModelMixin):
+class MaskedClipsModelMixin(BehindConnectorModelMixin):
     """
     A view is an image, or what is left of a frame.
 

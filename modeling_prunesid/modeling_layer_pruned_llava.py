@@ -11,8 +11,8 @@ from .budgets import Budgets
 from .checks import resolve_budget
 from .co_pruning import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .configuration_prunesid import NestsPruneSIDConfig, PruneSIDConfig, is_budget
-from .encoding import TowerEncoding
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .encoding import TowerEncoding, TowerModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 from .vitcop import plan_counts, scaled_layers
 
@@ -55,7 +55,8 @@ class _GroupedEncoding(TowerEncoding):
         super().__init__(model, modality, num_visual_tokens, inputs)
         self.num_layers, self.layers = len(model.language_model.layers), model.pruning_layers()
         if self.budgets is None and self.settings.llm_budget is not None:
-            self.budgets = Budgets([sum(own) for own in self.num_tokens], "equal")
+            totals = [sum(own) for own in self.num_tokens]
+            self.budgets = Budgets(totals, "equal", self.num_tokens, extra_kept=self.num_extra)
 
     def _finish(self, output, projected_cls):
         output = super()._finish(output, projected_cls)
@@ -67,7 +68,7 @@ class _GroupedEncoding(TowerEncoding):
         return output
 
 
-class LayerPrunedLlavaModel(CoPrunedModelMixin, PrunedModelMixin, LlavaModel):
+class LayerPrunedLlavaModel(CoPrunedModelMixin, TowerModelMixin, LlavaModel):
     """[`LlavaModel`] with a compressing `get_image_features`, and layers that drop tokens."""
 
     config_class = LayerPrunedLlavaConfig

@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .local_crops import LocalCropsModelMixin, LocalCropsProcessorMixin
 
 
@@ -32,7 +33,7 @@ class PruneSIDDeepseekOcr2Model(LocalCropsModelMixin, DeepseekOcr2Model):
     config_class = PruneSIDDeepseekOcr2Config
     num_separators = 1
 
-    pool_attention = PrunedModelMixin.pool_attention  # tokens are queries, not merged from patches
+    pool_attention = BehindConnectorModelMixin.pool_attention  # tokens are queries, not merged from patches
 
     def tokens_of(self, pixels):
         return 144 if super().tokens_of(pixels) <= 144 else 256

@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -19,7 +20,7 @@ class PruneSIDDeepseekVLConfig(BehindConnectorConfig, DeepseekVLConfig):
     model_type = "prunesid_deepseek_vl"
 
 
-class PruneSIDDeepseekVLModel(PrunedModelMixin, DeepseekVLModel):
+class PruneSIDDeepseekVLModel(BehindConnectorModelMixin, DeepseekVLModel):
     """[`DeepseekVLModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDDeepseekVLConfig

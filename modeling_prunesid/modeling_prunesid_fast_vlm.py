@@ -3,7 +3,8 @@
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration, FastVlmModel, GenerationMixin, LlavaProcessor
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -13,7 +14,7 @@ class PruneSIDFastVlmConfig(BehindConnectorConfig, FastVlmConfig):
     model_type = "prunesid_fast_vlm"
 
 
-class PruneSIDFastVlmModel(PrunedModelMixin, FastVlmModel):
+class PruneSIDFastVlmModel(BehindConnectorModelMixin, FastVlmModel):
     """[`FastVlmModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDFastVlmConfig

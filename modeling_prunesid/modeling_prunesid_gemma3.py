@@ -2,9 +2,9 @@
 
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Model, Gemma3Processor, GenerationMixin
 
-from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .patches import square_grids
 from .tiles import TiledModelMixin, TiledProcessorMixin
 
 

@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -19,7 +20,7 @@ class PruneSIDGemma3nConfig(BehindConnectorConfig, Gemma3nConfig):
     model_type = "prunesid_gemma3n"
 
 
-class PruneSIDGemma3nModel(PrunedModelMixin, Gemma3nModel):
+class PruneSIDGemma3nModel(BehindConnectorModelMixin, Gemma3nModel):
     """[`Gemma3nModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDGemma3nConfig

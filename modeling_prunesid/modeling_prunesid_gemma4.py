@@ -4,7 +4,8 @@ import torch
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4Model, Gemma4Processor, GenerationMixin
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -17,7 +18,7 @@ class PruneSIDGemma4Config(BehindConnectorConfig, Gemma4Config):
     model_type = "prunesid_gemma4"
 
 
-class PruneSIDGemma4Model(PrunedModelMixin, Gemma4Model):
+class PruneSIDGemma4Model(BehindConnectorModelMixin, Gemma4Model):
     """[`Gemma4Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDGemma4Config

@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -22,7 +23,7 @@ class PruneSIDGemma4UnifiedConfig(BehindConnectorConfig, Gemma4UnifiedConfig):
     model_type = "prunesid_gemma4_unified"
 
 
-class PruneSIDGemma4UnifiedModel(PrunedModelMixin, Gemma4UnifiedModel):
+class PruneSIDGemma4UnifiedModel(BehindConnectorModelMixin, Gemma4UnifiedModel):
     """[`Gemma4UnifiedModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDGemma4UnifiedConfig

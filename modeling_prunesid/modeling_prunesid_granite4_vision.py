@@ -12,7 +12,8 @@ from transformers import (
 
 from .anyres import PackedModelMixin, PackedProcessorMixin
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 
 
 class PruneSIDGranite4VisionConfig(BehindConnectorConfig, Granite4VisionConfig):
@@ -25,8 +26,7 @@ class PruneSIDGranite4VisionModel(PackedModelMixin, Granite4VisionModel):
     """[`Granite4VisionModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDGranite4VisionConfig
-
-    pool_attention = PrunedModelMixin.pool_attention  # tokens are merged by attention, not from patches
+    pool_attention = BehindConnectorModelMixin.pool_attention  # tokens are merged by attention, not from patches
 
     def features_of(self, output):
         return list(output.deepstack_features[0][1])

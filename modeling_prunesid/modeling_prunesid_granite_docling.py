@@ -8,9 +8,9 @@ from transformers import (
     GraniteDoclingProcessor,
 )
 
-from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .patches import square_grids
 from .tiles import TiledModelMixin, TiledProcessorMixin
 
 

@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -19,7 +20,7 @@ class PruneSIDInkling2Config(BehindConnectorConfig, Inkling2Config):
     model_type = "prunesid_inkling2"
 
 
-class PruneSIDInkling2Model(PrunedModelMixin, Inkling2Model):
+class PruneSIDInkling2Model(BehindConnectorModelMixin, Inkling2Model):
     """[`Inkling2Model`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDInkling2Config

@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -19,7 +20,7 @@ class PruneSIDInkling2LoopConfig(BehindConnectorConfig, Inkling2LoopConfig):
     model_type = "prunesid_inkling2_loop"
 
 
-class PruneSIDInkling2LoopModel(PrunedModelMixin, Inkling2LoopModel):
+class PruneSIDInkling2LoopModel(BehindConnectorModelMixin, Inkling2LoopModel):
     """[`Inkling2LoopModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDInkling2LoopConfig

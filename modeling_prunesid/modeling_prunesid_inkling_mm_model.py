@@ -10,7 +10,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -20,12 +21,11 @@ class PruneSIDInklingConfig(BehindConnectorConfig, InklingConfig):
     model_type = "prunesid_inkling_mm_model"
 
 
-class PruneSIDInklingModel(PrunedModelMixin, InklingModel):
+class PruneSIDInklingModel(BehindConnectorModelMixin, InklingModel):
     """[`InklingModel`] with a compressing `get_image_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDInklingConfig
-    pools_tensor = ("image",)
-    own_arguments = ("num_patches",)  # of each image, as our processor returns them; upstream has no need of them
+    pools_tensor, own_arguments = ("image",), ("num_patches",)  # of each image; upstream has no need of them
 
     def views(self, modality, inputs, sizes):
         counts = inputs.get("num_patches")

@@ -3,7 +3,8 @@
 from transformers import GenerationMixin, JanusConfig, JanusForConditionalGeneration, JanusModel, JanusProcessor
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -13,7 +14,7 @@ class PruneSIDJanusConfig(BehindConnectorConfig, JanusConfig):
     model_type = "prunesid_janus"
 
 
-class PruneSIDJanusModel(PrunedModelMixin, JanusModel):
+class PruneSIDJanusModel(BehindConnectorModelMixin, JanusModel):
     """[`JanusModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDJanusConfig

@@ -9,9 +9,10 @@ from transformers import (
     LightOnOcrProcessor,
 )
 
-from .attention import grids_of_image_sizes
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
+from .patches import grids_of_image_sizes
 from .processing import PrunedProcessorMixin
 
 
@@ -21,7 +22,7 @@ class PruneSIDLightOnOcrConfig(BehindConnectorConfig, LightOnOcrConfig):
     model_type = "prunesid_lighton_ocr"
 
 
-class PruneSIDLightOnOcrModel(PrunedModelMixin, LightOnOcrModel):
+class PruneSIDLightOnOcrModel(BehindConnectorModelMixin, LightOnOcrModel):
     """[`LightOnOcrModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDLightOnOcrConfig

@@ -3,7 +3,8 @@
 from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaProcessor
 
 from .configuration_prunesid import NestsPruneSIDConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .encoding import TowerModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -13,7 +14,7 @@ class PruneSIDLlavaConfig(NestsPruneSIDConfig, LlavaConfig):
     model_type = "prunesid_llava"
 
 
-class PruneSIDLlavaModel(PrunedModelMixin, LlavaModel):
+class PruneSIDLlavaModel(TowerModelMixin, LlavaModel):
     """[`LlavaModel`] with a compressing `get_image_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDLlavaConfig

@@ -9,9 +9,9 @@ from transformers import (
 )
 
 from .anyres import PackedModelMixin, PackedProcessorMixin
-from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .patches import square_grids
 
 
 class PruneSIDLlavaNextVideoConfig(BehindConnectorConfig, LlavaNextVideoConfig):

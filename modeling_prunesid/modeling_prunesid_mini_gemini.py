@@ -4,7 +4,8 @@ from transformers import GenerationMixin
 
 from .configuration_mini_gemini import MiniGeminiConfig
 from .configuration_prunesid import NestsPruneSIDConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .encoding import TowerModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
 from .processing import PrunedProcessorMixin
 from .processing_mini_gemini import MiniGeminiProcessor
@@ -20,7 +21,7 @@ class PruneSIDMiniGeminiConfig(NestsPruneSIDConfig, MiniGeminiConfig):
     _has_no_cls = "it compares the final image tokens, among which is no CLS token"
 
 
-class PruneSIDMiniGeminiModel(PrunedModelMixin, MiniGeminiModel):
+class PruneSIDMiniGeminiModel(TowerModelMixin, MiniGeminiModel):
     """[`MiniGeminiModel`] with a compressing `get_image_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDMiniGeminiConfig

@@ -8,10 +8,10 @@ from transformers import (
     PixtralProcessor,
 )
 
-from .attention import grids_of_image_sizes
 from .broken_rows import BrokenRowsModelMixin
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .patches import grids_of_image_sizes
 from .processing import PrunedProcessorMixin
 
 

@@ -2,9 +2,9 @@
 
 from transformers import GenerationMixin, Ovis2Config, Ovis2ForConditionalGeneration, Ovis2Model, Ovis2Processor
 
-from .attention import square_grids
 from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .patches import square_grids
 from .tiles import TiledModelMixin, TiledProcessorMixin
 
 

@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -20,7 +21,7 @@ class PruneSIDPaliGemmaConfig(BehindConnectorConfig, PaliGemmaConfig):
     is_mm_prefix_lm = True  # placeholders see each other, which vLLM knows by the stock model type
 
 
-class PruneSIDPaliGemmaModel(PrunedModelMixin, PaliGemmaModel):
+class PruneSIDPaliGemmaModel(BehindConnectorModelMixin, PaliGemmaModel):
     """[`PaliGemmaModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDPaliGemmaConfig

@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .frames import FramesProcessorMixin
 
 
@@ -22,7 +23,7 @@ class PruneSIDPerceptionLMConfig(BehindConnectorConfig, PerceptionLMConfig):
     model_type = "prunesid_perception_lm"
 
 
-class PruneSIDPerceptionLMModel(PrunedModelMixin, PerceptionLMModel):
+class PruneSIDPerceptionLMModel(BehindConnectorModelMixin, PerceptionLMModel):
     """[`PerceptionLMModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDPerceptionLMConfig
@@ -36,7 +37,7 @@ class PruneSIDPerceptionLMModel(PrunedModelMixin, PerceptionLMModel):
         """The features of a video's kept tokens; upstream calls its `get_image_features` for videos as well."""
 
         def encode(pixel_values_videos, **options):
-            return super(PrunedModelMixin, self).get_image_features(pixel_values=pixel_values_videos, **options)
+            return PerceptionLMModel.get_image_features(self, pixel_values=pixel_values_videos, **options)
 
         inputs["pixel_values_videos"] = pixel_values_videos
         return self._encode("video", encode, num_visual_tokens, inputs)

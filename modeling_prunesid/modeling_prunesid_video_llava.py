@@ -13,9 +13,10 @@ from transformers import (
     VideoLlavaProcessor,
 )
 
-from .budgets import frame_information
 from .configuration_prunesid import NestsPruneSIDConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .encoding import TowerModelMixin
+from .family import PrunedGenerationMixin, register_family
+from .frame_information import frame_information
 from .processing import PrunedProcessorMixin
 
 
@@ -28,13 +29,12 @@ class PruneSIDVideoLlavaConfig(NestsPruneSIDConfig, VideoLlavaConfig):
     model_type = "prunesid_video_llava"
 
 
-class PruneSIDVideoLlavaModel(PrunedModelMixin, VideoLlavaModel):
+class PruneSIDVideoLlavaModel(TowerModelMixin, VideoLlavaModel):
     """[`VideoLlavaModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDVideoLlavaConfig
     towers = {"image": "image_tower", "video": "video_tower"}
-    projector_name = "multi_modal_projector"
-    pools_tensor = ("image", "video")
+    projector_name, pools_tensor = "multi_modal_projector", ("image", "video")
     video_information = staticmethod(frame_information)
 
     def tokens_of_an_image(self) -> int:

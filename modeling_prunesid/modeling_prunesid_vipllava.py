@@ -9,7 +9,8 @@ from transformers import (
 )
 
 from .configuration_prunesid import BehindConnectorConfig
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .connector import BehindConnectorModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import PrunedProcessorMixin
 
 
@@ -19,7 +20,7 @@ class PruneSIDVipLlavaConfig(BehindConnectorConfig, VipLlavaConfig):
     model_type = "prunesid_vipllava"
 
 
-class PruneSIDVipLlavaModel(PrunedModelMixin, VipLlavaModel):
+class PruneSIDVipLlavaModel(BehindConnectorModelMixin, VipLlavaModel):
     """[`VipLlavaModel`] with compressing `get_*_features`; see [`PrunedModelMixin`]."""
 
     config_class = PruneSIDVipLlavaConfig

@@ -25,8 +25,8 @@ from .configuration_prunesid import (
     register_class_names,
     without_none,
 )
-from .encoding import TowerEncoding
-from .family import PrunedGenerationMixin, PrunedModelMixin, register_family
+from .encoding import TowerEncoding, TowerModelMixin
+from .family import PrunedGenerationMixin, register_family
 from .processing import VariantProcessorMixin
 from .vitcop import (
     cluster_tokens,
@@ -175,7 +175,7 @@ class _SalientEncoding(TowerEncoding):
         return output
 
 
-class ViTCoPLlavaModel(CoPrunedModelMixin, PrunedModelMixin, LlavaModel):
+class ViTCoPLlavaModel(CoPrunedModelMixin, TowerModelMixin, LlavaModel):
     """
     Modifications:
         - `get_image_features` returns the features of the salient tokens alone, with their indices and clusters

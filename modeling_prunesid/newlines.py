@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from .budgets import View
 from .grids import GridModelMixin, GridProcessorMixin
+from .views import View
 
 
 class NewlineGridModelMixin(GridModelMixin):

@@ -16,12 +16,13 @@ import torch
 from transformers import PretrainedConfig
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, VideosKwargs
 
-from .budgets import request_budgets, share_over_runs, share_total
+from .budgets import request_budgets, share_total
 from .checks import warn_once
 from .configuration_prunesid import PruneSIDConfig, check_budget
 from .methods import reads_question
 from .parts import QUESTION, THIN, missing_part, missing_thin
 from .prompts import IGNORED_LABEL
+from .runs import share_over_runs
 
 
 OF_VIDEOS = "num_visual_tokens_of_videos"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .budgets import largest_remainder
+from .runs import largest_remainder
 
 
 class Reading:

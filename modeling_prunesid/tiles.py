@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from .family import PrunedModelMixin
+from .connector import BehindConnectorModelMixin
 from .processing import PrunedProcessorMixin
 
 
-class TiledModelMixin(PrunedModelMixin):
+class TiledModelMixin(BehindConnectorModelMixin):
     """
     For inputs that are encoded as several tiles, each a view: those of an image, or chunks of a clip.
     `get_*_features`, `forward` and `generate` also take `num_tiles` (images) and `num_video_tiles` (clips),

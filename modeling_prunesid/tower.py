@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .layers import find_layers, has_cls
+
 
 # How many layers an iteration over a tower's layers yields; None for all.
 _num_layers_to_run: contextvars.ContextVar[int | None] = contextvars.ContextVar("num_layers_to_run", default=None)
-# What towers call the embedding of their CLS token: CLIP, DINOv2.
-_CLS_EMBEDDINGS = ("class_embedding", "cls_token")
-# What attention modules call their query and key projections: CLIP and SigLIP, DINOv2.
 _INSTEAD = "Use PruneSID with method='paper', or method_settings={'score': 'component'}."
+# What attention modules call their query and key projections: CLIP and SigLIP, DINOv2.
 _PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"))
 
 
@@ -54,21 +54,6 @@ class TowerStates:
     def joined_attention(self) -> torch.Tensor:
         """The attention weights `(batch, tokens)` of the CLS query with all heads taken as one, in float32."""
         return _cls_attention(self.queries, self.keys, num_heads=1)
-
-
-def resolve_layer(layer: int, num_layers: int, name: str) -> int:
-    """
-    The non-negative index of a hidden state of a tower of `num_layers` layers, which has `num_layers + 1`.
-
-    Raises:
-        `ValueError`: if there is no such hidden state.
-    """
-    if not -num_layers - 1 <= layer <= num_layers:
-        raise ValueError(
-            f"{name} must lie in [{-num_layers - 1}, {num_layers}] for a vision tower of {num_layers} layers, got "
-            f"{layer}. The paper uses -2."
-        )
-    return layer % (num_layers + 1)
 
 
 class _CapturedStates(dict):
@@ -175,22 +160,6 @@ def project_rows(projector: nn.Module, choose: Callable[[torch.Tensor], tuple[to
             handle.remove()
 
 
-def count_prefix(tower: nn.Module) -> int:
-    """How many tokens a tower has before its patches: CLS and registers."""
-    has_cls = any(name.rsplit(".", 1)[-1] in _CLS_EMBEDDINGS for name, _ in tower.named_parameters())
-    return int(has_cls) + getattr(tower.config, "num_register_tokens", 0)
-
-
-def find_layers(tower: nn.Module) -> nn.ModuleList | None:
-    """The list of a tower's layers; None if it has none."""
-    num_layers = getattr(tower.config, "num_hidden_layers", None) or getattr(tower.config, "depth", None)
-    for module in tower.modules():
-        is_list = isinstance(module, nn.ModuleList) and len(module) == num_layers
-        if is_list and any("Attention" in type(part).__name__ for part in module.modules()):  # no list of mergers
-            return module
-    return None
-
-
 def layers_of(tower: nn.Module) -> nn.ModuleList:
     """The list of a tower's layers. `ValueError` if it has none."""
     layers = find_layers(tower)
@@ -203,7 +172,7 @@ def layers_of(tower: nn.Module) -> nn.ModuleList:
 
 
 def check_has_cls(tower: nn.Module) -> None:
-    if not any(name.rsplit(".", 1)[-1] in _CLS_EMBEDDINGS for name, _ in tower.named_parameters()):
+    if not has_cls(tower):
         raise ValueError(
             "ViTCoP, and methods that rank tokens by CLS attention, need a vision tower with a CLS token, which "
             f"{type(tower).__name__} lacks. {_INSTEAD}"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from .budgets import View
 from .checks import resolve_budget
-from .family import PrunedModelMixin
+from .encoding import TowerModelMixin
 from .processing import PrunedProcessorMixin
+from .views import View
 
 
 NEWLINE = -1
@@ -55,7 +55,7 @@ def views_of_crops(
     return views
 
 
-class TowerCropsModelMixin(PrunedModelMixin):
+class TowerCropsModelMixin(TowerModelMixin):
     """
     A view is a crop of an image, of its patches that are no padding.
 

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from modeling_prunesid import PruneSIDConfig
 from modeling_prunesid.checks import resolve_budget
+from modeling_prunesid.connector import BehindConnectorModelMixin
 from modeling_prunesid.context import Context
 from modeling_prunesid.presets import read_preset
 from modeling_prunesid.select_tokens import select_tokens
@@ -274,7 +275,7 @@ def calibrate(
     def watch(view: torch.Tensor) -> None:
         own = model.config.prunesid_config
         if own.method in WITH_NMS and len(survived) < LAMBDA_VIEWS:
-            found = survival(view, own.budget, of_share=not model.model.towers)
+            found = survival(view, own.budget, of_share=isinstance(model.model, BehindConnectorModelMixin))
             survived.extend([] if found is None else [found])
 
     views = measure(model, processor, images, watch)

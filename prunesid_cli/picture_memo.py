@@ -19,7 +19,7 @@ LIMIT = 2 * 2**30
 
 def is_alike_again(base: Any) -> bool:
     """Whether a picture's kept tokens are the same whenever it comes: the tower is frozen, without dropout."""
-    if base.encoding_class is not TowerEncoding or base.projector_name is None or "image" not in (base.towers or {}):
+    if getattr(base, "encoding_class", None) is not TowerEncoding or "image" not in base.towers:
         return False
     tower = getattr(base, base.towers["image"])
     drops = [value for name, value in tower.config.to_dict().items() if "drop" in name and isinstance(value, float)]

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_prunesid import attention
-from modeling_prunesid.attention import encode_with_attention, received_attention, tower_of, watch_attention
-from modeling_prunesid.budgets import View
-from modeling_prunesid.encoding import as_views
+from modeling_prunesid.attention import encode_with_attention, received_attention, watch_attention
 from modeling_prunesid.family import PrunedModelMixin
+from modeling_prunesid.patches import tower_of
 from modeling_prunesid.tower import layers_of
+from modeling_prunesid.views import View, as_views
 
 
 # Families whose towers have no attention to read, or whose tokens are queries, which stand for no patches.

@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.utils import ModelOutput, logging
 
 from modeling_prunesid.family import stock_class
+from modeling_prunesid.method_paper import select as paper
+from modeling_prunesid.methods import METHODS
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
@@ -113,6 +116,38 @@ def test_an_input_that_keeps_all_its_tokens_beside_one_that_does_not(name):
     logits = ours(**arguments, num_visual_tokens=totals).logits
     for own, whole, keep, mask in zip(logits, output.logits, kept, short["attention_mask"]):
         assert close(own[mask.bool()], whole[keep])
+
+
+@every_row(lambda row: "projector_name" in row.mechanisms and row.family != "mini_gemini")
+@torch.no_grad()
+def test_an_input_that_keeps_all_its_tokens_beside_one_that_keeps_its_cls(name):
+    ours, reference, row = build(name)
+    with settings_of(ours, method="release"):
+        output = encode_ours(ours, row, num_visual_tokens=[*row.tokens[:1], *row.kept[1 : row.num_inputs]])
+    assert output["keep_indices"][0].tolist() == [*range(row.tokens[0])]
+    assert not all((kept >= 0).all() for kept in output["keep_indices"]) or row.modality == "video"
+    whole = row.features(encode(reference, row))[: row.tokens[0]]
+    assert close(row.features(output)[: row.tokens[0]], whole)
+
+
+@every_row(lambda row: "projector_name" not in row.mechanisms)
+@torch.no_grad()
+def test_what_a_method_merges_takes_the_place_of_kept_tokens(name, monkeypatch):
+    ours, _, row = build(name)
+    plain, num_merged = row.features(encode_ours(ours, row)), 0
+
+    def select(views, counts, settings, context):
+        nonlocal num_merged
+        found = paper(views, counts, settings, context)
+        num_merged += sum(context.counts)
+        places = found.indices.clamp(max=views.shape[1] - 1)
+        return replace(found, merged=2 * views[torch.arange(len(views))[:, None], places])
+
+    monkeypatch.setitem(METHODS, "paper", select)
+    merged = row.features(encode_ours(ours, row))
+    is_merged = (merged != plain).any(-1, keepdim=True)
+    assert torch.equal(merged, torch.where(is_merged, 2 * plain, plain))
+    assert int(is_merged.sum()) == num_merged > 0
 
 
 @every_row()

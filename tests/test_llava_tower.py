@@ -8,8 +8,8 @@ import torch
 from tiny import BUDGET, NUM_PATCHES, build, pixels, prompt, stock_twin
 from tiny_towers import SIGLIP, TOWERS, WITH_CLS, build_tower
 
+from modeling_prunesid.layers import resolve_layer
 from modeling_prunesid.select_tokens import select_tokens
-from modeling_prunesid.tower import resolve_layer
 from prunesid_cli.towers import run_tower
 
 

@@ -33,7 +33,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from modeling_prunesid import (
     PruneSIDConfig,
 )
-from modeling_prunesid.budgets import frame_information, share_total
+from modeling_prunesid.budgets import share_total
+from modeling_prunesid.frame_information import frame_information
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.selection import redundancy
 

@@ -13,7 +13,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid.checks import resolve_budget
-from modeling_prunesid.tower import resolve_layer
+from modeling_prunesid.layers import resolve_layer
 from prunesid_cli.towers import run_tower
 
 

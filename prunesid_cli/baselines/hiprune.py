@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from modeling_prunesid.layers import resolve_layer
 from modeling_prunesid.single_views import highest
-from modeling_prunesid.tower import resolve_layer
 from prunesid_cli.towers import run_tower
 
 from .encoder import Kept, num_patches
