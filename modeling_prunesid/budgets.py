@@ -12,7 +12,7 @@ from .checks import resolve_budget, warn_once
 from .configuration_prunesid import check_budget
 from .context import ASKED, SELECTIONS, Context, counts_on
 from .methods import method_of, reads_question
-from .selection import information_budgets, redundancy
+from .parts import DYNAMIC
 
 
 @dataclass
@@ -169,7 +169,7 @@ def _traced_budgets(
     return budgets
 
 
-def _warn_of_excess(budgets: list[int | float], num_tokens: list[int]) -> None:
+def _warn_of_excess(budgets: list[Any], num_tokens: list[int]) -> None:
     """Say once that a count above all tokens, of which it leaves all, may be a slip."""
     for budget, tokens in zip(budgets, num_tokens):
         if not isinstance(budget, float) and budget > tokens > 0:
@@ -225,7 +225,7 @@ def share_total(total: int, weights: Sequence[float], num_tokens: Sequence[int],
     """
     shares = [min(minimum, tokens) for tokens in num_tokens]
     if len(set(weights)) > 1:
-        return _share_by_weight(total - sum(shares), weights, num_tokens, shares)
+        return DYNAMIC.share_by_weight(total - sum(shares), weights, num_tokens, shares)
     while sum(shares) < total:  # as many to each, which is the same, until the first is full
         left = total - sum(shares)
         not_full = [view for view, tokens in enumerate(num_tokens) if shares[view] < tokens]
@@ -233,26 +233,6 @@ def share_total(total: int, weights: Sequence[float], num_tokens: Sequence[int],
         for view in not_full if step else not_full[:left]:
             shares[view] += max(step, 1)
     return shares
-
-
-@torch.compiler.disable
-def _share_by_weight(count: int, weights: Sequence[float], num_tokens: Sequence[int], shares: list[int]) -> list[int]:
-    weights = [max(weight, torch.finfo(torch.float32).eps) for weight in weights]
-    for _ in range(count):
-        not_full = [view for view, tokens in enumerate(num_tokens) if shares[view] < tokens]
-        shares[max(not_full, key=lambda view: weights[view] / (shares[view] + 0.5))] += 1
-    return shares
-
-
-def view_information(views: torch.Tensor, lengths: list[int], first_views: list[int]) -> list[float]:
-    """
-    The information score 1 - rho of each view (section 3.4).
-
-    Args:
-        views (`torch.Tensor` of shape `(views, tokens, dim)`), lengths (`list[int]`): features, padded.
-        first_views (`list[int]`): which views are the first of an input.
-    """
-    return [1 - rho for rho in redundancy(views, lengths).tolist()]
 
 
 def choose_tokens(
@@ -263,7 +243,7 @@ def choose_tokens(
     *,
     lambda_of_share: bool = False,
     seen: dict[str, torch.Tensor] | None = None,
-    information: Callable[..., list[float]] = view_information,
+    information: Callable[..., list[float]] | None = None,
 ) -> Chosen:
     """
     The kept tokens of all views of several inputs.
@@ -276,7 +256,7 @@ def choose_tokens(
         lambda_of_share (`bool`): lambda is 18 N/T where `settings` have none, in place of N/32.
         seen (`dict[str, torch.Tensor]`, *optional*):
             `(views, tokens, ...)`: what else of the tokens the method reads, by its name in [`Context`].
-        information (`Callable`): the scores that a total is shared by with rule `"information"`.
+        information (`Callable`, *optional*): the scores that a total is shared by, in place of `view_information`.
     """
     settings.check()
     extra_kept, counts = budgets.extra_kept, []
@@ -347,23 +327,17 @@ def _shares(
     views: torch.Tensor,
     lengths: list[int],
     budgets: Budgets,
-    information: Callable[..., list[float]],
+    information: Callable[..., list[float]] | None,
 ) -> list[int]:
     """N of each view, with what is kept besides. Looks at the features only where budgets follow information."""
     of_inputs, extra_kept = budgets.num_tokens, budgets.extra_kept
     if budgets.rule == "reference":
         nominal = [nominal_budgets(settings, settings.budget, own, budgets.full_view) for own in of_inputs]
-        bounds = {"minimum": settings.min_budget, "maximum": settings.max_budget}
-        rho = redundancy(views, lengths)
-        adjusted = [
-            information_budgets(rho[view], budget, length + extra_kept, settings.reference_information, **bounds)
-            for view, (budget, length) in enumerate(zip(itertools.chain(*nominal), lengths))
-            if length
-        ]
-        adjusted = iter(torch.stack(adjusted).tolist())
-        return [next(adjusted) if length else 0 for length in lengths]
+        return DYNAMIC.adjusted(settings, views, lengths, list(itertools.chain(*nominal)), extra_kept)
     firsts = list(itertools.accumulate(map(len, of_inputs), initial=0))
-    weights = information(views, lengths, firsts) if budgets.rule == "information" else [1.0] * len(lengths)
+    weights = [1.0] * len(lengths)
+    if budgets.rule == "information":
+        weights = (information or DYNAMIC.information)(views, lengths, firsts)
     shares = []
     for own, total, first in zip(of_inputs, budgets.totals, firsts):
         shares += share_total(total, weights[first : first + len(own)], own, minimum=extra_kept + 1)

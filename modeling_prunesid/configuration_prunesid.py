@@ -12,7 +12,8 @@ from transformers import PretrainedConfig, __version__
 from transformers.models.auto import modeling_auto
 
 from .checks import PACKAGE, check_transformers, from_package
-from .methods import DEFAULT_METHOD, OF_CLS, check_method, needs_of, options_of
+from .methods import DEFAULT_METHOD, check_method, needs_of, options_of
+from .parts import CARRIED, OF_CLS, missing_part
 
 
 check_transformers()
@@ -251,6 +252,8 @@ class PruneSIDConfig(NestedSettings):
                 "prunesid_config.min_budget and max_budget bound the budget of a view, but budget_scope='image' fixes "
                 f"the total, got min_budget={self.min_budget}, max_budget={self.max_budget}. Set both to None."
             )
+        if self.dynamic and not CARRIED["dynamic"]:
+            raise missing_part("prunesid_config.dynamic=True")
         if self.dynamic and self.budget_scope == "view" and self.reference_information is None:
             raise ValueError(
                 "prunesid_config.dynamic=True needs reference_information, the mean information score of typical "

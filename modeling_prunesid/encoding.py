@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from .budgets import Merged, choose_tokens, request_budgets, view_information
+from .budgets import Merged, choose_tokens, request_budgets
 from .family import NumVisualTokens, PrunedModelMixin
 from .layers import count_prefix, resolve_layer
-from .methods import OF_CLS, needs_of, options_of
-from .parts import ATTENTION
-from .tower import TowerStates, check_has_cls, project_rows, watch_tower
+from .methods import needs_of, options_of
+from .parts import ATTENTION, CLS, OF_CLS
+from .tower import project_rows, watch_tower
 from .upstream import SHOWN, install_capturing
 from .views import View, keep_rows, kept_rows, put_merged, rows_of, table_of
 
@@ -41,7 +41,7 @@ class TowerEncoding:
         if self.keeps_fed:  # a PruneSIDConfig
             model.config.check_settings()
         self.projector = getattr(model, model.projector_name)
-        self.information = model.video_information if modality == "video" else view_information
+        self.information = model.video_information if modality == "video" else None
         self.tower = getattr(model, model.towers[modality]) if model.towers else None
         self.num_prefix = self.num_fed = 0  # tokens before the patches: in the tower, and fed to the language model
         if self.tower is not None:
@@ -87,7 +87,7 @@ class TowerEncoding:
         layers = [layers] if isinstance(layers, int) else layers
         self.feature_layers = [resolve_layer(layer, num_layers, "vision_feature_layer") for layer in layers]
         if OF_CLS & self.needs:
-            check_has_cls(self.tower)
+            CLS.check(self.tower)
         self.num_prefix = self.num_fed = count_prefix(self.tower)
         given = self.inputs.get("vision_feature_select_strategy")
         self.strategy = given or model.config.vision_feature_select_strategy
@@ -150,17 +150,15 @@ class TowerEncoding:
             with project_rows(self.projector, self._choose_rows) as result:
                 output = encode(**self.inputs)
             return self._finish(output, None)
-        watched = watch_tower(
-            self.tower,
-            [*self.feature_layers, self.selection_layer],
-            self.selection_layer if OF_CLS & self.needs else None,
-            self.runs_whole,
-        )
+        cls: Any = contextlib.nullcontext()
         attention: Any = contextlib.nullcontext([])
+        if OF_CLS & self.needs:
+            cls = CLS.watch(self.tower, self.selection_layer)
         if "attention" in self.needs:
             attention = ATTENTION.watch(ATTENTION.attending_layer(self.tower, self.settings.layer))
         with (
-            watched as self.states,
+            watch_tower(self.tower, [*self.feature_layers, self.selection_layer], self.runs_whole) as self.states,
+            cls as self.cls,
             attention as self.received,
             project_rows(self.projector, self._choose_rows) as result,
         ):
@@ -174,17 +172,16 @@ class TowerEncoding:
         """
         compared, seen = features[:, self.num_fed :], {}
         if self.tower is not None:
-            states: TowerStates = self.states
-            compared = states.hidden_states[self.selection_layer][:, self.num_prefix :]
+            compared = self.states[self.selection_layer][:, self.num_prefix :]
             heads = self.tower.config.num_attention_heads
             for name in OF_CLS & self.needs:
-                value = getattr(states, name)[:, self.num_prefix :]
+                value = getattr(self.cls, name)[:, self.num_prefix :]
                 value = value.unflatten(-1, (heads, -1)) if name == "keys" else value
                 seen["attention" if name == "cls_attention" else name] = value
             if "attention" in self.needs:
                 seen["attention"] = torch.cat(self.received)[:, self.num_prefix :]
             if self.has_own_cls:
-                cls = torch.cat([states.hidden_states[layer][:, :1] for layer in self.feature_layers], dim=-1)
+                cls = torch.cat([self.states[layer][:, :1] for layer in self.feature_layers], dim=-1)
                 features = torch.cat([cls, features], dim=1)
         patches = features[:, -compared.shape[1] :]
         if "features" in self.needs:
@@ -276,8 +273,8 @@ class TowerModelMixin(PrunedModelMixin):
     projector_name: str
     # How tokens are chosen before it.
     encoding_class = TowerEncoding
-    # What `dynamic` shares the total of a clip by.
-    video_information = staticmethod(view_information)
+    # What `dynamic` shares the total of a clip by, in place of the information of each frame.
+    video_information: Callable[..., list[float]] | None = None
 
     def views(self, modality: str, inputs: dict[str, Any], sizes: None) -> list[list[int]] | list[list[View]]:
         """

@@ -2,7 +2,7 @@
 
 import torch
 
-from .selection import redundancy
+from .dynamic import redundancy
 
 
 def frame_information(views: torch.Tensor, lengths: list[int], first_views: list[int]) -> list[float]:

@@ -25,8 +25,6 @@ METHODS: dict[str, Callable] = {
 # selector along.
 MODULES = {name: f"{__name__.rpartition('.')[0]}.method_{name}" for name in METHODS}
 DEFAULT_METHOD = next(iter(MODULES))
-# What a method may need that is read in the layer of the tower whose CLS attention is watched.
-OF_CLS = frozenset({"cls_attention", "joined_attention", "keys"})
 
 
 def method_of(name: str, field: str = "prunesid_config.method") -> Callable:

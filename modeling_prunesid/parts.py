@@ -2,13 +2,18 @@
 
 from .attention import PARTS as ATTENTION
 from .checks import PACKAGE
+from .cls_attention import PARTS as CLS
+from .dynamic import PARTS as DYNAMIC
 from .grouping import group as GROUPING
 from .question import PARTS as QUESTION
 from .thin import PARTS as THIN
 
 
-# What a method may need, and whether its code is here. Configurations, which vLLM pickles by value, take this along.
+# What a method may need of the CLS token, in the layer that tokens are compared in.
+OF_CLS = frozenset({"cls_attention", "joined_attention", "keys"})
+# What settings may need, and whether its code is here. Configurations, which vLLM pickles by value, take this along.
 CARRIED = {"attention": ATTENTION is not None, "grouping": GROUPING is not None, "relevance": QUESTION is not None}
+CARRIED |= {"dynamic": DYNAMIC is not None, **dict.fromkeys(OF_CLS, CLS is not None)}
 
 
 def missing_part(what: str, advice: str = "Convert it with the package, which carries it.") -> ValueError:
@@ -25,4 +30,6 @@ def missing_thin(name: object) -> ValueError:
     )
 
 
-__all__ = ["ATTENTION", "CARRIED", "GROUPING", "QUESTION", "THIN", "missing_part", "missing_thin"]
+__all__ = [
+    "ATTENTION", "CARRIED", "CLS", "DYNAMIC", "GROUPING", "OF_CLS", "QUESTION", "THIN", "missing_part", "missing_thin",
+]  # fmt: skip

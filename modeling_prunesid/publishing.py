@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from transformers.utils import (
 from .card import write_card
 from .families import first_release
 from .methods import DEFAULT_METHOD
+from .parts import OF_CLS
 from .registering import carried_parts, carried_source, method_source
 from .repo_files import read_fields
 
@@ -54,6 +56,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 _SOURCES = Path(__file__).parent
 # What a method may need, and the name in `parts.py` of the code for it.
 _PARTS = {"attention": "ATTENTION", "grouping": "GROUPING", "relevance": "QUESTION"}
+_PARTS |= {"dynamic": "DYNAMIC", **dict.fromkeys(OF_CLS, "CLS")}
 
 
 def save_variant(
@@ -182,16 +185,14 @@ def carry_own_code(model: Any, folder: str | os.PathLike, thin: bool) -> None:
     if not (folder / "parts.py").exists():  # the code of a repo that an earlier release saved
         return
     settings = model.config.prunesid_config
-    name, needs = DEFAULT_METHOD, frozenset()  # ViTCoP has none
+    name, needs = DEFAULT_METHOD, OF_CLS  # ViTCoP has none, and reads CLS
     if hasattr(settings, "method"):
         name, needs = settings.method, sys.modules[f"{package}.methods"].needs_of(settings)
+    needs |= {"dynamic"} if settings.dynamic else set()
     given = files_imported_by(own, folder) | files_imported_by("parts.py", _SOURCES)
-    for file, write, what in (
-        ("methods.py", carried_source, name),
-        ("parts.py", carried_parts, [part for need, part in _PARTS.items() if need in needs] + ["THIN"] * thin),
-    ):
-        source = (folder / file).read_text(encoding="utf-8")
-        (folder / file).write_text(write(what, source), encoding="utf-8")
+    parts = [part for need, part in _PARTS.items() if need in needs] + ["THIN"] * thin
+    for file, write in (("methods.py", partial(carried_source, name)), ("parts.py", partial(carried_parts, parts))):
+        (folder / file).write_text(write((folder / file).read_text(encoding="utf-8")), encoding="utf-8")
     method = folder / f"method_{name}.py"
     if package == __package__ and not (_SOURCES / method.name).exists():
         method.write_text(method_source(name), encoding="utf-8")

@@ -3,10 +3,10 @@
 The steps in the paper's order, each one function, for all views (images, crops, frames) at once:
 
 1. PSCA (section 3.2, equations 1-3): `principal_components` over the *token* axis; each token joins its strongest one.
-2. Redundancy (equations 4-5): `redundancy`, the mean cosine similarity over all pairs of tokens.
+2. Redundancy (equations 4-5): `compare`, the mean cosine similarity over all pairs of tokens.
 3. NMS (section 3.3): `survivors`, in each group a token too similar to a better one is suppressed.
 4. Quotas (equation 6): `proportional_quotas`; each group contributes its best survivors.
-5. Dynamic budgets (section 3.4, equation 7): `information_budgets`, more tokens for views with more information.
+5. Dynamic budgets (section 3.4, equation 7) have a file of their own: `dynamic.py`.
 
 It works on tensors and knows no model. Nothing is random, and the host waits for nothing: what it must know, the
 counts and lengths, it is told. A CPU takes one view at a time, each at its own length, and others 32: so a view gets
@@ -15,14 +15,12 @@ the same tokens alone and in any batch, and memory is bounded.
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
 
-from .checks import check_integer, resolve_budget
 from .components import principal_components
-from .context import Context, Selection, are_equal, in_parts, largest
+from .context import Context, Selection, are_equal, largest
 from .exact import is_batched
 from .parts import GROUPING
 from .similarity import Pairs, compare
@@ -32,68 +30,6 @@ NMS_ROUNDS = 31
 SCORES = ("component", "cls_attention", "attention")
 NEVER_SIMILAR = 1.001  # above any cosine similarity with its rounding error
 LAMBDA_OF_A_SHARE = 576 / 32  # N/32 of section 3.3 was tuned where N is of 576 tokens
-
-
-@torch.no_grad()
-def redundancy(views: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
-    """
-    Redundancy rho of each view: the mean cosine similarity over all pairs of its tokens (equations 4 and 5).
-
-    Non-finite tokens are left out, a zero vector is similar to nothing, and fewer than two tokens have no redundancy.
-
-    Args:
-        views (`torch.Tensor` of shape `(views, tokens, dim)`): token features, any floating dtype.
-        lengths (`list[int]`, *optional*): tokens of each view, where views are padded.
-
-    Returns:
-        `torch.FloatTensor` of shape `(views,)`.
-    """
-
-    def measure(views: torch.Tensor, counts: torch.LongTensor, settings: Any, context: Context) -> Selection:
-        return Selection(counts[:, None], counts, rho=compare(views, None, context).rho)
-
-    counts = torch.zeros(len(views), dtype=torch.long, device=views.device)
-    return in_parts(measure)(views, counts, None, Context(counts=[0] * len(views), lengths=lengths)).rho
-
-
-def information_budgets(
-    rho: torch.Tensor,
-    budget: int | float,
-    num_tokens: int,
-    reference: float,
-    minimum: int | None = None,
-    maximum: int | None = None,
-) -> torch.LongTensor:
-    """
-    Budget N' of each image in proportion to its information 1 - rho (section 3.4, equation 7).
-
-    N' = N * (1 - rho) / reference, rounded half up. With the mean information of a data set as the reference, the mean
-    of N' over that data set is N.
-
-    Args:
-        rho (`torch.Tensor` of shape `(batch,)`): redundancy of each image, see [`redundancy`].
-        budget (`int` or `float`): N at the reference: a count, or a share in (0, 1] of the tokens.
-        num_tokens (`int`): tokens of each image.
-        reference (`float`): information that receives exactly N.
-        minimum, maximum (`int`, *optional*): bounds of N', by default 1 and `num_tokens`.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch,)`, each in [1, `num_tokens`].
-
-    Raises:
-        ValueError: a budget, reference or bound that is not positive, or a minimum above the maximum.
-    """
-    if isinstance(reference, bool) or not isinstance(reference, Real) or not 0 < reference < math.inf:
-        raise ValueError(f"`reference` must be a positive number, the mean of 1 - rho, got {reference!r}.")
-    lowest, highest = 1, num_tokens
-    if minimum is not None:
-        check_integer("minimum", minimum, minimum=1)
-        lowest = min(minimum, num_tokens)
-    if maximum is not None:
-        check_integer("maximum", maximum, minimum=1 if minimum is None else minimum)
-        highest = min(maximum, num_tokens)
-    budgets = resolve_budget(budget, num_tokens) * (1 - rho.double()) / reference
-    return (budgets + 0.5).floor().clamp(lowest, highest).long()
 
 
 def select_by_groups(

@@ -58,12 +58,13 @@ from modeling_prunesid import (
     selection,
     similarity,
 )
+from modeling_prunesid.cls_attention import attend
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 from prunesid_cli import parts
 from prunesid_cli.tables import print_rows
 from prunesid_cli.tower_memo import remembered
-from prunesid_cli.towers import run_tower
+from prunesid_cli.towers import run_tower, run_tower_with_cls
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -252,7 +253,7 @@ def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, f
         "ours, to layer -2": lambda: run_tower(tower, pixels, [needed]),
     }
     if not quick:
-        cases["ours, with the CLS row"] = lambda: run_tower(tower, pixels, [needed], cls_attention_layer=needed)
+        cases["ours, with the CLS row"] = lambda: run_tower_with_cls(tower, pixels, [], needed)
         eager = AutoModel.from_config(CLIPVisionConfig(**CLIP_L), attn_implementation="eager").eval().to(DEVICE)
         eager.load_state_dict(tower.state_dict())
         cases["output_attentions=True"] = lambda: eager(pixels, output_attentions=True, output_hidden_states=True)
@@ -267,12 +268,10 @@ def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, f
         for name, run in cases.items()
     ]
 
-    from modeling_prunesid.tower import _cls_attention
-
     queries, keys = torch.randn(2, 1, 577, 1024, device=DEVICE)
     pieces: dict[str, Callable[[], object]] = {
         "selection of 64": lambda: select_tokens(tokens[:1], 64),
-        "CLS row alone": lambda: _cls_attention(queries, keys, num_heads=16),
+        "CLS row alone": lambda: attend(queries, keys, num_heads=16),
     }
     whole = statistics.median(seconds["stock, every layer"])
     shares = {}

@@ -43,9 +43,9 @@ from modeling_prunesid import PruneSIDConfig
 from modeling_prunesid.checks import resolve_budget
 from modeling_prunesid.connector import BehindConnectorModelMixin
 from modeling_prunesid.context import Context
+from modeling_prunesid.dynamic import information_budgets, redundancy
 from modeling_prunesid.presets import read_preset
 from modeling_prunesid.select_tokens import select_tokens
-from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.suppression import WITH_NMS, find_suppressors
 from prunesid_cli.convert import find_family, parse_budget
 from prunesid_cli.generate import ask, load_processor

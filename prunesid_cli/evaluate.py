@@ -42,8 +42,8 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, PruneSIDLlavaProcessor
+from modeling_prunesid.dynamic import redundancy
 from modeling_prunesid.question import QuestionReader
-from modeling_prunesid.selection import redundancy
 from prunesid_cli.ablations import ablations
 from prunesid_cli.answer_statistics import fit_prior, summarise
 from prunesid_cli.baselines import METHODS, applied
@@ -67,19 +67,16 @@ PRIOR_SCENES = 300
 LONGEST_ANSWER = 4  # two words, the end, and one more that would be wrong
 ROUNDS = 3
 METHOD_CODE = (  # all that can change an answer to given inputs
-    "modeling_prunesid/modeling_prunesid_llava.py", "modeling_prunesid/modeling_vitcop_llava.py",
-    "modeling_prunesid/configuration_prunesid.py", "modeling_prunesid/modeling_layer_pruned_llava.py",
-    "modeling_prunesid/*_pruning.py", "modeling_prunesid/compression.py",
-    "modeling_prunesid/selection.py", "modeling_prunesid/components.py", "modeling_prunesid/similarity.py",
-    "modeling_prunesid/exact.py", "modeling_prunesid/single_views.py", "modeling_prunesid/method*.py",
-    "modeling_prunesid/tower.py", "modeling_prunesid/upstream.py", "modeling_prunesid/budgets.py",
-    "modeling_prunesid/encoding.py", "modeling_prunesid/question.py",
-    "modeling_prunesid/generation.py", "modeling_prunesid/plans.py", "modeling_prunesid/prompts.py",
-    "modeling_prunesid/family.py", "modeling_prunesid/vitcop.py", "modeling_prunesid/checks.py",
-    "modeling_prunesid/cached_*.py", "modeling_prunesid/context.py", "modeling_prunesid/grouping.py",
-    "modeling_prunesid/attention.py", "modeling_prunesid/arguments.py", "modeling_prunesid/outputs.py",
-    "modeling_prunesid/readings.py", "modeling_prunesid/layers.py", "modeling_prunesid/views.py",
-    "modeling_prunesid/runs.py", "modeling_prunesid/parts.py",
+    *(
+        f"modeling_prunesid/{name}.py"
+        for name in (
+            "arguments", "attention", "budgets", "cached_*", "checks", "cls_attention", "components", "compression",
+            "configuration_prunesid", "context", "dynamic", "encoding", "exact", "family", "generation", "grouping",
+            "layers", "method*", "modeling_layer_pruned_llava", "modeling_prunesid_llava", "modeling_vitcop_llava",
+            "outputs", "parts", "patches", "plans", "*_pruning", "prompts", "question", "readings", "runs",
+            "selection", "similarity", "single_views", "tower", "upstream", "views", "vitcop",
+        )
+    ),
     "prunesid_cli/baselines/*.py", "prunesid_cli/towers.py", "prunesid_cli/ablations.py", "prunesid_cli/evaluate.py",
     "prunesid_cli/tower_memo.py",
 )  # fmt: skip

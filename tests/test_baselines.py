@@ -25,8 +25,8 @@ from modeling_prunesid import (
     register_method,
 )
 from modeling_prunesid.context import Context, counts_on
+from modeling_prunesid.dynamic import information_budgets, redundancy
 from modeling_prunesid.methods import METHODS as method_registry
-from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.single_views import highest
 from prunesid_cli.baselines import (
     METHODS,
@@ -51,7 +51,7 @@ from prunesid_cli.baselines import (
 from prunesid_cli.baselines.encoder import encoder_method
 from prunesid_cli.baselines.llm import Row, llm_method, scaled_layer
 from prunesid_cli.baselines.seam import registered
-from prunesid_cli.towers import run_tower
+from prunesid_cli.towers import run_tower, run_tower_with_cls
 
 
 RELEASE = Path(__file__).parents[1] / "configuration" / "llava_1.5_64_release.json"
@@ -419,7 +419,7 @@ def test_visionzip_dyn_gives_tokens_by_information():
         next(weight for name, weight in tower.named_parameters() if "position_embedding" in name).mul_(0.01)
     for row, image in enumerate(images):
         image[:, 2 * row :] = 1
-    states = run_tower(tower, images, [3]).hidden_states[3][:, 1:]
+    states = run_tower(tower, images, [3])[3][:, 1:]
     expected = information_budgets(redundancy(states), 20, NUM_PATCHES, 0.7, 2).tolist()
     found = features_of(model, "visionzip-dyn", images, 20)
     assert [len(view) for view in found.pooler_output] == expected
@@ -454,7 +454,7 @@ def test_prumerge_reads_the_last_layer_with_all_heads_as_one(vision, monkeypatch
     for image, context in zip(images, seen):
         block = tome.find_blocks(model.model.vision_tower)[-1]
         with torch.no_grad():
-            states = run_tower(model.model.vision_tower, image[None], [2, 3]).hidden_states
+            states = run_tower(model.model.vision_tower, image[None], [2, 3])
             attention = getattr(block, "self_attn", None) or block.attention
             normed = (getattr(block, "layer_norm1", None) or block.norm1)(states[3])
             queries, keys = attention.q_proj(normed)[0], attention.k_proj(normed)[0]
@@ -546,12 +546,12 @@ def test_tome_attention_counts_a_merged_token_as_often_as_it_stands_for():
 @pytest.mark.parametrize("vision", [{}, DINOV2], ids=["clip", "dinov2"])
 def test_towers_give_the_queries_and_keys_of_the_attention(vision):
     tower = build(vision=vision).model.vision_tower
-    states = run_tower(tower, pixels(2), [2], cls_attention_layer=3)
+    states, cls = run_tower_with_cls(tower, pixels(2), [2], 3)
     block = tome.find_blocks(tower)[2]
     attention = getattr(block, "self_attn", None) or block.attention
-    normed = (getattr(block, "layer_norm1", None) or block.norm1)(states.hidden_states[2])
-    torch.testing.assert_close(states.queries, attention.q_proj(normed), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(states.keys, attention.k_proj(normed), rtol=1e-4, atol=1e-5)
+    normed = (getattr(block, "layer_norm1", None) or block.norm1)(states[2])
+    torch.testing.assert_close(cls.queries, attention.q_proj(normed), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cls.keys, attention.k_proj(normed), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(params=[{}, DINOV2], ids=["clip", "dinov2"])
@@ -1028,7 +1028,7 @@ def test_mustdrop_key_tokens_are_what_cls_attends_to_most(vision, similarity, mo
         assert int(is_key.sum()) == -(-8 * len(places) // 100)
         blocks = tome.find_blocks(model.model.vision_tower)
         with torch.no_grad():
-            states = run_tower(model.model.vision_tower, image[None], [0]).hidden_states[0]
+            states = run_tower(model.model.vision_tower, image[None], [0])[0]
             states = blocks[0](states, attention_mask=None)
             merged, expected = mustdrop.merge_windows(states[0, 1:], 7)
             assert torch.equal(places, expected)

@@ -15,11 +15,12 @@ from sklearn.datasets import load_sample_images
 
 from modeling_prunesid import components, methods
 from modeling_prunesid.context import Context, counts_on
+from modeling_prunesid.dynamic import information_budgets, redundancy
 from modeling_prunesid.exact import gram, product
 from modeling_prunesid.methods import METHODS, check_method, method_of
 from modeling_prunesid.registering import carried_source
 from modeling_prunesid.retired import method_of_saved
-from modeling_prunesid.selection import NMS_ROUNDS, information_budgets, redundancy, survivors
+from modeling_prunesid.selection import NMS_ROUNDS, survivors
 
 
 CASES = {

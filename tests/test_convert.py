@@ -33,8 +33,8 @@ from modeling_prunesid import (
     ViTCoPLlavaForConditionalGeneration,
     explain,
 )
+from modeling_prunesid.dynamic import information_budgets, redundancy
 from modeling_prunesid.presets import read_preset
-from modeling_prunesid.selection import information_budgets, redundancy
 from prunesid_cli import calibrate, convert
 from prunesid_cli.baselines import applied
 from prunesid_cli.command import build_parser, main

@@ -45,8 +45,8 @@ from modeling_prunesid import (
     PruneSIDLlavaNextProcessor,
 )
 from modeling_prunesid.budgets import share_total
+from modeling_prunesid.dynamic import redundancy
 from modeling_prunesid.select_tokens import select_tokens
-from modeling_prunesid.selection import redundancy
 from modeling_prunesid.tower_crops import NEWLINE, views_of_crops
 
 

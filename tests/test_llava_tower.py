@@ -10,7 +10,7 @@ from tiny_towers import SIGLIP, TOWERS, WITH_CLS, build_tower
 
 from modeling_prunesid.layers import resolve_layer
 from modeling_prunesid.select_tokens import select_tokens
-from prunesid_cli.towers import run_tower
+from prunesid_cli.towers import run_tower, run_tower_with_cls
 
 
 def count_runs(tower):
@@ -35,7 +35,7 @@ def count_runs(tower):
 def test_a_hidden_state_is_that_of_a_full_run(tower, layer):
     model = build_tower(tower)
     expected = model(pixels(2), output_hidden_states=True).hidden_states[layer]
-    assert torch.equal(run_tower(model, pixels(2), [layer]).hidden_states[layer], expected)
+    assert torch.equal(run_tower(model, pixels(2), [layer])[layer], expected)
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def test_layers_behind_the_last_one_needed_do_not_run(tower):
     model = build_tower(tower)
     runs = count_runs(model)
     states = run_tower(model, pixels(1), [1, 2])
-    assert set(states.hidden_states) == {1, 2}
+    assert set(states) == {1, 2}
     assert runs == [1, 1, 0, 0]
     model(pixels(1))
     assert runs == [2, 2, 1, 1]
@@ -54,7 +54,7 @@ def test_layers_behind_the_last_one_needed_do_not_run(tower):
 @pytest.mark.parametrize("tower", WITH_CLS)
 @pytest.mark.parametrize("layer", [1, 3, 4])
 def test_the_cls_attention_is_that_of_eager_attention(tower, layer):
-    got = run_tower(build_tower(tower), pixels(2), [layer], cls_attention_layer=layer).cls_attention
+    got = run_tower_with_cls(build_tower(tower), pixels(2), [], layer)[1].cls_attention
     eager = build_tower(tower, "eager")
     expected = eager(pixels(2), output_attentions=True).attentions[layer - 1][:, :, 0].sum(1)
     assert got.dtype == torch.float32
@@ -64,7 +64,7 @@ def test_the_cls_attention_is_that_of_eager_attention(tower, layer):
 @torch.no_grad()
 def test_the_cls_attention_in_half_precision_is_float32():
     tower = build_tower("clip").to(torch.bfloat16)
-    got = run_tower(tower, pixels(1).to(torch.bfloat16), [3], cls_attention_layer=3).cls_attention
+    got = run_tower_with_cls(tower, pixels(1).to(torch.bfloat16), [], 3)[1].cls_attention
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.sum(1), torch.tensor([4.0]), rtol=1e-4, atol=1e-5)
 
@@ -81,13 +81,13 @@ def test_all_hidden_states_on_request():
 
 def test_the_embeddings_have_no_attention():
     with pytest.raises(ValueError, match=r"prunesid_config.layer=0.*Name a later layer.*'score': 'component'"):
-        run_tower(build_tower("clip"), pixels(1), [0], cls_attention_layer=0)
+        run_tower_with_cls(build_tower("clip"), pixels(1), [], 0)
 
 
 def test_no_hook_stays_after_an_error():
     tower = build_tower("clip")
     with pytest.raises(ValueError):
-        run_tower(tower, pixels(1)[..., :8], [2], cls_attention_layer=2)
+        run_tower_with_cls(tower, pixels(1)[..., :8], [], 2)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tower.modules())
     runs = count_runs(tower)
     tower(pixels(1))
@@ -99,18 +99,18 @@ def test_threads_share_a_tower():
     tower = build_tower("clip")
     images = [pixels(1, seed) for seed in range(24)]
     layers = [1 + seed % 4 for seed in range(24)]
-    expected = [run_tower(tower, image, [layer], layer) for image, layer in zip(images, layers)]
+    expected = [run_tower_with_cls(tower, image, [], layer) for image, layer in zip(images, layers)]
     barrier = threading.Barrier(4)
 
     def work(worker):
         barrier.wait()
-        return [(seed, run_tower(tower, images[seed], [layers[seed]], layers[seed])) for seed in range(worker, 24, 4)]
+        return [(seed, run_tower_with_cls(tower, images[seed], [], layers[seed])) for seed in range(worker, 24, 4)]
 
     with ThreadPoolExecutor(4) as pool:
         results = [result for part in pool.map(work, range(4)) for result in part]
-    for seed, got in results:
-        assert torch.equal(got.hidden_states[layers[seed]], expected[seed].hidden_states[layers[seed]])
-        assert torch.equal(got.cls_attention, expected[seed].cls_attention)
+    for seed, (states, cls) in results:
+        assert torch.equal(states[layers[seed]], expected[seed][0][layers[seed]])
+        assert torch.equal(cls.cls_attention, expected[seed][1].cls_attention)
 
 
 @pytest.mark.parametrize("layer, expected", [(-1, 4), (-2, 3), (-5, 0), (0, 0), (4, 4)])

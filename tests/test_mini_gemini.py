@@ -23,9 +23,9 @@ from modeling_prunesid import (
     PruneSIDMiniGeminiModel,
     PruneSIDMiniGeminiProcessor,
 )
+from modeling_prunesid.dynamic import information_budgets, redundancy
 from modeling_prunesid.modeling_mini_gemini import MiniGeminiPatchInfoMining
 from modeling_prunesid.select_tokens import select_tokens
-from modeling_prunesid.selection import information_budgets, redundancy
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 

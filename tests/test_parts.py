@@ -17,7 +17,10 @@ from modeling_prunesid.registering import carried_parts
 
 
 # The name in `parts.py`, and its file.
-PARTS = {"ATTENTION": "attention", "GROUPING": "grouping", "QUESTION": "question", "THIN": "thin"}
+PARTS = {
+    "ATTENTION": "attention", "CLS": "cls_attention", "DYNAMIC": "dynamic", "GROUPING": "grouping",
+    "QUESTION": "question", "THIN": "thin",
+}  # fmt: skip
 SOURCE = Path(modeling_prunesid.__file__).with_name("parts.py").read_text()
 # Settings, and the parts that they need.
 SETTINGS = {
@@ -27,6 +30,8 @@ SETTINGS = {
     "psca": ({"method_settings": {"grouping": "psca"}}, set()),
     "question": ({"method_settings": {"question": True}}, {"QUESTION"}),
     "attention": ({"method": "spread", "method_settings": {"score": "attention"}}, {"ATTENTION"}),
+    "cls": ({"method": "release"}, {"CLS"}),
+    "dynamic": ({"dynamic": True, "reference_information": 0.9}, {"DYNAMIC"}),
 }
 # What a repo without the package says of what only the package has.
 REFUSED = """
@@ -106,6 +111,7 @@ def test_a_repo_carries_the_parts_that_its_settings_need_and_names_what_it_lacks
         assert all(map(torch.equal, found, expected))
     own = loaded.config.prunesid_config
     lacking = {"QUESTION": {"question": True}, "GROUPING": {"grouping": "kmeans"}, "ATTENTION": {"score": "attention"}}
+    lacking |= {"CLS": {"score": "cls_attention"}}
     for part, method_settings in lacking.items():
         own.method_settings = method_settings
         if part in needed:
@@ -113,6 +119,12 @@ def test_a_repo_carries_the_parts_that_its_settings_need_and_names_what_it_lacks
         elif method_settings.keys() <= module_of(own.method).RULES.keys():
             with pytest.raises(ValueError, match="method_settings=.* needs code that this model was saved without"):
                 own.check()
+    own.method_settings, own.dynamic, own.reference_information = settings.get("method_settings"), True, 0.9
+    if "DYNAMIC" in needed:
+        own.check()
+    else:
+        with pytest.raises(ValueError, match="dynamic=True needs code that this model was saved without"):
+            own.check()
 
 
 def test_thin_variants_alone_carry_what_loads_them(folders):

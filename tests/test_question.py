@@ -130,18 +130,18 @@ def kept_of(model, inputs):
 
 def by_hand(model, row_of_ids, words, pictures):
     """What a row keeps of its images, by the definitions, one image after the other."""
-    from modeling_prunesid.tower import watch_tower
+    from modeling_prunesid.cls_attention import watch_cls
 
     tower = model.model.vision_tower
     kept = []
     for image in pictures:
-        with watch_tower(tower, [3], 3, True) as states:
+        with watch_cls(tower, 3) as cls:
             hidden = tower(image[None], output_hidden_states=True).hidden_states
         projected = model.model.multi_modal_projector(hidden[-2][:, 1:])
         embedded = model.get_input_embeddings()(torch.tensor([words]))
         context = Context(
             counts=[BUDGET],
-            attention=states.cls_attention[:, 1:],
+            attention=cls.cls_attention[:, 1:],
             projected=projected,
             relevance=relevance(projected, embedded),
         )

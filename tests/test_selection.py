@@ -10,9 +10,10 @@ from reference_selection import bounded, proportional, reference_rho, reference_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_prunesid.components import top_eigenvectors
+from modeling_prunesid.dynamic import information_budgets, redundancy
 from modeling_prunesid.method_release import bounded_quotas
 from modeling_prunesid.select_tokens import select_tokens
-from modeling_prunesid.selection import information_budgets, proportional_quotas, redundancy
+from modeling_prunesid.selection import proportional_quotas
 
 
 VARIANTS = {

@@ -34,9 +34,9 @@ from modeling_prunesid import (
     PruneSIDConfig,
 )
 from modeling_prunesid.budgets import share_total
+from modeling_prunesid.dynamic import redundancy
 from modeling_prunesid.frame_information import frame_information
 from modeling_prunesid.select_tokens import select_tokens
-from modeling_prunesid.selection import redundancy
 
 
 def information_of_clip(frames):

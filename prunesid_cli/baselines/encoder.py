@@ -37,7 +37,7 @@ def patch_features(
 ) -> torch.Tensor:
     """What upstream projects of all patches of pictures: `(batch, T, dim)`, without CLS and register tokens."""
     states = run_tower(base_model.vision_tower, pixel_values, layers, **tower_arguments)
-    features = torch.cat([states.hidden_states[layer] for layer in layers], dim=-1)
+    features = torch.cat([states[layer] for layer in layers], dim=-1)
     return features[:, -num_patches(base_model.vision_tower, pixel_values) :]
 
 

@@ -44,7 +44,7 @@ def encode(base_model: Any, pixel_values: torch.Tensor, layers: list[int], budge
             for name, module in _projections(find_blocks(tower)[layer - 1]).items():
                 stack.callback(module.register_forward_hook(_keeping(captured, (layer, name))).remove)
         states = run_tower(tower, pixel_values, [*layers, middle, deep])
-    features = torch.cat([states.hidden_states[layer] for layer in layers], dim=-1)
+    features = torch.cat([states[layer] for layer in layers], dim=-1)
     patches = num_patches(tower, pixel_values)
     scores = [
         received_attention(captured[layer, "query"], captured[layer, "key"], tower.config.num_attention_heads)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from modeling_prunesid.single_views import highest
-from prunesid_cli.towers import run_tower
+from prunesid_cli.towers import run_tower_with_cls
 
 from .encoder import Kept, num_patches
 from .llm import STATED_LAYERS, Row
@@ -75,14 +75,14 @@ def encode(base_model: Any, pixel_values: torch.Tensor, layers: list[int], budge
 
     handle = find_blocks(tower)[0].register_forward_hook(merge)
     try:
-        images = [run_tower(tower, image[None], layers, cls_attention_layer=depth) for image in pixel_values]
+        images = [run_tower_with_cls(tower, image[None], layers, depth) for image in pixel_values]
     finally:
         handle.remove()
     kept = []
-    for states, places in zip(images, merged):
-        features = torch.cat([states.hidden_states[layer] for layer in layers], dim=-1)[0, -len(places) :]
+    for (states, cls), places in zip(images, merged):
+        features = torch.cat([states[layer] for layer in layers], dim=-1)[0, -len(places) :]
         is_key = torch.zeros_like(places, dtype=torch.bool)
-        is_key[highest(states.cls_attention[0, -len(places) :], math.ceil(KEY_SHARE * len(places)))] = True
+        is_key[highest(cls.cls_attention[0, -len(places) :], math.ceil(KEY_SHARE * len(places)))] = True
         kept.append(Kept(features, places, is_key))
     return kept
 

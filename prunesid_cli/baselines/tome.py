@@ -43,7 +43,7 @@ def encode(base_model: Any, pixel_values: torch.Tensor, layers: list[int], budge
         for block, count in zip(blocks, schedule(patches, budget, len(blocks))):
             stack.enter_context(replaced(block, "forward", merging.forward_of(block, count)))
         states = run_tower(tower, pixel_values, layers)
-    features, places = states.hidden_states[layers[0]][:, 1:], merging.places[:, 1:] - 1
+    features, places = states[layers[0]][:, 1:], merging.places[:, 1:] - 1
     order = places.argsort(1)
     return [Kept(view[rows], place[rows]) for view, place, rows in zip(features, places, order)]
 
