@@ -21,7 +21,6 @@ from .checks import warn_once
 from .configuration_prunesid import PruneSIDConfig, check_budget
 from .methods import reads_question
 from .parts import QUESTION, THIN, missing_part, missing_thin
-from .prompts import IGNORED_LABEL
 from .runs import share_over_runs
 
 
@@ -58,10 +57,8 @@ class VariantProcessorMixin:
         names = cls._budget_arguments()
         kwargs = {name: value for name, value in kwargs.items() if name not in names or value is not None}
         name, load = pretrained_model_name_or_path, super().from_pretrained
-        if THIN is None:
-            processor = load(name, **kwargs)
-        else:
-            processor = THIN.load_processor(load, name, names, base_trust_remote_code, kwargs)
+        trust = base_trust_remote_code
+        processor = load(name, **kwargs) if THIN is None else THIN.load_processor(load, name, names, trust, kwargs)
         # Upstream hands a processor's arguments to its tokenizer too, whose copy would outrank what is set later.
         for name in names:
             processor.tokenizer.init_kwargs.pop(name, None)
@@ -281,26 +278,11 @@ class PrunedProcessorMixin(VariantProcessorMixin):
             for name in _OF_INPUTS:
                 if isinstance(output.get(name), torch.Tensor):
                     output[name] = list(output[name])
-        return self._mark_question(output) if self.question and "input_ids" in output else output
-
-    def _mark_question(self, output: Any) -> Any:
-        """What the processor returns, with `question_mask`, in the form of its `input_ids`."""
+        if not self.question or "input_ids" not in output:
+            return output
         if QUESTION is None:
             raise missing_part("question=True")
-        if self._question_reader is None or not self._question_reader.is_of(self):
-            self._question_reader = QUESTION.reader(self)
-        ids, labels = output["input_ids"], output.get("labels")
-        rows = torch.as_tensor(ids).tolist() if not isinstance(ids, list) else ids
-        is_single = bool(rows) and not isinstance(rows[0], list)
-        mask: Any = self._question_reader.mask(self, [rows] if is_single else rows)
-        mask = mask[0] if is_single else mask
-        if not isinstance(ids, list):
-            mask = torch.tensor(mask)
-            if labels is not None:  # answers are no words of the question
-                mask = mask * (torch.as_tensor(labels) == IGNORED_LABEL)
-            mask = mask if isinstance(ids, torch.Tensor) else mask.numpy()
-        output["question_mask"] = mask
-        return output
+        return QUESTION.mark(self, output)
 
     def _merge_kwargs(self, ModelProcessorKwargs=None, *args, **kwargs):
         """Upstream's. PaliGemma's processor of Transformers 5.18 names its own arguments, without ours."""
@@ -333,10 +315,7 @@ class PrunedProcessorMixin(VariantProcessorMixin):
     def _check_is_served(self, num_visual_tokens: int | float | None) -> None:
         """Raise a `ValueError` for what engines, which load weights and size prompts themselves, fail at later."""
         if self._thin_variant is not None:
-            raise ValueError(
-                f"{self._thin_variant} is a thin variant, whose weights engines do not find. Make a full one of it: "
-                f"`prunesid convert {self._thin_variant} --output FOLDER`."
-            )
+            raise THIN.not_served(self._thin_variant)
         if self.has_deepstack:
             raise ValueError(
                 "vLLM's Transformers backend cannot serve this model: it gives the language model what enters its "

@@ -8,12 +8,14 @@ method does not read the question does not have this file.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from .context import ASKED, VIEWS_AT_ONCE
 from .exact import cross, is_batched, mean_of_whole, squares, without_autocast
+from .prompts import IGNORED_LABEL
 from .similarity import RESOLUTION, inverse_lengths, within_one
 
 
@@ -265,10 +267,6 @@ class QuestionReader:
         if self.template:
             self._learn(processor)
 
-    def is_of(self, processor: Any) -> bool:
-        """Whether the processor still has the template that was read."""
-        return self.template == _template_of(processor)
-
     def _learn(self, processor: Any) -> None:
         tokenizer = processor.tokenizer
         first, second = _two_words(tokenizer)
@@ -302,12 +300,9 @@ class QuestionReader:
 
     def mask(self, processor: Any, rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """1 for each word of the last question of each of the rows of ids, 0 for all else."""
-        tokenizer, placeholders = processor.tokenizer, _placeholders_of(processor)
-        masks = []
-        for row in rows:
-            words = set(self.columns_of(tokenizer, list(row), placeholders))
-            masks.append([int(column in words) for column in range(len(row))])
-        return masks
+        placeholders = _placeholders_of(processor)
+        words = [set(self.columns_of(processor.tokenizer, list(row), placeholders)) for row in rows]
+        return [[int(column in own) for column in range(len(row))] for row, own in zip(rows, words)]
 
     def columns_of(self, tokenizer: Any, ids: list[int], placeholders: set[int]) -> list[int]:
         """The columns of a row that are words of its last question."""
@@ -325,6 +320,24 @@ class QuestionReader:
         if token not in self._is_blank:
             self._is_blank[token] = not tokenizer.decode([token]).strip()
         return self._is_blank[token]
+
+
+def mark_question(processor: Any, output: Any) -> Any:
+    """What the processor returns, with `question_mask`, in the form of its `input_ids`."""
+    reader = processor._question_reader
+    if reader is None or reader.template != _template_of(processor):
+        reader = processor._question_reader = QuestionReader(processor)
+    ids, labels = output["input_ids"], output.get("labels")
+    rows = torch.as_tensor(ids).tolist() if not isinstance(ids, list) else ids
+    is_single = bool(rows) and not isinstance(rows[0], list)
+    mask: Any = reader.mask(processor, [rows])[0] if is_single else reader.mask(processor, rows)
+    if not isinstance(ids, list):
+        mask = torch.tensor(mask)
+        if labels is not None:  # answers are no words of the question
+            mask = mask * (torch.as_tensor(labels) == IGNORED_LABEL)
+        mask = mask if isinstance(ids, torch.Tensor) else mask.numpy()
+    output["question_mask"] = mask
+    return output
 
 
 def _placeholders_of(processor: Any) -> set[int]:
@@ -385,12 +398,5 @@ def _find_last(ids: list[int], part: list[int]) -> int | None:
     return next((place for place in places if ids[place : place + len(part)] == part), None)
 
 
-class Parts(NamedTuple):
-    """What the other files call; see `methods.py`."""
-
-    encode_views: Any
-    check_kept: Any
-    reader: Any
-
-
-PARTS = Parts(encode_views_asked, check_kept, QuestionReader)
+# What the other files call; see `parts.py`.
+PARTS = SimpleNamespace(encode_views=encode_views_asked, check_kept=check_kept, mark=mark_question)

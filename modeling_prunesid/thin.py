@@ -96,6 +96,14 @@ def load_processor(load: Callable, name: Any, names: list[str], trust: bool, kwa
     return processor
 
 
+def not_served(name: str) -> ValueError:
+    """The error of an engine that is given a thin variant."""
+    return ValueError(
+        f"{name} is a thin variant, whose weights engines do not find. Make a full one of it: "
+        f"`prunesid convert {name} --output FOLDER`."
+    )
+
+
 class BaseTokenizer:
     """What `AutoTokenizer` makes of a thin variant: the tokenizer of its base."""
 
@@ -195,4 +203,4 @@ def _check_fit(base: str, info: dict[str, Any], has_head: bool) -> None:
 
 
 # What `hub.py` and `processing.py` call, also those of repos that an earlier release saved.
-PARTS = SimpleNamespace(is_thin=is_thin, load_model=load_model, load_processor=load_processor)
+PARTS = SimpleNamespace(is_thin=is_thin, load_model=load_model, load_processor=load_processor, not_served=not_served)
