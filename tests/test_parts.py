@@ -113,7 +113,7 @@ def test_a_repo_carries_the_parts_that_its_settings_need_and_names_what_it_lacks
     lacking = {"QUESTION": {"question": True}, "GROUPING": {"grouping": "kmeans"}, "ATTENTION": {"score": "attention"}}
     lacking |= {"CLS": {"score": "cls_attention"}}
     for part, method_settings in lacking.items():
-        own.method_settings = method_settings
+        own.method_settings = {**settings.get("method_settings", {}), **method_settings}
         if part in needed:
             own.check()
         elif method_settings.keys() <= module_of(own.method).RULES.keys():
