@@ -63,28 +63,27 @@ class HubModelMixin:
         if own_class is not cls:
             opt_in = {"base_trust_remote_code": True} if base_trust_remote_code else {}
             return own_class.from_pretrained(name, *model_args, config=config, **opt_in, **kwargs)
-        is_thin = THIN is not None and THIN.is_thin(name, config, kwargs)
-        try:
-            if is_thin:
-                load, trust = super().from_pretrained, base_trust_remote_code
-                loaded = THIN.load_model(cls, load, name, model_args, config, trust, kwargs)
-            else:
-                loaded = super().from_pretrained(name, *model_args, config=config, **kwargs)
-        except OSError as error:
-            if THIN is None:
-                config = cls.config_class.from_pretrained(name, **kwargs) if config is None else config
-                if getattr(config.prunesid_config, "base_model_name_or_path", None) is not None:
+        revision = None if kwargs.get("revision") in (None, "main") else str(kwargs["revision"])
+        if THIN is not None and THIN.is_thin(name, config, kwargs):
+            load = super().from_pretrained
+            loaded, source = THIN.load_model(cls, load, name, model_args, config, base_trust_remote_code, kwargs)
+        else:
+            try:
+                loaded, source = super().from_pretrained(name, *model_args, config=config, **kwargs), (name, revision)
+            except OSError as error:
+                if THIN is None and cls._read_config(name, config, kwargs).prunesid_config.base_model_name_or_path:
                     raise missing_thin(name) from error
-            raise
+                raise
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.loaded_revision = None if kwargs.get("revision") in (None, "main") else str(kwargs["revision"])
-        settings = model.config.prunesid_config
-        model._remember_source(
-            settings.base_model_name_or_path if is_thin else name,
-            settings.base_model_revision if is_thin else model.loaded_revision,
-            kwargs.get("cache_dir"),
-        )
+        model.loaded_revision = revision
+        model._remember_source(*source, kwargs.get("cache_dir"))
         return loaded
+
+    @classmethod
+    def _read_config(cls, name: Any, config: Any, kwargs: dict[str, Any]) -> PretrainedConfig:
+        if isinstance(config, PretrainedConfig):
+            return config
+        return cls.config_class.from_pretrained(name if config is None else config, **kwargs)
 
     @classmethod
     def _class_in(cls, name: str | os.PathLike | None, is_trusted: bool | None) -> type:

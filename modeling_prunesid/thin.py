@@ -36,9 +36,9 @@ def is_thin(name: Any, config: Any, kwargs: dict[str, Any]) -> bool:
 
 def load_model(
     model_class: Any, load: Callable, name: Any, model_args: tuple, config: Any, trust: bool, kwargs: dict[str, Any]
-) -> Any:
+) -> tuple[Any, tuple[str, str | None]]:
     """
-    A model of a thin variant.
+    A model of a thin variant, as `from_pretrained` returns it; and the name and the revision of its base.
 
     Args:
         model_class: a [`HubModelMixin`].
@@ -75,7 +75,8 @@ def load_model(
         ) from error
     _check_fit(base, info, has_head=model_class.can_generate())
     model.name_or_path = model.config.name_or_path = str(name)
-    return (model, info) if wants_info else model
+    loaded = (model, info) if wants_info else model
+    return loaded, (base, settings.base_model_revision)
 
 
 def load_processor(load: Callable, name: Any, names: list[str], trust: bool, kwargs: dict[str, Any]) -> Any:
