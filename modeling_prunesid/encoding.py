@@ -16,8 +16,8 @@ from .budgets import Merged, choose_tokens, request_budgets, view_information
 from .family import NumVisualTokens, PrunedModelMixin
 from .layers import count_prefix, resolve_layer
 from .methods import OF_CLS, needs_of, options_of
-from .parts import ATTENTION
-from .tower import TowerStates, check_has_cls, project_rows, watch_tower
+from .parts import ATTENTION, CLS
+from .tower import project_rows, watch_tower
 from .upstream import SHOWN, install_capturing
 from .views import View, keep_rows, kept_rows, put_merged, rows_of, table_of
 
@@ -87,7 +87,7 @@ class TowerEncoding:
         layers = [layers] if isinstance(layers, int) else layers
         self.feature_layers = [resolve_layer(layer, num_layers, "vision_feature_layer") for layer in layers]
         if OF_CLS & self.needs:
-            check_has_cls(self.tower)
+            self.cls.check(self.tower)
         self.num_prefix = self.num_fed = count_prefix(self.tower)
         given = self.inputs.get("vision_feature_select_strategy")
         self.strategy = given or model.config.vision_feature_select_strategy
@@ -122,6 +122,9 @@ class TowerEncoding:
     # Tokens before the patches that upstream feeds to the language model (CLS of a frame, registers) stay within N.
     keeps_fed = True
 
+    # What reads the attention of CLS.
+    cls = CLS
+
     @property
     def needs(self) -> frozenset[str]:
         """What the method reads of the tokens beside what it compares: of CLS, `"attention"`, `"projected"`, ..."""
@@ -150,17 +153,16 @@ class TowerEncoding:
             with project_rows(self.projector, self._choose_rows) as result:
                 output = encode(**self.inputs)
             return self._finish(output, None)
-        watched = watch_tower(
-            self.tower,
-            [*self.feature_layers, self.selection_layer],
-            self.selection_layer if OF_CLS & self.needs else None,
-            self.runs_whole,
-        )
+        layers = [*self.feature_layers, self.selection_layer]
+        of_cls: Any = contextlib.nullcontext([])
         attention: Any = contextlib.nullcontext([])
+        if OF_CLS & self.needs:
+            of_cls = self.cls.watch(self.tower, self.selection_layer)
         if "attention" in self.needs:
             attention = ATTENTION.watch(ATTENTION.attending_layer(self.tower, self.settings.layer))
         with (
-            watched as self.states,
+            watch_tower(self.tower, layers, self.runs_whole) as self.states,
+            of_cls as self.projections,
             attention as self.received,
             project_rows(self.projector, self._choose_rows) as result,
         ):
@@ -174,17 +176,14 @@ class TowerEncoding:
         """
         compared, seen = features[:, self.num_fed :], {}
         if self.tower is not None:
-            states: TowerStates = self.states
-            compared = states.hidden_states[self.selection_layer][:, self.num_prefix :]
-            heads = self.tower.config.num_attention_heads
+            compared = self.states[self.selection_layer][:, self.num_prefix :]
             for name in OF_CLS & self.needs:
-                value = getattr(states, name)[:, self.num_prefix :]
-                value = value.unflatten(-1, (heads, -1)) if name == "keys" else value
-                seen["attention" if name == "cls_attention" else name] = value
+                value = self.cls.read(name, *self.projections, self.tower.config.num_attention_heads)
+                seen["attention" if name == "cls_attention" else name] = value[:, self.num_prefix :]
             if "attention" in self.needs:
                 seen["attention"] = torch.cat(self.received)[:, self.num_prefix :]
             if self.has_own_cls:
-                cls = torch.cat([states.hidden_states[layer][:, :1] for layer in self.feature_layers], dim=-1)
+                cls = torch.cat([self.states[layer][:, :1] for layer in self.feature_layers], dim=-1)
                 features = torch.cat([cls, features], dim=1)
         patches = features[:, -compared.shape[1] :]
         if "features" in self.needs:

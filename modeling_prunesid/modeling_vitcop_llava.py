@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from .checks import resolve_budget
+from .cls_attention import PARTS as CLS
 from .co_pruning import CoPrunedGenerationMixin, CoPrunedModelMixin, describe_tokens
 from .configuration_prunesid import (
     NestedSettings,
@@ -136,7 +137,7 @@ class _SalientEncoding(TowerEncoding):
     """Stage I: keeps the tokens that the CLS token attends to most, and clusters them by their keys."""
 
     keeps_cls = keeps_fed = False
-    needs = frozenset({"cls_attention", "keys"})
+    needs, cls = frozenset({"cls_attention", "keys"}), CLS
 
     def __init__(self, model, modality, num_visual_tokens, inputs):
         super().__init__(model, modality, num_visual_tokens, inputs)

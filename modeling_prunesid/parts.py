@@ -2,6 +2,7 @@
 
 from .attention import PARTS as ATTENTION
 from .checks import PACKAGE
+from .cls_attention import PARTS as CLS
 from .grouping import group as GROUPING
 from .question import PARTS as QUESTION
 from .thin import PARTS as THIN
@@ -9,6 +10,7 @@ from .thin import PARTS as THIN
 
 # What a method may need, and whether its code is here. Configurations, which vLLM pickles by value, take this along.
 CARRIED = {"attention": ATTENTION is not None, "grouping": GROUPING is not None, "relevance": QUESTION is not None}
+CARRIED |= dict.fromkeys(("cls_attention", "joined_attention", "keys"), CLS is not None)
 
 
 def missing_part(what: str, advice: str = "Convert it with the package, which carries it.") -> ValueError:
@@ -25,4 +27,4 @@ def missing_thin(name: object) -> ValueError:
     )
 
 
-__all__ = ["ATTENTION", "CARRIED", "GROUPING", "QUESTION", "THIN", "missing_part", "missing_thin"]
+__all__ = ["ATTENTION", "CARRIED", "CLS", "GROUPING", "QUESTION", "THIN", "missing_part", "missing_thin"]

@@ -33,7 +33,7 @@ from transformers.utils import (
 
 from .card import write_card
 from .families import first_release
-from .methods import DEFAULT_METHOD
+from .methods import DEFAULT_METHOD, OF_CLS
 from .registering import carried_parts, carried_source, method_source
 from .repo_files import read_fields
 
@@ -53,7 +53,7 @@ _PUSH_ARGUMENTS = (
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 _SOURCES = Path(__file__).parent
 # What a method may need, and the name in `parts.py` of the code for it.
-_PARTS = {"attention": "ATTENTION", "grouping": "GROUPING", "relevance": "QUESTION"}
+_PARTS = {"attention": "ATTENTION", "grouping": "GROUPING", "relevance": "QUESTION", **dict.fromkeys(OF_CLS, "CLS")}
 
 
 def save_variant(

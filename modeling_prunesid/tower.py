@@ -1,7 +1,6 @@
 """
 Watches a vision tower and a projector while upstream's own `get_image_features` runs: reads the hidden states of a few
-layers and, where a method asks for it, the attention that the CLS token pays in one layer; stops the tower after the
-last layer that is needed; and lets only the kept tokens through the projector.
+layers, stops the tower after the last one that is needed, and lets only the kept tokens through the projector.
 """
 
 import contextvars
@@ -9,19 +8,15 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from .layers import find_layers, has_cls
+from .layers import find_layers
 
 
 # How many layers an iteration over a tower's layers yields; None for all.
 _num_layers_to_run: contextvars.ContextVar[int | None] = contextvars.ContextVar("num_layers_to_run", default=None)
-_INSTEAD = "Use PruneSID with method='paper', or method_settings={'score': 'component'}."
-# What attention modules call their query and key projections: CLIP and SigLIP, DINOv2.
-_PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"))
 
 
 class _StoppableLayers(nn.ModuleList):
@@ -34,33 +29,11 @@ class _StoppableLayers(nn.ModuleList):
         return itertools.islice(layers, _num_layers_to_run.get())
 
 
-@dataclass
-class TowerStates:
-    """
-    Args:
-        hidden_states (`dict[int, torch.Tensor]`): `(batch, tokens, dim)` by index, 0 being the embeddings.
-        cls_attention (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
-            The attention weights of the CLS query, summed over the heads, in float32.
-        queries, keys (`torch.Tensor` of shape `(batch, tokens, dim)`, *optional*):
-            What the projections of that layer gave, the heads side by side.
-    """
-
-    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
-    cls_attention: torch.Tensor | None = None
-    queries: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-
-    @property
-    def joined_attention(self) -> torch.Tensor:
-        """The attention weights `(batch, tokens)` of the CLS query with all heads taken as one, in float32."""
-        return _cls_attention(self.queries, self.keys, num_heads=1)
-
-
 class _CapturedStates(dict):
     """The captured hidden states in place of a tower's own tuple of all of them: by index, negative ones as well."""
 
-    def __init__(self, states: dict[int, torch.Tensor], num_layers: int):
-        super().__init__(states)
+    def __init__(self, num_layers: int):
+        super().__init__()
         self.num_layers = num_layers
 
     def __getitem__(self, layer: int) -> torch.Tensor:
@@ -68,32 +41,24 @@ class _CapturedStates(dict):
 
 
 @contextmanager
-def watch_tower(
-    tower: nn.Module, layers: Iterable[int], cls_attention_layer: int | None = None, runs_whole: bool = False
-):
+def watch_tower(tower: nn.Module, layers: Iterable[int], runs_whole: bool = False):
     """
-    While upstream runs a tower, reads hidden states and attention from it. The tower stops after the last layer that
-    is needed, and its output has no other hidden states than these.
+    While upstream runs a tower, reads hidden states from it. The tower stops after the last layer that is needed, and
+    its output has no other hidden states than these.
 
     Args:
         tower (`nn.Module`): a vision tower of Transformers.
         layers (`Iterable[int]`): the hidden states that anyone reads, as non-negative indices.
-        cls_attention_layer (`int`, *optional*): the hidden state whose layer's CLS attention to read.
         runs_whole (`bool`): the caller asked upstream for all hidden states or attentions.
 
     Yields:
-        [`TowerStates`], which is filled when the tower has run.
-
-    Raises:
-        `ValueError`: if CLS attention is asked of a tower without a CLS token, of the embeddings, or of a layer
-            without query and key projections.
+        `dict[int, torch.Tensor]`, which is filled with hidden states `(batch, tokens, dim)` by index, 0 being the
+        embeddings, while the tower runs.
     """
     layers = set(layers)
-    if cls_attention_layer is not None:
-        check_has_cls(tower)
-    blocks, states, thread = layers_of(tower), TowerStates(), threading.get_ident()
+    blocks, thread = layers_of(tower), threading.get_ident()
     blocks.__class__ = _StoppableLayers
-    projections: list[torch.Tensor] = []
+    states = _CapturedStates(tower.config.num_hidden_layers)
 
     # While another thread takes its hooks away, PyTorch may call them without the keyword arguments.
     def ask_for_none(module, args, kwargs=None):
@@ -102,21 +67,15 @@ def watch_tower(
 
     def receive(module, args, output):
         if threading.get_ident() == thread:
-            if projections:
-                states.queries, states.keys = projections
-                states.cls_attention = _cls_attention(*projections, num_heads=tower.config.num_attention_heads)
-            if not runs_whole:
-                output["hidden_states"] = _CapturedStates(states.hidden_states, tower.config.num_hidden_layers)
+            output["hidden_states"] = states
 
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(_capture(blocks, layer, states))
-        if cls_attention_layer is not None:
-            projections = stack.enter_context(_capture_projections(blocks, cls_attention_layer))
         if not runs_whole:
-            stack.enter_context(_stop_after(max([*layers, cls_attention_layer or 0, 1])))
+            stack.enter_context(_stop_after(max([*layers, 1])))
             stack.callback(tower.register_forward_pre_hook(ask_for_none, with_kwargs=True).remove)
-        stack.callback(tower.register_forward_hook(receive).remove)
+            stack.callback(tower.register_forward_hook(receive).remove)
         yield states
 
 
@@ -171,14 +130,6 @@ def layers_of(tower: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def check_has_cls(tower: nn.Module) -> None:
-    if not has_cls(tower):
-        raise ValueError(
-            "ViTCoP, and methods that rank tokens by CLS attention, need a vision tower with a CLS token, which "
-            f"{type(tower).__name__} lacks. {_INSTEAD}"
-        )
-
-
 @contextmanager
 def _stop_after(num_layers: int):
     token = _num_layers_to_run.set(num_layers)
@@ -189,7 +140,7 @@ def _stop_after(num_layers: int):
 
 
 @contextmanager
-def _hooked(module: nn.Module, receive, before: bool = False):
+def hooked(module: nn.Module, receive, before: bool = False):
     """Calls `receive` with what `module` returns (or is first given) in this thread."""
     thread = threading.get_ident()
 
@@ -205,38 +156,8 @@ def _hooked(module: nn.Module, receive, before: bool = False):
         handle.remove()
 
 
-def _capture(blocks: nn.ModuleList, layer: int, states: TowerStates):
+def _capture(blocks: nn.ModuleList, layer: int, states: dict[int, torch.Tensor]):
     def receive(value):
-        states.hidden_states[layer] = value
+        states[layer] = value
 
-    return _hooked(blocks[max(layer - 1, 0)], receive, before=layer == 0)
-
-
-@contextmanager
-def _capture_projections(blocks: nn.ModuleList, layer: int):
-    if layer == 0:
-        raise ValueError(
-            "prunesid_config.layer=0 (or vitcop_config.layer=0) are the embeddings, which have no attention. Name a "
-            "later layer. " + _INSTEAD
-        )
-    modules = dict(blocks[layer - 1].named_modules())
-    by_suffix = {name.rsplit(".", 1)[-1]: module for name, module in modules.items()}
-    names = next((pair for pair in _PROJECTIONS if all(name in by_suffix for name in pair)), None)
-    if names is None:
-        raise ValueError(
-            "ViTCoP, and methods that rank tokens by CLS attention, need separate query and key projections, which "
-            f"{type(blocks[layer - 1]).__name__} lacks. {_INSTEAD}"
-        )
-    captured: list[torch.Tensor] = []
-    with _hooked(by_suffix[names[0]], captured.append), _hooked(by_suffix[names[1]], captured.append):
-        yield captured
-
-
-def _cls_attention(queries: torch.Tensor, keys: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Softmax of the first query over all keys `(batch, tokens, dim)`, summed over the heads: `(batch, tokens)`."""
-    batch, tokens, dim = keys.shape
-    query = queries[:, :1].reshape(batch, 1, num_heads, -1).transpose(1, 2)
-    keys = keys.reshape(batch, tokens, num_heads, -1).transpose(1, 2)
-    with torch.autocast(queries.device.type, enabled=False):
-        logits = query @ keys.transpose(-1, -2) * (dim // num_heads) ** -0.5
-        return logits.float().softmax(-1).sum((1, 2))
+    return hooked(blocks[max(layer - 1, 0)], receive, before=layer == 0)

@@ -267,12 +267,12 @@ def compare_tower(tokens: torch.Tensor, rounds: int, quick: bool) -> dict[str, f
         for name, run in cases.items()
     ]
 
-    from modeling_prunesid.tower import _cls_attention
+    from modeling_prunesid.cls_attention import cls_attention
 
     queries, keys = torch.randn(2, 1, 577, 1024, device=DEVICE)
     pieces: dict[str, Callable[[], object]] = {
         "selection of 64": lambda: select_tokens(tokens[:1], 64),
-        "CLS row alone": lambda: _cls_attention(queries, keys, num_heads=16),
+        "CLS row alone": lambda: cls_attention(queries, keys, num_heads=16),
     }
     whole = statistics.median(seconds["stock, every layer"])
     shares = {}

@@ -79,7 +79,8 @@ METHOD_CODE = (  # all that can change an answer to given inputs
     "modeling_prunesid/cached_*.py", "modeling_prunesid/context.py", "modeling_prunesid/grouping.py",
     "modeling_prunesid/attention.py", "modeling_prunesid/arguments.py", "modeling_prunesid/outputs.py",
     "modeling_prunesid/readings.py", "modeling_prunesid/layers.py", "modeling_prunesid/views.py",
-    "modeling_prunesid/runs.py", "modeling_prunesid/parts.py",
+    "modeling_prunesid/runs.py", "modeling_prunesid/parts.py", "modeling_prunesid/patches.py",
+    "modeling_prunesid/cls_attention.py",
     "prunesid_cli/baselines/*.py", "prunesid_cli/towers.py", "prunesid_cli/ablations.py", "prunesid_cli/evaluate.py",
     "prunesid_cli/tower_memo.py",
 )  # fmt: skip

@@ -17,7 +17,8 @@ from modeling_prunesid.registering import carried_parts
 
 
 # The name in `parts.py`, and its file.
-PARTS = {"ATTENTION": "attention", "GROUPING": "grouping", "QUESTION": "question", "THIN": "thin"}
+PARTS = {"ATTENTION": "attention", "CLS": "cls_attention", "GROUPING": "grouping"}
+PARTS |= {"QUESTION": "question", "THIN": "thin"}
 SOURCE = Path(modeling_prunesid.__file__).with_name("parts.py").read_text()
 # Settings, and the parts that they need.
 SETTINGS = {
@@ -27,6 +28,7 @@ SETTINGS = {
     "psca": ({"method_settings": {"grouping": "psca"}}, set()),
     "question": ({"method_settings": {"question": True}}, {"QUESTION"}),
     "attention": ({"method": "spread", "method_settings": {"score": "attention"}}, {"ATTENTION"}),
+    "cls": ({"method": "spread"}, {"CLS"}),
 }
 # What a repo without the package says of what only the package has.
 REFUSED = """
@@ -106,8 +108,8 @@ def test_a_repo_carries_the_parts_that_its_settings_need_and_names_what_it_lacks
         assert all(map(torch.equal, found, expected))
     own = loaded.config.prunesid_config
     lacking = {"QUESTION": {"question": True}, "GROUPING": {"grouping": "kmeans"}, "ATTENTION": {"score": "attention"}}
-    for part, method_settings in lacking.items():
-        own.method_settings = method_settings
+    for part, method_settings in [*lacking.items(), ("CLS", {"score": "cls_attention"})]:
+        own.method_settings = {**settings.get("method_settings", {}), **method_settings}
         if part in needed:
             own.check()
         elif method_settings.keys() <= module_of(own.method).RULES.keys():

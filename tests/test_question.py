@@ -19,6 +19,7 @@ from modeling_prunesid.context import Context, counts_on
 from modeling_prunesid.methods import METHODS, method_of
 from modeling_prunesid.question import QuestionReader, relevance, rows_of_inputs
 from modeling_prunesid.upstream import CACHE_NAME
+from prunesid_cli.towers import run_tower
 
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -130,14 +131,12 @@ def kept_of(model, inputs):
 
 def by_hand(model, row_of_ids, words, pictures):
     """What a row keeps of its images, by the definitions, one image after the other."""
-    from modeling_prunesid.tower import watch_tower
-
     tower = model.model.vision_tower
     kept = []
     for image in pictures:
-        with watch_tower(tower, [3], 3, True) as states:
-            hidden = tower(image[None], output_hidden_states=True).hidden_states
-        projected = model.model.multi_modal_projector(hidden[-2][:, 1:])
+        states = run_tower(tower, image[None], [3], cls_attention_layer=3)
+        patches = states.hidden_states[3][:, 1:]
+        projected = model.model.multi_modal_projector(patches)
         embedded = model.get_input_embeddings()(torch.tensor([words]))
         context = Context(
             counts=[BUDGET],
@@ -146,9 +145,7 @@ def by_hand(model, row_of_ids, words, pictures):
             relevance=relevance(projected, embedded),
         )
         settings = model.config.prunesid_config
-        kept.append(
-            method_of("spread")(hidden[-2][:, 1:], counts_on(image.device, [BUDGET]), settings, context).indices
-        )
+        kept.append(method_of("spread")(patches, counts_on(image.device, [BUDGET]), settings, context).indices)
     flags = torch.ones(len(row_of_ids), dtype=torch.bool)
     columns = (torch.tensor(row_of_ids) == IMAGE).nonzero()[:, 0].view(len(pictures), -1)
     for own, indices in zip(columns, kept):

@@ -1,0 +1,1 @@
+../modeling_prunesid/cls_attention.py
