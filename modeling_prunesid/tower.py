@@ -1,6 +1,6 @@
 """
 Watches a vision tower and a projector while upstream's own `get_image_features` runs: reads the hidden states of a few
-layers; stops the tower after the last layer that is needed; and lets only the kept tokens through the projector.
+layers, stops the tower after the last one that is needed, and lets only the kept tokens through the projector.
 """
 
 import contextvars
@@ -32,8 +32,8 @@ class _StoppableLayers(nn.ModuleList):
 class _CapturedStates(dict):
     """The captured hidden states in place of a tower's own tuple of all of them: by index, negative ones as well."""
 
-    def __init__(self, states: dict[int, torch.Tensor], num_layers: int):
-        super().__init__(states)
+    def __init__(self, num_layers: int):
+        super().__init__()
         self.num_layers = num_layers
 
     def __getitem__(self, layer: int) -> torch.Tensor:
@@ -43,19 +43,22 @@ class _CapturedStates(dict):
 @contextmanager
 def watch_tower(tower: nn.Module, layers: Iterable[int], runs_whole: bool = False):
     """
-    While upstream runs a tower, reads hidden states from it. The tower stops after the last of them, and its output
-    has no others.
+    While upstream runs a tower, reads hidden states from it. The tower stops after the last layer that is needed, and
+    its output has no other hidden states than these.
 
     Args:
         tower (`nn.Module`): a vision tower of Transformers.
-        layers (`Iterable[int]`): the hidden states that anyone reads, as non-negative indices; 0 are the embeddings.
+        layers (`Iterable[int]`): the hidden states that anyone reads, as non-negative indices.
         runs_whole (`bool`): the caller asked upstream for all hidden states or attentions.
 
     Yields:
-        `dict[int, torch.Tensor]`: `(batch, tokens, dim)` by index, when the tower has run.
+        `dict[int, torch.Tensor]`, which is filled with hidden states `(batch, tokens, dim)` by index, 0 being the
+        embeddings, while the tower runs.
     """
-    blocks, states, thread = layers_of(tower), {}, threading.get_ident()
+    layers = set(layers)
+    blocks, thread = layers_of(tower), threading.get_ident()
     blocks.__class__ = _StoppableLayers
+    states = _CapturedStates(tower.config.num_hidden_layers)
 
     # While another thread takes its hooks away, PyTorch may call them without the keyword arguments.
     def ask_for_none(module, args, kwargs=None):
@@ -64,10 +67,10 @@ def watch_tower(tower: nn.Module, layers: Iterable[int], runs_whole: bool = Fals
 
     def receive(module, args, output):
         if threading.get_ident() == thread:
-            output["hidden_states"] = _CapturedStates(states, tower.config.num_hidden_layers)
+            output["hidden_states"] = states
 
     with ExitStack() as stack:
-        for layer in set(layers):
+        for layer in layers:
             stack.enter_context(_capture(blocks, layer, states))
         if not runs_whole:
             stack.enter_context(_stop_after(max([*layers, 1])))

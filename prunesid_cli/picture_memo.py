@@ -67,7 +67,7 @@ class _Learning(TowerEncoding):
 
     def _choose_rows(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
         features, rows = super()._choose_rows(features)
-        shape = self.states.hidden_states[self.feature_layers[0]].shape[1:]
+        shape = self.states[self.feature_layers[0]].shape[1:]
         with torch.inference_mode(False):  # they take part in training, whoever met them first
             kept, indices = features.detach().flatten(0, 1).clone()[rows.clone()], self.indices[0].clone()
         self.kept = _Kept(kept, indices, shape)

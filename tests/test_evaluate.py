@@ -448,7 +448,7 @@ def test_the_hash_of_answers_covers_all_code_they_depend_on(evaluate):
     code = {path.stem: path.read_text() for paths in matched.values() for path in paths}
     from_package = re.compile(r"^\s*from (?:modeling_prunesid)?\.(\w+) import", re.MULTILINE)
     imported = {name for text in code.values() for name in from_package.findall(text)}
-    assert imported - set(code) == {"hub", "processing"}
+    assert imported - set(code) == {"hub", "processing", "thin"}
     assert {"evaluate", "tower_memo", "ablations", "visionzip"} <= set(code)
 
 
