@@ -5,15 +5,12 @@ This file does not travel with a repo, whose users trust only what runs a model;
 installed, for models of the package and for those that a repo's own code made.
 """
 
-import ast
 import copy
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.dynamic_module_utils import custom_object_save, get_relative_imports
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -33,10 +30,7 @@ from transformers.utils import (
 )
 
 from .card import write_card
-from .families import first_release
-from .methods import DEFAULT_METHOD
-from .parts import OF_CLS
-from .registering import carried_parts, carried_source, method_source
+from .repo_code import carry_code, state_release
 from .repo_files import read_fields
 
 
@@ -53,10 +47,6 @@ _PUSH_ARGUMENTS = (
     "tags",
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
-_SOURCES = Path(__file__).parent
-# What a method may need, and the name in `parts.py` of the code for it.
-_PARTS = {"attention": "ATTENTION", "grouping": "GROUPING", "relevance": "QUESTION"}
-_PARTS |= {"dynamic": "DYNAMIC", **dict.fromkeys(OF_CLS, "CLS")}
 
 
 def save_variant(
@@ -119,8 +109,11 @@ def save_variant(
     finally:
         settings.base_model_name_or_path, settings.base_model_revision = recorded
     if is_main_process:
-        carry_own_code(model, save_directory, thin)
-        state_release(model, save_directory)
+        package, _, module = type(model).__module__.rpartition(".")
+        if Path(save_directory, "parts.py").exists():  # which the code of a repo that an earlier release saved has not
+            needs = sys.modules[f"{package}.methods"].needs_of
+            carry_code(save_directory, module, settings, needs, thin, is_own=package == __package__)
+        state_release(save_directory, module)
         write_card(save_directory, model.config, base, thin, push.get("repo_id"), push.get("tags"), revision)
     if push_to_hub and is_main_process:
         push.setdefault("repo_id", Path(save_directory).name)
@@ -156,75 +149,6 @@ def push_variant(
             revision=revision,
             create_pr=create_pr,
         )
-
-
-def state_release(model: Any, folder: str | os.PathLike) -> None:
-    """
-    The family's file in a repo first says which Transformers it needs: in an older one, the imports that follow fail
-    in words that name no release.
-    """
-    module = type(model).__module__.rpartition(".")[2]
-    path = Path(folder, f"{module}.py")
-    source = path.read_text(encoding="utf-8") if path.exists() else ""
-    imports = [node.lineno for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    if not imports or "check_transformers" in source:
-        return
-    lines, release = source.splitlines(keepends=True), first_release(module.removeprefix("modeling_prunesid_"))
-    lines.insert(imports[0] - 1, f'from .checks import check_transformers\n\n\ncheck_transformers("{release}")\n\n')
-    path.write_text("".join(lines), encoding="utf-8")
-
-
-def carry_own_code(model: Any, folder: str | os.PathLike, thin: bool) -> None:
-    """
-    Leave in a saved folder the code that the model needs: `methods.py` names its own method alone, a registered one
-    has its file beside it, `parts.py` has None for what it does not need, and files that nothing imports any more are
-    removed.
-    """
-    package, _, own = type(model).__module__.rpartition(".")
-    folder, own = Path(folder), f"{own}.py"
-    if not (folder / "parts.py").exists():  # the code of a repo that an earlier release saved
-        return
-    settings = model.config.prunesid_config
-    name, needs = DEFAULT_METHOD, OF_CLS  # ViTCoP has none, and reads CLS
-    if hasattr(settings, "method"):
-        name, needs = settings.method, sys.modules[f"{package}.methods"].needs_of(settings)
-    needs |= {"dynamic"} if settings.dynamic else set()
-    given = files_imported_by(own, folder) | files_imported_by("parts.py", _SOURCES)
-    parts = [part for need, part in _PARTS.items() if need in needs] + ["THIN"] * thin
-    for file, write in (("methods.py", partial(carried_source, name)), ("parts.py", partial(carried_parts, parts))):
-        (folder / file).write_text(write((folder / file).read_text(encoding="utf-8")), encoding="utf-8")
-    method = folder / f"method_{name}.py"
-    if package == __package__ and not (_SOURCES / method.name).exists():
-        method.write_text(method_source(name), encoding="utf-8")
-        for imported in _imports(method):
-            if not (_SOURCES / imported).exists():
-                raise ValueError(
-                    f"prunesid_config.method={name!r} imports {imported}, which does not travel with a model: only "
-                    "its own file does, and what that imports of modeling_prunesid. Move what it needs into the file."
-                )
-    carried = files_imported_by(own, folder, or_package=True)
-    for name in carried:
-        if not (folder / name).exists():
-            shutil.copy(_SOURCES / name, folder)
-    for name in given - carried:
-        (folder / name).unlink(missing_ok=True)
-
-
-def files_imported_by(name: str, folder: Path, or_package: bool = False) -> set[str]:
-    """The code files in the folder (or else in the package) that this one imports, directly or not, and itself."""
-    found: set[str] = set()
-    names = [name]
-    while names:
-        name = names.pop()
-        path = _SOURCES / name if or_package and not (folder / name).exists() else folder / name
-        if name not in found and path.exists():
-            found.add(name)
-            names += _imports(path)
-    return found
-
-
-def _imports(path: Path) -> list[str]:
-    return [f"{module}.py" for module in get_relative_imports(path)]
 
 
 def find_base(model: Any) -> tuple[str | None, str | None]:

@@ -1,6 +1,11 @@
-"""What is installed, what works on this machine, and what to fix.
+"""What is installed, what works on this machine, and what to fix; or what a repo asks you to trust.
 
-A tiny random LLaVA answers on each device, with fewer tokens and without pruning; nothing is fetched.
+A tiny random LLaVA answers on each device, with fewer tokens and without pruning; nothing is fetched. With REPO, its
+Python files are compared with those that this package writes for its settings, and none of them runs.
+
+Examples:
+    prunesid doctor
+    prunesid doctor ORG/NAME
 """
 
 import argparse
@@ -18,6 +23,7 @@ from transformers import LlavaForConditionalGeneration
 import modeling_prunesid
 from modeling_prunesid import PruneSIDLlavaConfig, PruneSIDLlavaForConditionalGeneration, compress
 from prunesid_cli import embedded_folder
+from prunesid_cli.repo_check import check_repo
 from prunesid_cli.tables import print_rows
 
 
@@ -35,10 +41,13 @@ PACKAGES = ("torch", "transformers", "accelerate", "huggingface-hub", "safetenso
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument("repo", nargs="?", help="check the code of this repo on the Hub, or of this folder")
+    parser.add_argument("--revision", help="of the repo")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.repo is not None:
+        return _check_repo(arguments.repo, arguments.revision)
     versions = {"python": platform.python_version(), "prunesid-transformers": modeling_prunesid.__version__}
     versions |= {name: found for name in PACKAGES if (found := _version_of(name)) is not None}
     works, problems = {}, []
@@ -67,8 +76,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         works["Hugging Face Hub"] = "offline (HF_HUB_OFFLINE is set): only what is cached can be loaded"
 
     print_rows([{"what": name, "found": value} for name, value in {**versions, **works}.items()], left=("found",))
-    print("\nProblems: none" if not problems else "\nProblems:\n" + "\n".join(f"- {problem}" for problem in problems))
+    _print_problems(problems)
     return {"versions": versions, "works": works, "problems": problems}
+
+
+def _check_repo(name: str, revision: str | None) -> dict[str, Any]:
+    rows, problems = check_repo(name, revision)
+    print_rows(rows, left=("found",))
+    _print_problems(problems)
+    return {"files": len(rows) - 1, "lines": rows[-1]["lines"], "of_code": rows[-1]["of code"], "problems": problems}
+
+
+def _print_problems(problems: list[str]) -> None:
+    print("\nProblems: none" if not problems else "\nProblems:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
 def _version_of(package: str) -> str | None:

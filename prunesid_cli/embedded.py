@@ -87,7 +87,7 @@ def complete(folder: Path = FOLDER) -> Path:
 
 def link_code(folder: Path = FOLDER) -> None:
     """Make the code files of the folder links to those of the package that the model needs, for every method."""
-    from modeling_prunesid.publishing import files_imported_by
+    from modeling_prunesid.repo_code import files_imported_by
 
     for link in folder.glob("*.py"):
         link.unlink()

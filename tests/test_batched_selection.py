@@ -18,7 +18,7 @@ from modeling_prunesid.context import Context, counts_on
 from modeling_prunesid.dynamic import information_budgets, redundancy
 from modeling_prunesid.exact import gram, product
 from modeling_prunesid.methods import METHODS, check_method, method_of
-from modeling_prunesid.registering import carried_source
+from modeling_prunesid.repo_code import carried_source
 from modeling_prunesid.retired import method_of_saved
 from modeling_prunesid.selection import NMS_ROUNDS, survivors
 

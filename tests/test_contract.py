@@ -38,6 +38,7 @@ from modeling_prunesid.family import stock_class
 from modeling_prunesid.method_paper import select as paper
 from modeling_prunesid.methods import METHODS
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
+from prunesid_cli.repo_check import check_repo
 
 
 @every_row()
@@ -432,6 +433,7 @@ def test_saved_models_load_through_auto_classes(name, tmp_path):
     ours, _, row = build(name)
     logging.disable_progress_bar()
     ours.save_pretrained(tmp_path)
+    assert check_repo(str(tmp_path))[1] == []
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is type(ours.config) and config.prunesid_config.budget == row.budget
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)

@@ -13,7 +13,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import modeling_prunesid
 from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
 from modeling_prunesid.methods import module_of
-from modeling_prunesid.registering import carried_parts
+from modeling_prunesid.repo_code import carried_parts
+from prunesid_cli.repo_check import check_repo
 
 
 # The name in `parts.py`, and its file.
@@ -105,6 +106,7 @@ def test_a_repo_carries_the_parts_that_its_settings_need_and_names_what_it_lacks
     model = from_base(base, **settings)
     model.save_pretrained(tmp_path)
     assert parts_in(tmp_path) == needed
+    assert check_repo(str(tmp_path))[1] == []
     loaded = of_repo(tmp_path).from_pretrained(tmp_path)
     if "QUESTION" not in needed:
         found, expected = (each.get_image_features(pixels(2)).keep_indices for each in (loaded, model))
@@ -129,6 +131,7 @@ def test_a_repo_carries_the_parts_that_its_settings_need_and_names_what_it_lacks
 
 def test_thin_variants_alone_carry_what_loads_them(folders):
     assert (parts_in(folders["full"]), parts_in(folders["thin"])) == (set(), {"THIN"})
+    assert check_repo(str(folders["thin"]))[1] == []
     tokenizer = json.loads((folders["thin"] / "tokenizer_config.json").read_text())
     assert tokenizer["auto_map"]["AutoTokenizer"] == [None, "thin.BaseTokenizer"]
 

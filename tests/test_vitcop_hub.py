@@ -9,6 +9,7 @@ from tiny import NUM_PATCHES
 from tiny_checkpoint import save_checkpoint
 
 from modeling_prunesid import ViTCoPConfig, ViTCoPLlavaForConditionalGeneration
+from prunesid_cli.repo_check import check_repo
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,7 @@ def loaded(base):
 def test_a_clean_process_answers(base, loaded, tmp_path, thin):
     folder = tmp_path / "variant"
     loaded.save_pretrained(folder, thin=thin)
+    assert check_repo(str(folder))[1] == []
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["ViTCoPLlavaForConditionalGeneration"]
     assert config["auto_map"]["AutoConfig"] == "modeling_vitcop_llava.ViTCoPLlavaConfig"
