@@ -187,7 +187,9 @@ def carry_own_code(model: Any, folder: str | os.PathLike, thin: bool) -> None:
     settings = model.config.prunesid_config
     name, needs = DEFAULT_METHOD, OF_CLS  # ViTCoP has none, and reads CLS
     if hasattr(settings, "method"):
-        name, needs = settings.method, sys.modules[f"{package}.methods"].needs_of(settings)
+        name, methods = settings.method, sys.modules[f"{package}.methods"]
+        # Of its defaults as well, which are those of every `PruneSIDConfig` in the repo.
+        needs = methods.needs_of(settings) | methods.module_of(name).needs({})
     needs |= {"dynamic"} if settings.dynamic else set()
     given = files_imported_by(own, folder) | files_imported_by("parts.py", _SOURCES)
     parts = [part for need, part in _PARTS.items() if need in needs] + ["THIN"] * thin
