@@ -68,7 +68,7 @@ def check_method(name: str, method_settings: dict | None, field: str = "prunesid
             raise ValueError(f"{field}[{setting!r}] must be {description}, got {value!r}.")
     for need in module_of(name).needs(method_settings or {}):
         if not CARRIED.get(need, True):
-            raise missing_part(f"{field}={method_settings!r}")
+            raise missing_part(f"{field}={method_settings!r} reads {need!r}, which")
 
 
 def module_of(name: str) -> Any:

@@ -111,8 +111,8 @@ def save_variant(
     if is_main_process:
         package, _, module = type(model).__module__.rpartition(".")
         if Path(save_directory, "parts.py").exists():  # which the code of a repo that an earlier release saved has not
-            needs = sys.modules[f"{package}.methods"].needs_of
-            carry_code(save_directory, module, settings, needs, thin, is_own=package == __package__)
+            methods = sys.modules[f"{package}.methods"]
+            carry_code(save_directory, module, settings, methods, thin, is_own=package == __package__)
         state_release(save_directory, module)
         write_card(save_directory, model.config, base, thin, push.get("repo_id"), push.get("tags"), revision)
     if push_to_hub and is_main_process:

@@ -4,7 +4,7 @@ import ast
 import inspect
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,7 @@ _PARTS = {"attention": "ATTENTION", "grouping": "GROUPING", "relevance": "QUESTI
 _PARTS |= {"dynamic": "DYNAMIC", **dict.fromkeys(OF_CLS, "CLS")}
 
 
-def carry_code(
-    folder: Any, module: str, settings: Any, needs_of: Callable[[Any], frozenset], thin: bool, is_own: bool = True
-) -> None:
+def carry_code(folder: Any, module: str, settings: Any, methods: Any, thin: bool, is_own: bool = True) -> None:
     """
     Leave in a folder of copied code what the model needs: `methods.py` names its own method alone, a registered one
     has its file beside it, `parts.py` has None for what it does not need, and files that nothing imports any more are
@@ -33,7 +31,7 @@ def carry_code(
     Args:
         folder (`str` or `os.PathLike`), module (`str`): that of the family's classes in it.
         settings: the model's (`PruneSIDConfig`, or those of ViTCoP).
-        needs_of (`Callable`): that of the `methods.py` which the model runs.
+        methods: the module `methods` that the model runs.
         thin (`bool`): whether the repo has no weights.
         is_own (`bool`): whether the code is the package's, and not that of a repo, which has its method already.
 
@@ -43,7 +41,9 @@ def carry_code(
     folder, own = Path(folder), f"{module}.py"
     name, needs = DEFAULT_METHOD, OF_CLS  # ViTCoP has none, and reads CLS
     if hasattr(settings, "method"):
-        name, needs = settings.method, needs_of(settings)
+        name = settings.method
+        # Of its defaults as well, which are those of every `PruneSIDConfig` in the repo.
+        needs = methods.needs_of(settings) | methods.module_of(name).needs({})
     needs |= {"dynamic"} if settings.dynamic else set()
     given = files_imported_by(own, folder) | files_imported_by("parts.py", SOURCES)
     parts = [part for need, part in _PARTS.items() if need in needs] + ["THIN"] * thin

@@ -13,8 +13,8 @@ from huggingface_hub import snapshot_download
 from transformers.utils import CONFIG_NAME
 
 import modeling_prunesid
+from modeling_prunesid import methods
 from modeling_prunesid.configuration_prunesid import PruneSIDConfig
-from modeling_prunesid.methods import MODULES, needs_of
 from modeling_prunesid.modeling_vitcop_llava import ViTCoPConfig
 from modeling_prunesid.repo_code import SOURCES, carry_code, files_imported_by, state_release
 from modeling_prunesid.repo_files import read_fields
@@ -87,7 +87,7 @@ def _expected(name: str, fields: dict[str, Any]) -> dict[str, str]:
             f"family that version {modeling_prunesid.__version__} has. Name a variant, or upgrade the package."
         )
     method = given.get("method")
-    if method is not None and method not in MODULES:  # registered by whoever saved it, in a file of its own
+    if method is not None and method not in methods.MODULES:  # registered by whoever saved it, in a file of its own
         given = {**given, "method": "paper", "method_settings": None}
     settings_class = ViTCoPConfig if given.get("model_type") == "vitcop" else PruneSIDConfig
     settings = settings_class.from_dict(given)
@@ -95,7 +95,7 @@ def _expected(name: str, fields: dict[str, Any]) -> dict[str, str]:
         for module in modules:
             for file in files_imported_by(f"{module}.py", SOURCES):
                 shutil.copy(SOURCES / file, copied)
-        carry_code(copied, own, settings, needs_of, thin=settings.base_model_name_or_path is not None)
+        carry_code(copied, own, settings, methods, thin=settings.base_model_name_or_path is not None)
         state_release(copied, own)
         return {path.name: path.read_text(encoding="utf-8") for path in Path(copied).glob("*.py")}
 

@@ -27,10 +27,13 @@ SOURCE = Path(modeling_prunesid.__file__).with_name("parts.py").read_text()
 SETTINGS = {
     "paper": ({}, set()),
     "kmeans": ({"method_settings": {"grouping": "kmeans"}}, {"GROUPING"}),
-    "random": ({"method": "release", "method_settings": {"grouping": "random", "score": "component"}}, {"GROUPING"}),
+    "random": (
+        {"method": "release", "method_settings": {"grouping": "random", "score": "component"}},
+        {"GROUPING", "CLS"},
+    ),
     "psca": ({"method_settings": {"grouping": "psca"}}, set()),
     "question": ({"method_settings": {"question": True}}, {"QUESTION"}),
-    "attention": ({"method": "spread", "method_settings": {"score": "attention"}}, {"ATTENTION"}),
+    "attention": ({"method": "spread", "method_settings": {"score": "attention"}}, {"ATTENTION", "CLS"}),
     "cls": ({"method": "release"}, {"CLS"}),
     "dynamic": ({"dynamic": True, "reference_information": 0.9}, {"DYNAMIC"}),
 }
@@ -111,6 +114,9 @@ def test_a_repo_carries_the_parts_that_its_settings_need_and_names_what_it_lacks
     if "QUESTION" not in needed:
         found, expected = (each.get_image_features(pixels(2)).keep_indices for each in (loaded, model))
         assert all(map(torch.equal, found, expected))
+    assert type(loaded.config)().prunesid_config.method == settings.get("method", "paper")
+    processor = of_repo(tmp_path, "modeling_prunesid_llava.PruneSIDLlavaProcessor").from_pretrained(tmp_path)
+    assert processor.num_visual_tokens == (None if "DYNAMIC" in needed else BUDGET)
     own = loaded.config.prunesid_config
     lacking = {"QUESTION": {"question": True}, "GROUPING": {"grouping": "kmeans"}, "ATTENTION": {"score": "attention"}}
     lacking |= {"CLS": {"score": "cls_attention"}}
