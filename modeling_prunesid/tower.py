@@ -4,6 +4,7 @@ layers, stops the tower after the last one that is needed, and lets only the kep
 """
 
 import contextvars
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable
@@ -71,9 +72,10 @@ def watch_tower(tower: nn.Module, layers: Iterable[int], runs_whole: bool = Fals
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_capture(blocks, layer, states))
+            block, receive_states = blocks[max(layer - 1, 0)], functools.partial(states.__setitem__, layer)
+            stack.enter_context(hooked(block, receive_states, before=layer == 0))
         if not runs_whole:
-            stack.enter_context(_stop_after(max([*layers, 1])))
+            stack.callback(_num_layers_to_run.reset, _num_layers_to_run.set(max([*layers, 1])))
             stack.callback(tower.register_forward_pre_hook(ask_for_none, with_kwargs=True).remove)
             stack.callback(tower.register_forward_hook(receive).remove)
         yield states
@@ -131,15 +133,6 @@ def layers_of(tower: nn.Module) -> nn.ModuleList:
 
 
 @contextmanager
-def _stop_after(num_layers: int):
-    token = _num_layers_to_run.set(num_layers)
-    try:
-        yield
-    finally:
-        _num_layers_to_run.reset(token)
-
-
-@contextmanager
 def hooked(module: nn.Module, receive, before: bool = False):
     """Calls `receive` with what `module` returns (or is first given) in this thread."""
     thread = threading.get_ident()
@@ -154,10 +147,3 @@ def hooked(module: nn.Module, receive, before: bool = False):
         yield
     finally:
         handle.remove()
-
-
-def _capture(blocks: nn.ModuleList, layer: int, states: dict[int, torch.Tensor]):
-    def receive(value):
-        states[layer] = value
-
-    return hooked(blocks[max(layer - 1, 0)], receive, before=layer == 0)
