@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny import BOS, EOS, IMAGE, PAD, TEXT, VISION, stock_config
+from tiny import BOS, EOS, IMAGE, PAD, TEXT, VISION, stock_twin
 from tiny_qwen import PATCH_DIM
 from tiny_qwen import build as build_qwen
 from tiny_qwen import prompt as qwen_prompt
@@ -105,13 +105,7 @@ class Family:
     stock_class = LlavaForConditionalGeneration
 
     def stock(self, ours):
-        fields = stock_config(ours.config).to_dict()
-        names = inspect.signature(self.stock_class.config_class).parameters
-        fields = {name: value for name, value in ours.config.to_dict().items() if name in names or name in fields}
-        fields = {name: value for name, value in fields.items() if name != "model_type"}
-        twin = self.stock_class(self.stock_class.config_class(**fields))
-        twin.load_state_dict(ours.state_dict())
-        return _finish(twin)
+        return _finish(stock_twin(ours, self.stock_class))
 
     @property
     def side(self):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from clean_process import run_clean
 from PIL import Image
-from tiny import EOS, IMAGE, PAD, batch, prompt
+from tiny import EOS, IMAGE, PAD, batch, prompt, stock_twin
 from tiny_llava_next import (
     BUDGET,
     CROP,
@@ -28,7 +28,6 @@ from tiny_llava_next import (
     new_tokens,
     packed,
     rows,
-    stock_twin,
 )
 from tiny_processor import check_what_is_set_is_obeyed
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import VIDEO_LLAVA_PIXELS
-from tiny import IMAGE, NUM_PATCHES, PAD, batch
+from tiny import IMAGE, NUM_PATCHES, PAD, batch, stock_twin
 from tiny_video_llava import (
     BUDGET,
     FED,
@@ -26,7 +26,6 @@ from tiny_video_llava import (
     images,
     new_tokens,
     rows,
-    stock_twin,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
