@@ -34,7 +34,7 @@ def remembered(make):
 
     @functools.wraps(make)
     def copied(*args, **kwargs):
-        key = repr((args, sorted(kwargs.items())))
+        key = repr((args, sorted(kwargs.items()), torch.get_default_dtype()))
         if key not in made:
             file = io.BytesIO()
             pickler = _Pickler(file)

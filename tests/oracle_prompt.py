@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from copies import remembered
 from tiny import BOS, EOS, IMAGE, PAD, TEXT, VISION, stock_twin
 from tiny_qwen import PATCH_DIM
 from tiny_qwen import build as build_qwen
@@ -377,6 +378,7 @@ FAMILIES = {
 }
 
 
+@remembered
 def _random(model_class, config):
     torch.manual_seed(0)
     model = model_class(config)
