@@ -38,6 +38,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What a file has imported and made stays as well."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def ours():
     """A tiny random model that keeps 8 of 49 tokens."""
