@@ -39,6 +39,10 @@ from modeling_prunesid.family import stock_class
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 
 
+# The rows of a family are further inputs of one model.
+every_family = every_row(lambda row: " " not in row.name)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """The folder of a row's model, ours or the stock one, that is saved once."""
@@ -229,7 +233,7 @@ def greedy(reference, row, arguments, place, full_length):
     return answer
 
 
-@every_row()
+@every_family
 def test_stock_checkpoints_load(name, saved):
     ours, reference, row = build(name)
     if not row.checks_loading:
@@ -242,7 +246,7 @@ def test_stock_checkpoints_load(name, saved):
         assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in loaded.state_dict().items())
 
 
-@every_row(lambda row: " " not in row.name)
+@every_family
 def test_thin_variants_are_saved_of_the_very_weights_of_a_base(name, saved, tmp_path):
     ours, _, row = build(name)
     if not row.checks_loading:
@@ -266,7 +270,7 @@ def check_loads_what_the_stock_class_loads(ours, reference, folder):
         assert set(found["missing_keys"]) <= set(expected["missing_keys"])
 
 
-@every_row()
+@every_family
 def test_signatures_are_those_of_the_stock_class(name):
     ours, reference, row = build(name)
     for mine, theirs in ((type(ours), type(reference)), (type(base_of(ours)), type(base_of(reference)))):
@@ -401,7 +405,7 @@ def test_a_static_cache_gives_the_same_answer(name):
     )
 
 
-@every_row()
+@every_family
 @torch.no_grad()
 def test_saved_models_load_through_auto_classes(name, saved):
     ours, _, row = build(name)
@@ -420,7 +424,7 @@ def test_saved_models_load_through_auto_classes(name, saved):
     assert type(base_of(AutoModel.from_pretrained(folder, dtype=torch.float64))) is type(base_of(ours))
 
 
-@every_row()
+@every_family
 def test_weights_are_saved_as_those_of_the_stock_class_which_loads_them(name, saved):
     ours, reference, row = build(name)
     folder = saved(name, is_ours=True)
@@ -478,7 +482,7 @@ def test_a_forgotten_input_is_an_error(name):
         ours.generate(**text, max_new_tokens=1)
 
 
-@every_row()
+@every_family
 def test_no_name_of_ours_hides_a_part_of_the_stock_model(name):
     for model in (build(name)[0], base_of(build(name)[0])):
         stock = stock_class(type(model))
