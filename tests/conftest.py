@@ -11,6 +11,9 @@ from tiny import build, stock_twin
 
 
 torch.set_num_threads(1)
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # of xdist's processes: threads that wait leave the cores to others
 huggingface_hub.constants.HF_HUB_OFFLINE = True  # where the network is missing, each try at it takes half a minute
 TORCHVISION = "torchvision==0.28.0"
 OTHER_TIERS = {"slow", "engines", "app"}
@@ -34,6 +37,14 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """What is imported by now stays, and collections of garbage, for which Trainer and compilers ask, skip it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What a file has imported and made stays as well."""
+    yield
     gc.collect()
     gc.freeze()
 

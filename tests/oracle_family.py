@@ -48,6 +48,30 @@ def build(name):
     return ours, reference, row
 
 
+@functools.cache
+@torch.no_grad()
+def output_of(name):
+    """What our class gives for the batch of full prompts. Tests read it alone."""
+    ours, _, row = build(name)
+    return ours(**prompt(row))
+
+
+@functools.cache
+@torch.no_grad()
+def kept_of(name):
+    """`keep_indices` of the inputs of the batch."""
+    ours, _, row = build(name)
+    return encode_ours(ours, row)["keep_indices"]
+
+
+@functools.cache
+@torch.no_grad()
+def shortened_of(name):
+    """For each row of the batch the stock class's arguments for its short prompt, and the mask of its columns."""
+    _, reference, row = build(name)
+    return hand_shortened(reference, row, kept_of(name))
+
+
 def base_of(model):
     return getattr(model, "model", model)
 
@@ -136,7 +160,6 @@ def level(row, flag, ids):
 
 
 def hand_shortened(reference, row, kept):
-    """For each row of the batch the stock class's arguments for its short prompt, and the mask of its columns."""
     output = encode(reference, row)
     shortened = []
     for place, own in enumerate(rows_of(row)):

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import transformers
-from tiny import BOS, EOS, IMAGE, PAD, TEXT, VISION, stock_config
+from copies import remembered
+from tiny import BOS, EOS, IMAGE, PAD, TEXT, VISION, stock_twin
 from tiny_qwen import PATCH_DIM
 from tiny_qwen import build as build_qwen
 from tiny_qwen import prompt as qwen_prompt
@@ -105,13 +106,7 @@ class Family:
     stock_class = LlavaForConditionalGeneration
 
     def stock(self, ours):
-        fields = stock_config(ours.config).to_dict()
-        names = inspect.signature(self.stock_class.config_class).parameters
-        fields = {name: value for name, value in ours.config.to_dict().items() if name in names or name in fields}
-        fields = {name: value for name, value in fields.items() if name != "model_type"}
-        twin = self.stock_class(self.stock_class.config_class(**fields))
-        twin.load_state_dict(ours.state_dict())
-        return _finish(twin)
+        return _finish(stock_twin(ours, self.stock_class))
 
     @property
     def side(self):
@@ -383,6 +378,7 @@ FAMILIES = {
 }
 
 
+@remembered
 def _random(model_class, config):
     torch.manual_seed(0)
     model = model_class(config)
@@ -422,6 +418,7 @@ class Row:
         for _, columns in self.views:
             for column, _ in columns:
                 self.is_placeholder[column] = True
+        self.is_filled = [bool(value) or placeholder for value, placeholder in zip(self.mask, self.is_placeholder)]
         self.short_source = [column for column in range(len(self.ids)) if column not in dropped]
         self.short_column = {column: short for short, column in enumerate(self.short_source)}
         self.short_ids = [self.ids[column] for column in self.short_source]
@@ -432,8 +429,7 @@ class Row:
         Masked, before the first or behind the last that is not, of the columns from `first` to `last` that one forward
         is given; a placeholder is never padding.
         """
-        filled = [bool(value) or placeholder for value, placeholder in zip(self.mask, self.is_placeholder)]
-        last = len(filled) if last is None else last
+        filled = self.is_filled
         return not filled[column] and not (any(filled[first:column]) and any(filled[column:last]))
 
     def is_defined(self, column: int, first: int = 0, last: int | None = None) -> bool:
@@ -529,13 +525,12 @@ def check_columns(what: str, got: torch.Tensor, rows: list[list], problems: list
     if not torch.isfinite(got).all():
         problems.append(f"{what}: not finite")
     for index, row in enumerate(rows):
-        gaps = [
-            float((got[index, column] - value).abs().max() / (1 + value.abs().max()))
-            for column, value in enumerate(row)
-            if value is not None
-        ]
-        wrong = [column for column, value in enumerate(row) if value is not None]
-        wrong = [column for column, gap in zip(wrong, gaps) if not gap <= tolerance]
+        known = [column for column, value in enumerate(row) if value is not None]
+        if not known:
+            continue
+        values = torch.stack([row[column] for column in known])
+        gaps = ((got[index, known] - values).abs().amax(-1) / (1 + values.abs().amax(-1))).tolist()
+        wrong = [column for column, gap in zip(known, gaps) if not gap <= tolerance]
         if wrong:
             problems.append(f"{what}: row {index}, columns {_ranges(wrong)} off by up to {max(gaps):.2g}")
 

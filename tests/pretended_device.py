@@ -12,13 +12,13 @@ fp64, as Apple's MPS does.
 """
 
 import collections
+import operator
 import sys
 from pathlib import Path
 
 import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 
 class _Backend(backend_registration._DummyBackendModule):
@@ -201,13 +201,13 @@ class Pretended(TorchDispatchMode):
         name = function.overloadpacket.__name__
         device = kwargs.get("device")
         target = None if device is None else torch.device(device).type
-        tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, PretendedTensor)]
+        tensors = _has_tensors(args) or _has_tensors(kwargs.values())
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
         if target == NAME:
             kwargs["device"] = torch.device("cpu")
         if tensors or target == NAME:
-            self._count(name, args, kwargs, bool(tensors), target)
-        plain_args, plain_kwargs = tree_map(_plain, args), tree_map(_plain, kwargs)
+            self._count(name, args, kwargs, tensors, target)
+        plain_args, plain_kwargs = _plain(args), {key: _plain(value) for key, value in kwargs.items()}
         out = function(*plain_args, **plain_kwargs)
         if not ((tensors and target != "cpu") or target == NAME):
             return out
@@ -215,7 +215,7 @@ class Pretended(TorchDispatchMode):
             return args[0]
         if plain_kwargs.get("out") is not None:
             return kwargs["out"]
-        return tree_map(self._made, out)
+        return self._made(out)
 
     def _count(self, name, args, kwargs, is_here, target):
         non_blocking = bool(kwargs.get("non_blocking"))
@@ -240,6 +240,8 @@ class Pretended(TorchDispatchMode):
             self.operations[name] += 1
 
     def _made(self, value):
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._made, value))
         if not isinstance(value, torch.Tensor) or isinstance(value, PretendedTensor):
             return value
         if value.dtype == torch.float64 and not self.fp64:
@@ -248,7 +250,15 @@ class Pretended(TorchDispatchMode):
         return PretendedTensor(value)
 
 
+def _has_tensors(values):
+    return any(isinstance(own, (PretendedTensor, list, tuple)) and _plain(own) is not own for own in values)
+
+
 def _plain(value):
+    """`value` with the data of what is of the device; itself where nothing is."""
+    if isinstance(value, (list, tuple)):
+        plain = [_plain(own) for own in value]
+        return type(value)(plain) if any(map(operator.is_not, plain, value)) else value
     return value.data_on_cpu if isinstance(value, PretendedTensor) else value
 
 

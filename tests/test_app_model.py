@@ -12,16 +12,23 @@ from transformers import AutoProcessor
 
 from modeling_prunesid import PruneSIDForImageTextToText
 from modeling_prunesid.methods import METHODS
-from prunesid_cli import baselines
-from prunesid_cli.app_model import MAX_NEW_TOKENS, AppModel, Choice, cache_bytes
+from prunesid_cli import app_model, baselines
+from prunesid_cli.app_model import AppModel, Choice, cache_bytes
 from prunesid_cli.app_picture import COLOURS, describe, draw, draw_pair, draw_small, draw_whole, explain_numbers
 from prunesid_cli.baselines import applied
 from prunesid_cli.generate import ask
 
 
 QUESTION = "what is it?"
+MAX_NEW_TOKENS = 6
 COMPARED = [name for name in baselines.METHODS if name not in ("full", "downsample-enlarged", "visionzip-dyn")]
 COMPARED = [name for name in COMPARED if not name.startswith("prunesid-") or name in ("prunesid-auto", "prunesid-llm")]
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    """Tiny models say nothing that ends."""
+    monkeypatch.setattr(app_model, "MAX_NEW_TOKENS", MAX_NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -554,7 +554,7 @@ def test_towers_give_the_queries_and_keys_of_the_attention(vision):
     torch.testing.assert_close(cls.keys, attention.k_proj(normed), rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(params=[{}, DINOV2], ids=["clip", "dinov2"])
+@pytest.fixture(params=[{}, pytest.param(DINOV2, marks=pytest.mark.contract)], ids=["clip", "dinov2"])
 def model(request):
     return build(budget=30, vision=request.param, reference_information=0.9)
 

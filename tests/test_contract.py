@@ -6,6 +6,7 @@ beside what is equal.
 """
 
 import copy
+import functools
 import inspect
 import json
 import random
@@ -24,11 +25,12 @@ from oracle_family import (
     encode_ours,
     for_stock,
     fresh,
-    hand_shortened,
+    output_of,
     positions,
     prompt,
     rows_of,
     settings_of,
+    shortened_of,
     write,
 )
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
@@ -39,6 +41,24 @@ from modeling_prunesid.method_paper import select as paper
 from modeling_prunesid.methods import METHODS
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
 from prunesid_cli.repo_check import check_repo
+
+
+# The rows of a family are further inputs of one model.
+every_family = every_row(lambda row: " " not in row.name)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a row's model, ours or the stock one, that is saved once."""
+
+    @functools.cache
+    def folder_of(name, is_ours=False):
+        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        build(name)[0 if is_ours else 1].save_pretrained(folder)
+        return folder
+
+    logging.disable_progress_bar()
+    return folder_of
 
 
 @every_row()
@@ -70,13 +90,11 @@ def test_off_is_the_stock_class_bit_for_bit(name):
 @every_row()
 @torch.no_grad()
 def test_full_prompts_equal_the_stock_class_on_short_ones(name):
-    ours, reference, row = build(name)
-    inputs = prompt(row)
-    output = ours(**inputs)
-    kept = encode_ours(ours, row)["keep_indices"]
-    whole = reference(**for_stock(row, inputs)).logits
+    _, reference, row = build(name)
+    output = output_of(name)
+    whole = reference(**for_stock(row, prompt(row))).logits
     assert not close(output.logits[:, -1], whole[:, -1], 1e-3)  # dropping tokens changes the answer
-    for place, (arguments, keep) in enumerate(hand_shortened(reference, row, kept)):
+    for place, (arguments, keep) in enumerate(shortened_of(name)):
         assert torch.equal(output.keep_mask[place, -len(keep) :], keep)
         expected = reference(**fresh(arguments)).logits[0]
         assert close(output.logits[place, -len(keep) :][keep], expected)
@@ -88,13 +106,12 @@ def test_tuples_have_the_values_of_the_stock_classes_tuple(name):
     ours, reference, row = build(name)
     inputs, settings = prompt(row), {"output_hidden_states": True, "return_dict": False}
     found = ours(**inputs, **settings)
-    kept = encode_ours(ours, row)["keep_indices"]
-    short, _ = hand_shortened(reference, row, kept)[0]
+    short, _ = shortened_of(name)[0]
     # Before 5.24 a tuple lacks what upstream did not compute itself: features of pixels, offsets of positions.
     expected = [reference(**given, **settings) for given in (for_stock(row, inputs), fresh(short))]
     kinds = [[tuple if isinstance(value, ModelOutput) else type(value) for value in values] for values in expected]
     assert [type(value) for value in found] in kinds[: 1 if is_at_least("5.24.0") else 2]
-    assert torch.equal(found[0], ours(**inputs).logits)
+    assert torch.equal(found[0], output_of(name).logits)
 
 
 @every_row()
@@ -179,10 +196,10 @@ def shown_of(output):
 @torch.no_grad()
 def test_what_callers_ask_to_see_of_encoders_is_the_stock_classes(name, option):
     ours, reference, row = build(name)
-    ours, reference = copy.deepcopy(ours), copy.deepcopy(reference)
     if option == "output_attentions":
         if name == "unlimited_ocr":
             return  # upstream's eager attention needs as many heads of keys as of queries
+        ours, reference = copy.deepcopy(ours), copy.deepcopy(reference)
         ours.set_attn_implementation("eager")
         reference.set_attn_implementation("eager")
     layout, asked = [rows_of(row)[0]], {option: True, "return_dict": True}
@@ -190,8 +207,8 @@ def test_what_callers_ask_to_see_of_encoders_is_the_stock_classes(name, option):
     expected = reference(**for_stock(row, inputs), **asked)
     encode = f"get_{'image' if row.stock_encodes_as_images else row.modality}_features"
     for budget in (row.budget, None):
-        ours.config.prunesid_config.budget = budget
-        found = ours(**inputs, **asked)
+        with settings_of(ours, budget=budget):
+            found = ours(**inputs, **asked)
         encoders = [key for key, value in expected.items() if isinstance(value, ModelOutput)]
         pairs = [(found[key], expected[key]) for key in encoders]
         if not row.stock_encodes_as_images and hasattr(base_of(reference), encode):
@@ -203,7 +220,8 @@ def test_what_callers_ask_to_see_of_encoders_is_the_stock_classes(name, option):
                 pairs.append((None, getattr(base_of(reference), encode)(**stock_pixels, **asked)))
             except (TypeError, IndexError):  # an encoder that has none of these
                 continue
-            pairs[-1] = (getattr(base_of(ours), encode)(**pixels, **asked), pairs[-1][1])
+            with settings_of(ours, budget=budget):
+                pairs[-1] = (getattr(base_of(ours), encode)(**pixels, **asked), pairs[-1][1])
         for own, stock in pairs:
             for mine, theirs in zip(shown_of(own), shown_of(stock)):
                 # A tower that would stop early hands on all that it has been asked for.
@@ -225,8 +243,7 @@ def test_greedy_answers_are_those_of_the_stock_class_on_short_prompts(name):
     length = inputs["input_ids"].shape[1]
     assert 0 < read[0] < length  # what the commands count
     assert torch.equal(answers[:, :length], inputs["input_ids"])
-    kept = encode_ours(ours, row)["keep_indices"]
-    for place, (arguments, keep) in enumerate(hand_shortened(reference, row, kept)):
+    for place, (arguments, keep) in enumerate(shortened_of(name)):
         expected = greedy(reference, row, arguments, place, int(len(keep)))
         assert answers[place, length : length + NEW_TOKENS].tolist() == expected
 
@@ -252,27 +269,25 @@ def greedy(reference, row, arguments, place, full_length):
     return answer
 
 
-@every_row()
-def test_stock_checkpoints_load(name, tmp_path):
+@every_family
+def test_stock_checkpoints_load(name, saved):
     ours, reference, row = build(name)
     if not row.checks_loading:
-        return check_loads_what_the_stock_class_loads(ours, reference, tmp_path)
-    reference.save_pretrained(tmp_path)
+        return check_loads_what_the_stock_class_loads(ours, reference, saved(name))
     for cls in {type(ours), type(base_of(ours))}:
-        loaded, info = cls.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+        loaded, info = cls.from_pretrained(saved(name), dtype=torch.float64, output_loading_info=True)
         assert not info["missing_keys"] and not info["mismatched_keys"]
         assert not info["unexpected_keys"] or cls is not type(ours)
         expected = (reference if cls is type(ours) else base_of(reference)).state_dict()
         assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in loaded.state_dict().items())
 
 
-@every_row(lambda row: " " not in row.name)
-def test_thin_variants_are_saved_of_the_very_weights_of_a_base(name, tmp_path):
-    ours, reference, row = build(name)
+@every_family
+def test_thin_variants_are_saved_of_the_very_weights_of_a_base(name, saved, tmp_path):
+    ours, _, row = build(name)
     if not row.checks_loading:
         return
-    reference.save_pretrained(tmp_path / "base")
-    model = type(ours).from_pretrained(tmp_path / "base", dtype=torch.float64)
+    model = type(ours).from_pretrained(saved(name), dtype=torch.float64)
     model.save_pretrained(tmp_path / "thin", thin=True)
     loaded, info = type(ours).from_pretrained(tmp_path / "thin", dtype=torch.float64, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
@@ -286,13 +301,12 @@ def test_thin_variants_are_saved_of_the_very_weights_of_a_base(name, tmp_path):
 
 
 def check_loads_what_the_stock_class_loads(ours, reference, folder):
-    reference.save_pretrained(folder)
     for mine, theirs in ((type(ours), type(reference)), (type(base_of(ours)), type(base_of(reference)))):
         found, expected = (cls.from_pretrained(folder, output_loading_info=True)[1] for cls in (mine, theirs))
         assert set(found["missing_keys"]) <= set(expected["missing_keys"])
 
 
-@every_row()
+@every_family
 def test_signatures_are_those_of_the_stock_class(name):
     ours, reference, row = build(name)
     for mine, theirs in ((type(ours), type(reference)), (type(base_of(ours)), type(base_of(reference)))):
@@ -336,7 +350,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_the_tower_runs(name):
 @torch.no_grad()
 def test_a_batch_is_its_rows_alone(name):
     ours, _, row = build(name)
-    whole = ours(**prompt(row)).logits
+    whole = output_of(name).logits
     for place, own in enumerate(rows_of(row)):
         ids = batch([write(row, own, [row.tokens[index] for index in own], place)])
         alone = ours(**ids, **row.along(ids["input_ids"]), **row.inputs([own])).logits[0]
@@ -352,7 +366,7 @@ def test_short_prompts_equal_full_ones(name, positions):
         return
     with settings_of(ours, mrope_positions=positions):
         inputs = prompt(row)
-        output = ours(**inputs)
+        output = output_of(name) if positions == "original" else ours(**inputs)
         kept = output.keep_mask & inputs["attention_mask"].bool()
         rows = [ids[keep].tolist() for ids, keep in zip(inputs["input_ids"], kept)]
         short = batch(rows)
@@ -427,40 +441,36 @@ def test_a_static_cache_gives_the_same_answer(name):
     )
 
 
-@every_row()
+@every_family
 @torch.no_grad()
-def test_saved_models_load_through_auto_classes(name, tmp_path):
+def test_saved_models_load_through_auto_classes(name, saved):
     ours, _, row = build(name)
-    logging.disable_progress_bar()
-    ours.save_pretrained(tmp_path)
-    assert check_repo(str(tmp_path))[1] == []
-    config = AutoConfig.from_pretrained(tmp_path)
+    folder = saved(name, is_ours=True)
+    assert check_repo(str(folder))[1] == []
+    config = AutoConfig.from_pretrained(folder)
     assert type(config) is type(ours.config) and config.prunesid_config.budget == row.budget
-    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
     assert type(loaded) is type(ours)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     if row.prepare is not None:
         row.prepare(loaded)
-    inputs = prompt(row)
     expected = ours.state_dict()
     assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in loaded.state_dict().items())
     # Some parts are loaded in float32.
-    assert close(loaded.eval()(**inputs).logits, ours(**inputs).logits, 1e-5)
-    assert type(base_of(AutoModel.from_pretrained(tmp_path, dtype=torch.float64))) is type(base_of(ours))
+    assert close(loaded.eval()(**prompt(row)).logits, output_of(name).logits, 1e-5)
+    assert type(base_of(AutoModel.from_pretrained(folder, dtype=torch.float64))) is type(base_of(ours))
 
 
-@every_row()
-def test_weights_are_saved_as_those_of_the_stock_class_which_loads_them(name, tmp_path):
+@every_family
+def test_weights_are_saved_as_those_of_the_stock_class_which_loads_them(name, saved):
     ours, reference, row = build(name)
-    for model, folder in ((ours, "ours"), (reference, "stock")):
-        model.save_pretrained(tmp_path / folder)
-    first, second = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("ours", "stock"))
-    assert first == second
-    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    folder = saved(name, is_ours=True)
+    assert (folder / "model.safetensors").read_bytes() == (saved(name) / "model.safetensors").read_bytes()
+    config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == [type(ours).__name__]
     if row.checks_loading:
         options = {"config": copy.deepcopy(reference.config), "dtype": torch.float64, "output_loading_info": True}
-        _, info = type(reference).from_pretrained(tmp_path / "ours", **options)
+        _, info = type(reference).from_pretrained(folder, **options)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
 
 
@@ -509,7 +519,7 @@ def test_a_forgotten_input_is_an_error(name):
         ours.generate(**text, max_new_tokens=1)
 
 
-@every_row()
+@every_family
 def test_no_name_of_ours_hides_a_part_of_the_stock_model(name):
     for model in (build(name)[0], base_of(build(name)[0])):
         stock = stock_class(type(model))

@@ -1,7 +1,6 @@
 """The list of families: what is declared, what Transformers lacks, what does not fit, and whose class is asked for."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import oracle_family as contract
 import pytest
 import torch
 import transformers
+from clean_process import run_clean
 from families import ROWS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -28,13 +28,10 @@ def path_of(family):
     return Path(modeling_prunesid.__file__).with_name(f"modeling_prunesid_{family}.py")
 
 
-def in_a_new_process(code, *arguments):
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    environment["PYTHONPATH"] += ":" + ":".join(path for path in sys.path if path and path != str(ROOT))
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+def in_a_new_process(code, home, *arguments):
+    """Of a process that has nothing but our package."""
+    paths = [str(ROOT), *(path for path in sys.path if path and path != str(ROOT))]
+    return run_clean(f"import sys\nsys.path[:0] = {paths}\n{code}", home, *arguments)
 
 
 def test_every_family_is_in_the_contract():
@@ -64,14 +61,14 @@ def test_a_declaration_is_short():
     assert not {family: length for family, length in lengths.items() if length > 60}
 
 
-def test_importing_the_package_imports_no_family():
+def test_importing_the_package_imports_no_family(tmp_path):
     code = """
 import json, sys
 import modeling_prunesid
 loaded = [name for name in sys.modules if name.startswith("modeling_prunesid.modeling_prunesid_")]
 print(json.dumps([loaded, "PruneSIDInternVLModel" in dir(modeling_prunesid)]))
 """
-    assert in_a_new_process(code) == [[], True]
+    assert in_a_new_process(code, tmp_path) == [[], True]
 
 
 @pytest.mark.contract
@@ -90,7 +87,13 @@ names.append(type(AutoModel.from_config(config)).__name__)
 print(json.dumps([*names, config.prunesid_config.budget]))
 """
     head = "PruneSIDInternVLForConditionalGeneration"
-    assert in_a_new_process(code, tmp_path) == ["PruneSIDInternVLConfig", head, head, "PruneSIDInternVLModel", 7]
+    assert in_a_new_process(code, tmp_path / "home", tmp_path) == [
+        "PruneSIDInternVLConfig",
+        head,
+        head,
+        "PruneSIDInternVLModel",
+        7,
+    ]
 
 
 @pytest.mark.contract
@@ -107,7 +110,7 @@ from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(json.dumps([type(model).__name__, type(model).__module__.startswith("transformers_modules")]))
 """
-    assert in_a_new_process(code, tmp_path) == ["PruneSIDInternVLForConditionalGeneration", True]
+    assert in_a_new_process(code, tmp_path / "home", tmp_path) == ["PruneSIDInternVLForConditionalGeneration", True]
 
 
 def test_a_family_that_is_missing_names_its_release(monkeypatch):

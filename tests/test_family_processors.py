@@ -115,11 +115,12 @@ def test_a_call_may_ask_for_full_prompts(name, of_images):
 def test_short_prompts_are_what_the_model_keeps(name):
     ours, _ = classes(name)
     full = ask(name, make(name, ours))
+    model, _ = build_model(name, None)
     for budget in FEW_TOKENS.get(name, (5, 0.25)):
         short = ask(name, make(name, ours, num_visual_tokens=budget))
         assert words(name, short) == words(name, full)
         assert counts(name, short) < counts(name, full)
-        model, row = build_model(name, budget)
+        model.config.prunesid_config.budget = budget
         assert counts(name, short) == [
             int(short["num_visual_tokens"][:2].sum()),
             int(short["num_visual_tokens"][2:].sum()),
@@ -242,9 +243,10 @@ if VIDEO_ROWS:  # all of them need torchvision
         ours, stock = classes(name)
         full, expected = ask_of_videos(name, make(name, ours)), ask_of_videos(name, make(name, stock))
         assert all(torch.equal(torch.as_tensor(full[key]), torch.as_tensor(expected[key])) for key in expected)
+        model, _ = build_model(name, None)
         for budget in FEW_TOKENS.get(name, (5, 0.25)):
             short = ask_of_videos(name, make(name, ours, num_visual_tokens=budget))
-            model, row = build_model(name, budget)
+            model.config.prunesid_config.budget = budget
             outputs = [model(**as_double(inputs)) for inputs in (full, short)]
             assert short["input_ids"].shape[1] < full["input_ids"].shape[1]
             lengths = [int(own.sum()) for own in short["attention_mask"]]

@@ -244,8 +244,16 @@ def test_one_budget_for_this_call(ours, stock, budget, count):
     assert ours.config.prunesid_config.budget == BUDGET
 
 
-@pytest.mark.parametrize("budget", [None, 1.0, 49, 1000])
-@pytest.mark.parametrize("mode", ["greedy", "several sampled sequences", "several beams", "static cache"])
+OFF = [None, 1.0, 49, 1000]
+
+
+@pytest.mark.parametrize(
+    "mode, budget",
+    [
+        *(("greedy", budget) for budget in OFF),
+        *zip(("several sampled sequences", "several beams", "static cache"), OFF),
+    ],
+)
 def test_off_is_the_stock_model(ours, stock, budget, mode):
     inputs, kwargs = mixed_batch(), {**GREEDY, **MODES[mode]}
     torch.manual_seed(3)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from clean_process import run_clean
 from PIL import Image
-from tiny import EOS, IMAGE, PAD, batch, prompt
+from tiny import EOS, IMAGE, PAD, batch, prompt, stock_twin
 from tiny_llava_next import (
     BUDGET,
     CROP,
@@ -28,7 +28,6 @@ from tiny_llava_next import (
     new_tokens,
     packed,
     rows,
-    stock_twin,
 )
 from tiny_processor import check_what_is_set_is_obeyed
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -93,14 +92,6 @@ class TestPacking:
             numbers, torch.tensor([size]), "default", image_newline=torch.tensor([NEWLINE])
         )
         assert torch.equal(packed(size), expected[0][:, 0])
-
-    def test_each_kept_feature_is_the_one_at_its_position(self, ours, stock):
-        inputs = images()
-        output = ours.get_image_features(**inputs)
-        whole = stock.model.get_image_features(**inputs).pooler_output
-        for features, kept, expected in zip(output.pooler_output, output.keep_indices, whole):
-            torch.testing.assert_close(features, expected[kept])
-            assert 0 < len(kept) < len(expected)
 
     def test_kept_tokens_are_in_the_raster_order_of_the_whole_image(self, ours):
         for kept, size in zip(ours.get_image_features(**images()).keep_indices, SIZES):
@@ -253,10 +244,8 @@ class TestTotals:
 
 
 class TestOff:
-    @pytest.mark.parametrize("budget", [None, 1.0, PATCHES, 10**6])
-    @pytest.mark.parametrize("scope", ["view", "image"])
+    @pytest.mark.parametrize("budget, scope", [(None, "view"), (1.0, "image"), (PATCHES, "view"), (10**6, "image")])
     def test_bit_identical_to_the_stock_class(self, budget, scope):
-        budget = 10**6 if budget == PATCHES and scope == "image" else budget
         ours = build(budget, budget_scope=scope)
         stock, inputs = stock_twin(ours), full_batch()
         labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
@@ -277,24 +266,20 @@ class TestOff:
 
 class TestGenerate:
     MODES = {
-        "greedy": {},
         "beams": {"num_beams": 3, "num_return_sequences": 2},
         "sampling": {"do_sample": True, "num_return_sequences": 2},
-        "static cache": {"cache_implementation": "static"},
         "no cache": {"use_cache": False},
         "chunked prefill": {"prefill_chunk_size": 7},
     }
 
-    @pytest.mark.parametrize("prompts", ["full", "short"])
     @pytest.mark.parametrize("mode", MODES)
-    def test_answers_are_those_of_the_stock_class_on_the_kept_features(self, ours, stock, mode, prompts):
+    def test_answers_are_those_of_the_stock_class_on_the_kept_features(self, ours, stock, mode):
         one_image_a_row = [((0,), [7, 8, 9]), ((2,), [9, 4]), ((), [3, 4, 5, 6]), ((4,), [11])]
         pixels = images([SIZES[0], SIZES[2], SIZES[4]])
         kept = ours.get_image_features(**pixels).keep_indices
         short = batch(rows(short_count, one_image_a_row))
-        given = short if prompts == "short" else batch(rows(full_count, one_image_a_row))
         torch.manual_seed(0)
-        answer = new_tokens(ours, {**given, **pixels}, **self.MODES[mode])
+        answer = new_tokens(ours, {**batch(rows(full_count, one_image_a_row)), **pixels}, **self.MODES[mode])
         torch.manual_seed(0)
         features = {"image": oracle_features(stock, pixels, kept)}
         expected = new_tokens(stock, {**short, "mm_encoder_outputs": features}, **self.MODES[mode])
@@ -304,10 +289,8 @@ class TestGenerate:
         inputs = {**batch(rows(full_count, ROWS[:1])), **images(SIZES[:2])}
         assert torch.equal(new_tokens(ours, inputs, prompt_lookup_num_tokens=2), new_tokens(ours, inputs))
 
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_a_batch_of_several_images_a_row_answers_like_single_rows(self, ours, side):
-        inputs, pixels = full_batch(side), images()
-        answers = new_tokens(ours, inputs) if side == "left" else None
+    def test_a_batch_of_several_images_a_row_scores_like_single_rows_padded_on_the_right(self, ours):
+        inputs, pixels = full_batch("right"), images()
         with torch.no_grad():
             logits = ours(**inputs)
         indices, first = ours.get_image_features(**pixels).keep_indices, 0
@@ -321,11 +304,7 @@ class TestGenerate:
             first += len(shown)
             with torch.no_grad():
                 expected = ours(**alone).logits[0]
-            got = logits.logits[row]
-            got = got[-len(expected) :] if side == "left" else got[: len(expected)]
-            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
-            if side == "left":
-                assert torch.equal(answers[row], new_tokens(ours, alone)[0])
+            torch.testing.assert_close(logits.logits[row][: len(expected)], expected, rtol=1e-3, atol=1e-3)
 
 
 class TestForward:
@@ -353,10 +332,6 @@ class TestForward:
             hidden = ours.model(**inputs).last_hidden_state
             assert torch.equal(ours.lm_head(hidden), ours(**inputs).logits)
         assert hidden.shape[:2] == inputs["input_ids"].shape
-
-    def test_a_tuple_is_returned_on_request(self, ours):
-        assert isinstance(ours(**full_batch(), return_dict=False), tuple)
-        assert isinstance(ours.model.get_image_features(**images(), return_dict=False), tuple)
 
     @pytest.mark.slow
     def test_a_compiled_forward_agrees(self, ours):

@@ -172,8 +172,7 @@ class TestFinalTokens:
 
 
 class TestOff:
-    @pytest.mark.parametrize("views", [None, HD], ids=["one view", "HD"])
-    @pytest.mark.parametrize("budget", [None, 1.0, 10_000])
+    @pytest.mark.parametrize("budget, views", [(None, None), (None, HD), (1.0, None), (10_000, HD)])
     def test_is_the_model_without_prunesid_bit_for_bit(self, budget, views):
         model = build(budget, views)
         stock, length = stock_twin(model), model.config.num_image_tokens

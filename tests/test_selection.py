@@ -472,7 +472,9 @@ def test_nothing_larger_than_the_tokens_of_one_image_is_allocated(variant):
     assert seen.largest <= max(400 * 400, x.numel())
 
 
-@pytest.mark.parametrize("variant", ["paper", "release", "spread"])
+@pytest.mark.parametrize(
+    "variant", ["paper", *(pytest.param(v, marks=pytest.mark.contract) for v in ("release", "spread"))]
+)
 def test_compiles_into_one_graph_for_all_images(variant):
     x = torch.stack([tokens_like_a_tower(256, 280, seed) for seed in range(4)])
     compiled = torch.compile(lambda batch: select(batch, 16, variant).indices, fullgraph=True, backend="eager")

@@ -9,6 +9,7 @@ import pytest
 import tiny_qwen
 import torch
 from clean_process import run_clean
+from copies import remembered
 from hub_server import TOKEN, Hub
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
@@ -44,16 +45,27 @@ def load(folder, **kwargs):
     return PruneSIDLlavaForConditionalGeneration.from_pretrained(folder, **kwargs)
 
 
-@pytest.fixture
-def model(base):
+@remembered
+def load_once(base):
     return load(base, prunesid_config={"budget": 8})
 
 
 @pytest.fixture
-def thin(model, tmp_path):
+def model(base):
+    return load_once(base)
+
+
+@pytest.fixture(scope="module")
+def saved_thin(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("variants") / "thin"
+    load_once(base).save_pretrained(folder, thin=True)
+    return folder
+
+
+@pytest.fixture
+def thin(saved_thin, tmp_path):
     """A thin variant."""
-    model.save_pretrained(tmp_path / "thin", thin=True)
-    return tmp_path / "thin"
+    return shutil.copytree(saved_thin, tmp_path / "thin")
 
 
 def edit(path, change):

@@ -86,7 +86,7 @@ def micro_batches(collator, family, count=2):
 
 
 @every_family
-@pytest.mark.parametrize("label_all", [False, True])
+@pytest.mark.parametrize("label_all", [pytest.param(False, marks=pytest.mark.contract), True])
 def test_gradient_accumulation(name, label_all, tmp_path):
     """
     The loss inside the model ignores labels of placeholders, and `num_items_in_batch` counts what is left: each micro

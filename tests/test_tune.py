@@ -241,7 +241,7 @@ class Killed(Exception):
 
 
 @peft_reads_old_names
-@pytest.mark.parametrize("more", [(), ("--lora", "2")])
+@pytest.mark.parametrize("more", [(), pytest.param(("--lora", "2"), marks=pytest.mark.contract)])
 def test_a_killed_run_goes_on_to_the_same_weights(base, tmp_path, monkeypatch, more):
     given = ("--held-out", "0.34", "--learning-rate", "0.01", *more)
     run(arguments(base, tmp_path / "whole", *given))

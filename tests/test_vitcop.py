@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import IMAGE, NUM_PATCHES, batch, build, build_layer_pruned, pixels, prompt, stock_config
+from tiny import IMAGE, NUM_PATCHES, batch, build, build_layer_pruned, pixels, prompt, stock_twin
 from tiny_vitcop import (
     BUDGET,
     CENTER_SHARE,
@@ -17,7 +17,7 @@ from tiny_vitcop import (
     naive_logits,
     naive_merge,
 )
-from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers import DynamicCache
 
 from modeling_prunesid import LayerPrunedLlavaConfig, PruneSIDLlavaConfig, PruneSIDLlavaNextConfig, ViTCoPConfig
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
@@ -220,10 +220,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def stock(model):
-    config = stock_config(model.config)
-    twin = LlavaForConditionalGeneration(config).eval()
-    twin.load_state_dict(model.state_dict())
-    return twin
+    return stock_twin(model)
 
 
 ROWS = [prompt([NUM_PATCHES], [7, 8]), prompt([NUM_PATCHES] * 2, [9, 10, 11, 12]), prompt([], [13, 14, 15])]

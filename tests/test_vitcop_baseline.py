@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_config
+from tiny import IMAGE, NUM_PATCHES, batch, build, pixels, prompt, stock_fields
 
 from modeling_prunesid import (
     LayerPrunedLlavaConfig,
@@ -28,8 +28,7 @@ def model(request):
 
 def published(model, name):
     """The class that a user would load the same weights with, set to the budget."""
-    fields = stock_config(model.config).to_dict()
-    fields = {field: fields[field] for field in fields if field != "model_type"}
+    fields = stock_fields(model.config)
     if name == "vitcop":
         twin = ViTCoPLlavaForConditionalGeneration(ViTCoPLlavaConfig(**fields, vitcop_config={"budget": BUDGET}))
     else:

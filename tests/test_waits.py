@@ -10,9 +10,11 @@ from transformers import DynamicCache, modeling_utils
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ANSWER = {"max_new_tokens": 1, "do_sample": False}
+# One row of one view, and two rows of one and two.
+several_views = pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.contract), 3])
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@several_views
 @pytest.mark.parametrize("call", ["forward", "generate"])
 @pytest.mark.parametrize("name", ["LLaVA", "LLaVA-NeXT", "Qwen2_5_VL", "ViTCoP", "LLaVA with llm_budget"])
 def test_full_prompts_wait_no_oftener_than_the_stock_class(name, call, count):
@@ -27,7 +29,7 @@ def test_full_prompts_wait_no_oftener_than_the_stock_class(name, call, count):
     assert found.total() <= expected.total(), found - expected
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@several_views
 def test_a_dynamic_budget_waits_once_more(count):
     family, ours, stock = pair("LLaVA", reference_information=0.8, dynamic=True)
     inputs = batch_of(family, count)
@@ -98,7 +100,7 @@ def test_a_second_turn_waits_no_oftener_than_that_of_the_stock_class(name, call)
 
 
 @pytest.mark.parametrize("form", ["tensor", "of each row", "slice", "mask", "mask of each row"])
-@pytest.mark.parametrize("count", [1, 3])
+@several_views
 def test_logits_of_some_columns_wait_no_oftener(form, count):
     family, ours, stock = pair("LLaVA")
     inputs = batch_of(family, count)

@@ -1,7 +1,7 @@
 """Tiny random LLaVA models with their prompts, and an oracle made of stock classes. Needs no network."""
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from copies import remembered
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_prunesid import (
@@ -56,14 +56,20 @@ def build_config(budget=BUDGET, vision=None, text=None, config_class=PruneSIDLla
     )
 
 
+def answering(model, *unlikely):
+    """A random model in float64 whose answers depend on its images and have none of the `unlikely` words."""
+    model = model.double().eval()
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(20)
+        model.lm_head.weight[list(unlikely)] = 0  # never the best of 120 random logits
+    return model
+
+
+@remembered
 def build(budget=BUDGET, seed=0, model_class=PruneSIDLlavaForConditionalGeneration, **config):
     """A random model of ours whose answers depend on its images and end at `max_new_tokens`."""
     torch.manual_seed(seed)
-    model = model_class(build_config(budget, **config)).double().eval()
-    with torch.no_grad():
-        model.model.multi_modal_projector.linear_2.weight.mul_(20)
-        model.lm_head.weight[[PAD, EOS, IMAGE]] = 0  # never the best of 120 random logits
-    return model
+    return answering(model_class(build_config(budget, **config)), PAD, EOS, IMAGE)
 
 
 def build_layer_pruned(budget, llm_budget, **config):
@@ -72,14 +78,20 @@ def build_layer_pruned(budget, llm_budget, **config):
     return build(budget, llm_budget=llm_budget, **classes, **config)
 
 
-def stock_config(config):
-    fields = config.to_dict()
-    return LlavaConfig(**{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")})
+@remembered
+def random_model(model_class, fields):
+    return model_class(model_class.config_class(**fields)).eval()
 
 
-def stock_twin(model):
-    """The stock class with the same weights."""
-    stock = LlavaForConditionalGeneration(stock_config(model.config)).to(model.dtype).eval()
+def stock_fields(config):
+    ours = ("prunesid_config", "vitcop_config", "model_type")
+    return {name: value for name, value in config.to_dict().items() if name not in ours}
+
+
+def stock_twin(model, model_class=None):
+    """The stock class, by default that which the class of `model` extends, with the same weights."""
+    classes = (base for base in type(model).__mro__ if base.__module__.startswith("transformers.models."))
+    stock = random_model(model_class or next(classes), stock_fields(model.config)).to(model.dtype)
     stock.load_state_dict(model.state_dict())
     return stock
 

@@ -1,11 +1,8 @@
 """Tiny random LLaVA-NeXT models, their images and prompts."""
 
 import torch
-from tiny import EOS, IMAGE, PAD, TEXT, VISION, batch, prompt
-from transformers import (
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-)
+from copies import remembered
+from tiny import EOS, IMAGE, PAD, TEXT, VISION, answering, batch, prompt
 
 from modeling_prunesid import (
     PruneSIDLlavaNextConfig,
@@ -32,24 +29,10 @@ def build_config(budget=BUDGET, vision=None, strategy="default", **settings):
     )
 
 
+@remembered
 def build(budget=BUDGET, seed=0, **config):
     torch.manual_seed(seed)
-    model = PruneSIDLlavaNextForConditionalGeneration(build_config(budget, **config)).double().eval()
-    with torch.no_grad():
-        model.model.multi_modal_projector.linear_2.weight.mul_(20)
-        model.lm_head.weight[[PAD, EOS, IMAGE]] = 0
-    return model
-
-
-def stock_config(config):
-    fields = config.to_dict()
-    return LlavaNextConfig(**{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")})
-
-
-def stock_twin(model):
-    stock = LlavaNextForConditionalGeneration(stock_config(model.config)).to(model.dtype).eval()
-    stock.load_state_dict(model.state_dict())
-    return stock
+    return answering(PruneSIDLlavaNextForConditionalGeneration(build_config(budget, **config)), PAD, EOS, IMAGE)
 
 
 def packed(size):

@@ -1,10 +1,11 @@
 """Tiny random Mini-Gemini models and their images."""
 
+import tiny
 import torch
-from tiny import BUDGET, IMAGE, TEXT, VISION
+from copies import remembered
+from tiny import BUDGET, EOS, IMAGE, PAD, TEXT, VISION, answering
 
 from modeling_prunesid import (
-    MiniGeminiConfig,
     MiniGeminiForConditionalGeneration,
     PruneSIDMiniGeminiConfig,
     PruneSIDMiniGeminiForConditionalGeneration,
@@ -36,25 +37,17 @@ def build_config(budget=BUDGET, views=None, **settings):
     )
 
 
+@remembered
 def build(budget=BUDGET, views=None, **settings):
     """A random model whose answers depend on its images and end at `max_new_tokens`."""
     torch.manual_seed(0)
-    model = PruneSIDMiniGeminiForConditionalGeneration(build_config(budget, views, **settings)).double().eval()
-    with torch.no_grad():
-        model.model.multi_modal_projector.linear_2.weight.mul_(20)
-        model.lm_head.weight[[0, 2, IMAGE]] = 0
-    return model
+    config = build_config(budget, views, **settings)
+    return answering(PruneSIDMiniGeminiForConditionalGeneration(config), PAD, EOS, IMAGE)
 
 
 def stock_twin(model):
     """The class without PruneSID, with the same weights."""
-    fields = model.config.to_dict()
-    config = MiniGeminiConfig(
-        **{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")}
-    )
-    stock = MiniGeminiForConditionalGeneration(config).to(model.dtype).eval()
-    stock.load_state_dict(model.state_dict())
-    return stock
+    return tiny.stock_twin(model, MiniGeminiForConditionalGeneration)
 
 
 def pixels(num_images, seed=0, grid=1, has_global=False):

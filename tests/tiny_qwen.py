@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import torch
 import transformers
+from copies import remembered
+from tiny import random_model
 
 import modeling_prunesid
 from modeling_prunesid.upstream import cache_of
@@ -75,6 +77,7 @@ def stock_class(family, name="ForConditionalGeneration"):
     return getattr(transformers, f"{family}{name}")
 
 
+@remembered
 def build(family, budget=0.25, min_budget=4, **settings):
     """A random model whose answers depend on what it sees and end at `max_new_tokens`."""
     torch.manual_seed(0)
@@ -87,7 +90,7 @@ def build(family, budget=0.25, min_budget=4, **settings):
 
 
 def stock_twin(model, family):
-    stock = stock_class(family)(stock_class(family, "Config")(**fields(family))).to(model.dtype).eval()
+    stock = random_model(stock_class(family), fields(family)).to(model.dtype)
     stock.load_state_dict(model.state_dict())
     return stock
 

@@ -1,6 +1,7 @@
 """Tiny random vision towers."""
 
 import torch
+from copies import remembered
 from tiny import IMAGE_SIZE, PATCH_SIZE, VISION
 from transformers import AutoConfig, AutoModel
 
@@ -23,6 +24,7 @@ TOWERS = {"clip": CLIP, "dinov2": DINO, "registers": REGISTERS, "siglip": SIGLIP
 WITH_CLS = ["clip", "dinov2", "registers"]
 
 
+@remembered
 def build_tower(name, attention="sdpa"):
     torch.manual_seed(0)
     fields = dict(TOWERS[name])

@@ -1,9 +1,9 @@
 """Tiny random Video-LLaVA models, their clips and prompts."""
 
 import torch
+from copies import remembered
 from families import VIDEO_LLAVA_PIXELS
-from tiny import EOS, IMAGE, NUM_PATCHES, PAD, TEXT, VISION, batch
-from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
+from tiny import EOS, IMAGE, NUM_PATCHES, PAD, TEXT, VISION, answering, batch
 
 from modeling_prunesid import (
     PruneSIDVideoLlavaConfig,
@@ -27,24 +27,11 @@ def build_config(budget=BUDGET, vision=None, **settings):
     )
 
 
+@remembered
 def build(budget=BUDGET, **config):
     torch.manual_seed(0)
-    model = PruneSIDVideoLlavaForConditionalGeneration(build_config(budget, **config)).double().eval()
-    with torch.no_grad():
-        model.model.multi_modal_projector.linear_2.weight.mul_(20)
-        model.lm_head.weight[[PAD, EOS, IMAGE, VIDEO]] = 0
-    return model
-
-
-def stock_config(config):
-    fields = config.to_dict()
-    return VideoLlavaConfig(**{name: fields[name] for name in fields if name not in ("prunesid_config", "model_type")})
-
-
-def stock_twin(model):
-    stock = VideoLlavaForConditionalGeneration(stock_config(model.config)).to(model.dtype).eval()
-    stock.load_state_dict(model.state_dict())
-    return stock
+    model = PruneSIDVideoLlavaForConditionalGeneration(build_config(budget, **config))
+    return answering(model, PAD, EOS, IMAGE, VIDEO)
 
 
 def images(count=2, seed=0):

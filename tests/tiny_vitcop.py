@@ -3,6 +3,7 @@
 import math
 
 import torch
+from copies import remembered
 from tiny import EOS, IMAGE, NUM_PATCHES, PAD, TEXT, VISION
 
 from modeling_prunesid import ViTCoPLlavaConfig, ViTCoPLlavaForConditionalGeneration
@@ -15,6 +16,7 @@ KEEP_SHARE = (8 / 49) * 4 / (1 + 77 / 172 * (2 + 1 / 5))
 CENTER_SHARE = 0.09 + 0.27 * 8 / 49
 
 
+@remembered
 def build_vitcop(budget=BUDGET, num_layers=NUM_LAYERS, vision=None, **settings):
     """A model of 49 patches an image; `settings` are fields of `ViTCoPConfig`."""
     torch.manual_seed(0)
