@@ -327,8 +327,6 @@ class NestsPruneSIDConfig:
     saved one, and None leaves it as it was saved. Set to None later, the budget is None: off.
     """
 
-    # The family's settings where the caller gives none.
-    _default_settings: dict[str, Any] = {}
     _settings_class = PruneSIDConfig
     # Further model types of checkpoints that the stock class of this family loads.
     _also_loads: tuple[str, ...] = ()
@@ -362,11 +360,12 @@ class NestsPruneSIDConfig:
     def __setattr__(self, name, value):
         if name != "prunesid_config":
             return super().__setattr__(name, value)
-        before = vars(self).get(name)
+        before, is_given = vars(self).get(name), value is not None
         value = read_settings(value, self._settings_class, before, self.model_type, self._with_defaults)
         super().__setattr__(name, value)
         try:
-            self.check_settings()
+            if is_given:  # the method of a repo may fit its family with other settings than the defaults alone
+                self.check_settings()
         except ValueError:
             if before is not None:  # what is refused changes nothing
                 super().__setattr__(name, before)
@@ -378,7 +377,8 @@ class NestsPruneSIDConfig:
             refuse_cls(self.prunesid_config, self._has_no_cls)
 
     def _with_defaults(self, settings: dict[str, Any]) -> dict[str, Any]:
-        return {**self._default_settings, **settings}
+        """The settings, with the family's where the caller gives none."""
+        return settings
 
 
 class BehindConnectorConfig(NestsPruneSIDConfig):

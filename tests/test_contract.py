@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import ROWS, every_row, flat, is_at_least
+from families import BOS, PAD, ROWS, every_row, flat, is_at_least
 from oracle_family import (
     NEW_TOKENS,
     base_of,
@@ -492,6 +492,22 @@ def test_gradients_reach_the_tower_and_the_embeddings(name):
     finally:
         ours.zero_grad()
         ours.requires_grad_(False)
+
+
+@every_row()
+@torch.no_grad()
+def test_the_loss_is_that_of_the_stock_class_on_short_prompts(name):
+    ours, reference, row = build(name)
+    inputs = prompt(row)
+    total = counted = 0
+    for arguments, _ in shortened_of(name):
+        labels = arguments["input_ids"].masked_fill(arguments["input_ids"] == row.token, -100)
+        count = int((labels[:, 1:] != -100).sum())
+        total += count * reference(**fresh(arguments), labels=labels).loss
+        counted += count
+    is_word = ~torch.isin(inputs["input_ids"], torch.tensor([PAD, BOS, row.token]))  # nothing real predicts BOS
+    loss = ours(**inputs, labels=inputs["input_ids"].masked_fill(~is_word, -100)).loss
+    assert close(loss, total / counted, 1e-5)  # upstream takes losses in float32
 
 
 @every_row()

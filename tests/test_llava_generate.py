@@ -19,6 +19,7 @@ from tiny import (
     PAD,
     batch,
     build,
+    new_tokens,
     oracle_features,
     oracle_features_of_rows,
     oracle_generate,
@@ -71,16 +72,6 @@ def mixed_batch():
 
 def one_row(num_images=1, text=(7, 8, 9)):
     return {**batch([prompt([NUM_PATCHES] * num_images, text)]), "pixel_values": pixels(num_images)}
-
-
-def new_tokens(model, inputs, **kwargs):
-    """What `generate` adds; what comes before it must be the caller's prompt."""
-    output = model.generate(**inputs, **kwargs)
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    ids = inputs["input_ids"]
-    callers = ids.repeat_interleave(len(sequences) // len(ids), 0)
-    assert torch.equal(sequences[:, : ids.shape[1]], callers)
-    return sequences[:, ids.shape[1] :]
 
 
 def test_the_tiny_models_look_at_their_images(ours):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from clean_process import run_clean
 from PIL import Image
-from tiny import EOS, IMAGE, PAD, batch, prompt, stock_twin
+from tiny import BOS, EOS, IMAGE, PAD, batch, prompt, stock_twin
 from tiny_llava_next import (
     BUDGET,
     CROP,
@@ -30,12 +30,8 @@ from tiny_llava_next import (
     rows,
 )
 from tiny_processor import check_what_is_set_is_obeyed
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlavaNextConfig,
-    LlavaNextImageProcessorPil,
-    PreTrainedTokenizerFast,
-)
+from tiny_words import word_tokenizer
+from transformers import LlavaNextConfig, LlavaNextImageProcessorPil
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
@@ -55,11 +51,6 @@ PATCHES = SIDE * SIDE
 @pytest.fixture
 def ours():
     return build()
-
-
-@pytest.fixture
-def stock(ours):
-    return stock_twin(ours)
 
 
 def short_count(size, budget=BUDGET):
@@ -308,24 +299,6 @@ class TestGenerate:
 
 
 class TestForward:
-    def test_loss_and_keep_mask(self, ours, stock):
-        inputs = full_batch("right")
-        labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == PAD), -100)
-        output = ours(**inputs, labels=labels)
-        kept = ours.get_image_features(**images()).keep_indices
-        short = batch(rows(short_count), "right")
-        short_labels = short["input_ids"].masked_fill(
-            (short["input_ids"] == IMAGE) | (short["input_ids"] == PAD), -100
-        )
-        features = {"image": oracle_features(stock, inputs, kept)}
-        expected = stock(**short, labels=short_labels, mm_encoder_outputs=features)
-        torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(output.logits[output.keep_mask], expected.logits[short["attention_mask"].bool()])
-        for row, length in enumerate(short["attention_mask"].sum(1).tolist()):
-            columns = output.keep_mask[row].nonzero()[:, 0]
-            assert len(columns) == length
-            assert torch.equal(inputs["input_ids"][row, columns], short["input_ids"][row, :length])
-
     def test_the_base_model_shortens_as_well(self, ours):
         inputs = full_batch()
         with torch.no_grad():
@@ -395,14 +368,9 @@ class TestErrors:
 
 
 def build_processor(**settings):
-    vocabulary = {"<pad>": PAD, "<s>": 1, "</s>": EOS, "<unk>": 3, "what": 4, "is": 5, "this": 6, "<image>": IMAGE}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        padding_side="left",
-    )  # fmt: skip
-    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    words = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", 3: "<unk>", 4: "what", 5: "is", 6: "this", IMAGE: "<image>"}
+    tokenizer = word_tokenizer(words, ["<image>"])
+    tokenizer.padding_side = "left"
     image_processor = LlavaNextImageProcessorPil(
         size={"shortest_edge": CROP}, crop_size={"height": CROP, "width": CROP}, image_grid_pinpoints=GRIDS
     )
@@ -412,7 +380,7 @@ def build_processor(**settings):
     )
     return PruneSIDLlavaNextProcessor(
         image_processor=image_processor,
-        tokenizer=fast,
+        tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_qwen
 import torch
 from clean_process import LOAD, run_clean
 from tiny import BUDGET, pixels
@@ -133,6 +134,20 @@ def test_a_repo_carries_the_parts_that_its_settings_need_and_names_what_it_lacks
     else:
         with pytest.raises(ValueError, match="dynamic=True needs code that this model was saved without"):
             own.check()
+
+
+@pytest.mark.parametrize("method", ["release", "spread"])
+def test_a_method_whose_defaults_do_not_fit_the_family_is_carried_with_settings_that_do(tmp_path, method):
+    """In Transformers 5.18 a configuration has its defaults before it has what it is given."""
+    model = tiny_qwen.build("Qwen2VL")
+    settings = {"budget": BUDGET, "method": method, "method_settings": {"score": "component", "keep_cls": False}}
+    model.config.prunesid_config = settings
+    model.save_pretrained(tmp_path)
+    loaded = of_repo(tmp_path, f"modeling_prunesid_qwen2_vl.{type(model).__name__}").from_pretrained(tmp_path)
+    assert loaded.config.prunesid_config.to_dict() == model.config.prunesid_config.to_dict()
+    assert type(loaded.config)().prunesid_config.method == method
+    with pytest.raises(ValueError, match="needs cls_attention of a vision tower with a CLS token"):
+        loaded.config.prunesid_config = {"budget": BUDGET}
 
 
 def test_thin_variants_alone_carry_what_loads_them(folders):

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import VIDEO_LLAVA_PIXELS
-from tiny import IMAGE, NUM_PATCHES, PAD, batch, stock_twin
+from tiny import IMAGE, NUM_PATCHES, batch, stock_twin
+from tiny_llava_next import new_tokens
 from tiny_video_llava import (
     BUDGET,
     FED,
@@ -24,7 +25,6 @@ from tiny_video_llava import (
     clips,
     full_batch,
     images,
-    new_tokens,
     rows,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -45,11 +45,6 @@ def information_of_clip(frames):
 @pytest.fixture
 def ours():
     return build()
-
-
-@pytest.fixture
-def stock(ours):
-    return stock_twin(ours)
 
 
 @torch.no_grad()
@@ -230,21 +225,6 @@ class TestGenerate:
 
 
 class TestForward:
-    def test_loss_and_keep_mask(self, ours):
-        inputs = full_batch("right")
-        labels = inputs["input_ids"].masked_fill((inputs["input_ids"] >= IMAGE) | (inputs["input_ids"] == PAD), -100)
-        output = ours(**inputs, labels=labels)
-        short = batch(rows(BUDGET, FRAMES * BUDGET), "right")
-        short_labels = short["input_ids"].masked_fill(
-            (short["input_ids"] >= IMAGE) | (short["input_ids"] == PAD), -100
-        )
-        expected = ours(**{**inputs, **short}, labels=short_labels)
-        torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(output.logits[output.keep_mask], expected.logits[short["attention_mask"].bool()])
-        for row, length in enumerate(short["attention_mask"].sum(1).tolist()):
-            columns = output.keep_mask[row].nonzero()[:, 0]
-            assert torch.equal(inputs["input_ids"][row, columns], short["input_ids"][row, :length])
-
     def test_the_base_model_shortens_as_well(self, ours):
         with torch.no_grad():
             hidden = ours.model(**full_batch()).last_hidden_state
@@ -317,16 +297,13 @@ WITH_PACKAGE = (
     PREPARE
     + """
 import pathlib, tiny_processor, tiny_video_llava
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, VideoLlavaImageProcessor, VideoLlavaVideoProcessor
+from tiny_words import word_tokenizer
+from transformers import VideoLlavaImageProcessor, VideoLlavaVideoProcessor
 from modeling_prunesid import PruneSIDVideoLlavaProcessor
 
-words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "what": 4, "is": 5, "this": 6, "<image>": 100, "<video>": 101}
-tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                    unk_token="<unk>", padding_side="left")
-tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
+words = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>", 4: "what", 5: "is", 6: "this", 100: "<image>", 101: "<video>"}
+tokenizer = word_tokenizer(words, ["<image>", "<video>"])
+tokenizer.padding_side = "left"
 sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
 
 def build_processor(**settings):

@@ -119,6 +119,16 @@ def batch(rows, side="left"):
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
+def new_tokens(model, inputs, **kwargs):
+    """What `generate` adds; what comes before it must be the caller's prompt."""
+    output = model.generate(**inputs, **kwargs)
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    ids = inputs["input_ids"]
+    callers = ids.repeat_interleave(len(sequences) // len(ids), 0)
+    assert torch.equal(sequences[:, : ids.shape[1]], callers)
+    return sequences[:, ids.shape[1] :]
+
+
 @torch.no_grad()
 def oracle_features(stock, pixel_values, budgets=BUDGET):
     """What the stock parts give for the kept tokens: every layer of the tower runs, one image after the other."""

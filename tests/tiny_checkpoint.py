@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tiny import BOS, EOS, IMAGE, IMAGE_SIZE, PAD, PATCH_SIZE, build, stock_twin
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessor, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from tiny_words import word_tokenizer
+from transformers import CLIPImageProcessor, CLIPImageProcessorPil, LlavaProcessor
 from transformers.utils import is_torchvision_available
 
 
@@ -19,19 +19,8 @@ CARD = "---\nlicense: llama2\npipeline_tag: image-text-to-text\n---\n# The base\
 
 
 def build_processor() -> LlavaProcessor:
-    words = [f"word{index}" for index in range(120)]
-    words[PAD], words[BOS], words[EOS], words[3], words[IMAGE] = "<pad>", "<s>", "</s>", "<unk>", "<image>"
-    words[118], words[119] = "USER:", "ASSISTANT:"
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
+    names = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", 3: "<unk>", IMAGE: "<image>", 118: "USER:", 119: "ASSISTANT:"}
+    tokenizer = word_tokenizer(names, ["<image>"])
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_class = CLIPImageProcessor if is_torchvision_available() else CLIPImageProcessorPil  # as upstream loads it
     return LlavaProcessor(

@@ -2,8 +2,7 @@
 
 import transformers
 from families import BOS, EOS, IMAGE, PAD, VIDEO
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_words import word_tokenizer
 
 
 SIZE = {"height": 32, "width": 32}
@@ -11,19 +10,8 @@ SIZE = {"height": 32, "width": 32}
 
 def tokenizer(specials, **names):
     """Words 0 to 119, some of them by other names; `names` are attributes as upstream's tokenizers have them."""
-    words = [f"word{index}" for index in range(120)]
-    for index, word in {PAD: "<pad>", BOS: "<s>", EOS: "</s>", 3: "<unk>", **specials}.items():
-        words[index] = word
-    model = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=list(specials.values()),
-    )
+    words = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", 3: "<unk>", **specials}
+    made = word_tokenizer(words, specials.values())
     for name, word in names.items():
         setattr(made, name, word)
         setattr(made, f"{name}_id", made.convert_tokens_to_ids(word))
@@ -96,6 +84,39 @@ def gemma4_tokenizer():
 TILE_TAGS = {60 + 6 * row + col: f"<row_{row + 1}_col_{col + 1}>" for row in range(6) for col in range(6)}
 
 
+def idefics_tokenizer():
+    return tokenizer({**TILE_TAGS, IMAGE: "<image>", 50: "<fake_token_around_image>", 51: "<global-img>"})
+
+
+def image_and_video_tokenizer():
+    return tokenizer({IMAGE: "<image>", VIDEO: "<video>"}, image_token="<image>", video_token="<video>")
+
+
+def internvl_tokenizer(specials, **names):
+    """With what begins and ends an image."""
+    specials = {IMAGE: "<IMG_CONTEXT>", 110: "<img>", 112: "</img>", **specials}
+    given = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    return tokenizer(specials, **given, **names)
+
+
+def pixtral_parts(token, row_end, end, **names):
+    return {
+        "image_processor": pil("PixtralImageProcessor", size={"longest_edge": 32}, patch_size=8),
+        "tokenizer": tokenizer({IMAGE: token, 11: row_end, 12: end}, **names),
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+    }
+
+
+def llava_next_images():
+    grids = {"image_grid_pinpoints": GRIDS}
+    return pil("LlavaNextImageProcessor", size={"shortest_edge": 32}, crop_size=SIZE, **grids)
+
+
+def tiles_of_images():
+    return pil("GotOcr2ImageProcessor", size=SIZE, crop_to_patches=True, max_patches=3)
+
+
 GRIDS = [[32, 64], [64, 32], [64, 64]]
 
 
@@ -132,9 +153,7 @@ PROCESSORS = {
             "image_processor": pil(
                 "Idefics3ImageProcessor", size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
             ),
-            "tokenizer": tokenizer(
-                {**TILE_TAGS, IMAGE: "<image>", 50: "<fake_token_around_image>", 51: "<global-img>"}
-            ),
+            "tokenizer": idefics_tokenizer(),
             "image_seq_len": 16,
         },
         "<image>",
@@ -156,9 +175,7 @@ PROCESSORS = {
             "image_processor": pil(
                 "SmolVLMImageProcessor", size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
             ),
-            "tokenizer": tokenizer(
-                {**TILE_TAGS, IMAGE: "<image>", 50: "<fake_token_around_image>", 51: "<global-img>"}
-            ),
+            "tokenizer": idefics_tokenizer(),
             "video_processor": video(
                 "SmolVLMVideoProcessor", size={"longest_edge": 32}, max_image_size={"longest_edge": 32}
             ),
@@ -185,7 +202,7 @@ PROCESSORS = {
     ),
     "aya_vision": (
         lambda: {
-            "image_processor": pil("GotOcr2ImageProcessor", size=SIZE, crop_to_patches=True, max_patches=3),
+            "image_processor": tiles_of_images(),
             "tokenizer": tokenizer(
                 {IMAGE: "<|IMG_PATCH|>", 90: "<image>", 91: "TILE_GLOBAL", 92: "TILE_1", 93: "TILE_2"}
             ),
@@ -232,26 +249,14 @@ PROCESSORS = {
         "<image_placeholder>",
         (),
     ),
-    "mistral3": (
-        lambda: {
-            "image_processor": pil("PixtralImageProcessor", size={"longest_edge": 32}, patch_size=8),
-            "tokenizer": tokenizer({IMAGE: "[IMG]", 11: "[IMG_BREAK]", 12: "[IMG_END]"}),
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-        },
-        "[IMG]",
-        ("torchvision",),
+    **dict.fromkeys(
+        ("mistral3", "mistral_large4"),
+        (lambda: pixtral_parts("[IMG]", "[IMG_BREAK]", "[IMG_END]"), "[IMG]", ("torchvision",)),
     ),
     "internvl": (
         lambda: {
-            "image_processor": pil("GotOcr2ImageProcessor", size=SIZE, crop_to_patches=True, max_patches=3),
-            "tokenizer": tokenizer(
-                {IMAGE: "<IMG_CONTEXT>", 110: "<img>", 112: "</img>", 90: "<video>"},
-                start_image_token="<img>",
-                end_image_token="</img>",
-                context_image_token="<IMG_CONTEXT>",
-                video_token="<video>",
-            ),
+            "image_processor": tiles_of_images(),
+            "tokenizer": internvl_tokenizer({90: "<video>"}, video_token="<video>"),
             "video_processor": video("InternVLVideoProcessor", size=SIZE),
             "image_seq_length": 16,
         },
@@ -288,9 +293,7 @@ PROCESSORS = {
     ),
     "llava_next_video": (
         lambda: {
-            "image_processor": pil(
-                "LlavaNextImageProcessor", size={"shortest_edge": 32}, crop_size=SIZE, image_grid_pinpoints=GRIDS
-            ),
+            "image_processor": llava_next_images(),
             "tokenizer": tokenizer({IMAGE: "<image>", VIDEO: "<video>"}),
             "video_processor": video("LlavaNextVideoVideoProcessor", size=SIZE, crop_size=SIZE),
             "patch_size": 4,
@@ -340,48 +343,28 @@ PROCESSORS = {
     "granite_docling": (
         lambda: {
             "image_processor": pil("GraniteDoclingImageProcessor", size=SIZE, max_patches=3),
-            "tokenizer": tokenizer(
-                {**TILE_TAGS, IMAGE: "<image>", 50: "<fake_token_around_image>", 51: "<global-img>"}
-            ),
+            "tokenizer": idefics_tokenizer(),
             "image_seq_len": 16,
         },
         "<image>",
         (),
     ),
-    "mistral_large4": (
-        lambda: {
-            "image_processor": pil("PixtralImageProcessor", size={"longest_edge": 32}, patch_size=8),
-            "tokenizer": tokenizer({IMAGE: "[IMG]", 11: "[IMG_BREAK]", 12: "[IMG_END]"}),
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-        },
-        "[IMG]",
-        ("torchvision",),
-    ),
     "lighton_ocr": (
-        lambda: {
-            "image_processor": pil("PixtralImageProcessor", size={"longest_edge": 32}, patch_size=8),
-            "tokenizer": tokenizer(
-                {IMAGE: "<|image_pad|>", 11: "<|break|>", 12: "<|end|>"},
-                image_token="<|image_pad|>",
-                image_break_token="<|break|>",
-                image_end_token="<|end|>",
-            ),
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-        },
+        lambda: pixtral_parts(
+            "<|image_pad|>",
+            "<|break|>",
+            "<|end|>",
+            image_token="<|image_pad|>",
+            image_break_token="<|break|>",
+            image_end_token="<|end|>",
+        ),
         "<|image_pad|>",
         ("torchvision",),
     ),
     "qianfan_ocr": (
         lambda: {
-            "image_processor": pil("GotOcr2ImageProcessor", size=SIZE, crop_to_patches=True, max_patches=3),
-            "tokenizer": tokenizer(
-                {IMAGE: "<IMG_CONTEXT>", 110: "<img>", 112: "</img>", 90: "<image>"},
-                start_image_token="<img>",
-                end_image_token="</img>",
-                context_image_token="<IMG_CONTEXT>",
-            ),
+            "image_processor": tiles_of_images(),
+            "tokenizer": internvl_tokenizer({90: "<image>"}),
             "image_seq_length": 16,
         },
         "<image>",
@@ -463,7 +446,7 @@ PROCESSORS = {
                 patch_size=4,
                 merge_size=1,
             ),
-            "tokenizer": tokenizer({IMAGE: "<image>", VIDEO: "<video>"}, image_token="<image>", video_token="<video>"),
+            "tokenizer": image_and_video_tokenizer(),
             "video_processor": video(
                 "VideoLlama3VideoProcessor", size={"shortest_edge": 64, "longest_edge": 4096}, patch_size=4
             ),
@@ -486,7 +469,7 @@ PROCESSORS = {
             "image_processor": pil(
                 "Kimi_K25ImageProcessor", size={"max_height": 32, "max_width": 32}, patch_size=4, max_patches=64
             ),
-            "tokenizer": tokenizer({IMAGE: "<image>", VIDEO: "<video>"}, image_token="<image>", video_token="<video>"),
+            "tokenizer": image_and_video_tokenizer(),
             "video_processor": video("Kimi_K25VideoProcessor", patch_size=4),
         },
         "<image>",
@@ -518,14 +501,19 @@ PROCESSORS = {
         "<|image|>",
         ("torchvision",),
     ),
-    "minicpmv4_6": (
-        lambda: {
-            "image_processor": pil("MiniCPMV4_6ImageProcessor", patch_size=4, scale_resolution=32, max_slice_nums=4),
-            "tokenizer": minicpm_tokenizer(),
-            "video_processor": video("MiniCPMV4_6VideoProcessor", patch_size=4, scale_resolution=32),
-        },
-        "<image_pad>",
-        ("torchvision",),
+    **dict.fromkeys(
+        ("minicpmv4_6", "minicpmv4_7"),
+        (
+            lambda: {
+                "image_processor": pil(
+                    "MiniCPMV4_6ImageProcessor", patch_size=4, scale_resolution=32, max_slice_nums=4
+                ),
+                "tokenizer": minicpm_tokenizer(),
+                "video_processor": video("MiniCPMV4_6VideoProcessor", patch_size=4, scale_resolution=32),
+            },
+            "<image_pad>",
+            ("torchvision",),
+        ),
     ),
     "gemma3n": (
         lambda: {
@@ -548,7 +536,7 @@ PROCESSORS = {
     "perception_lm": (
         lambda: {
             "image_processor": pil("PerceptionLMImageProcessor", tile_size=64, max_num_tiles=4),
-            "tokenizer": tokenizer({IMAGE: "<image>", VIDEO: "<video>"}, image_token="<image>", video_token="<video>"),
+            "tokenizer": image_and_video_tokenizer(),
             "video_processor": video("PerceptionLMVideoProcessor", size={"height": 64, "width": 64}),
             "patch_size": 16,
         },
@@ -564,15 +552,6 @@ PROCESSORS = {
             "video_processor": video(
                 "MiniCPMOcrVideoProcessor", patch_size=4, scale_resolution=32, downsample_mode="16x"
             ),
-        },
-        "<image_pad>",
-        ("torchvision",),
-    ),
-    "minicpmv4_7": (
-        lambda: {
-            "image_processor": pil("MiniCPMV4_6ImageProcessor", patch_size=4, scale_resolution=32, max_slice_nums=4),
-            "tokenizer": minicpm_tokenizer(),
-            "video_processor": video("MiniCPMV4_6VideoProcessor", patch_size=4, scale_resolution=32),
         },
         "<image_pad>",
         ("torchvision",),
@@ -612,9 +591,7 @@ PROCESSORS = {
     ),
     "granite4_vision": (
         lambda: {
-            "image_processor": pil(
-                "LlavaNextImageProcessor", size={"shortest_edge": 32}, crop_size=SIZE, image_grid_pinpoints=GRIDS
-            ),
+            "image_processor": llava_next_images(),
             "tokenizer": tokenizer({IMAGE: "<image>"}),
             "patch_size": 4,
             "vision_feature_select_strategy": "full",

@@ -2,21 +2,11 @@
 
 import torch
 from copies import remembered
-from tiny import IMAGE_SIZE, PATCH_SIZE, VISION
+from tiny import VISION
 from transformers import AutoConfig, AutoModel
 
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "image_size": IMAGE_SIZE,
-    "patch_size": PATCH_SIZE,
-    "initializer_range": 0.3,
-}
-
-
+SHAPE = {name: value for name, value in VISION.items() if name not in ("model_type", "projection_dim")}
 CLIP, DINO = VISION, {"model_type": "dinov2", **SHAPE}
 SIGLIP = {"model_type": "siglip_vision_model", **SHAPE}
 REGISTERS = {"model_type": "dinov2_with_registers", "num_register_tokens": 4, **SHAPE}

@@ -6,8 +6,8 @@ import random
 import torch
 from oracle_prompt import BOS, EOS, PAD, Family, Row, make_rows
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from tiny_words import word_tokenizer
+from transformers import BatchFeature, ProcessorMixin
 
 
 CHAT_TEMPLATE = (
@@ -73,20 +73,8 @@ class ViewsProcessor(ProcessorMixin):
 
 
 def build_processor(family: Family) -> ViewsProcessor:
-    size = 100 if family.is_qwen else 120
-    words = [f"word{index}" for index in range(size)]
-    words[PAD], words[BOS], words[EOS], words[family.placeholders[0]] = "<pad>", "<s>", "</s>", "<image>"
-    words[5] = "<unk>"
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
+    names = {PAD: "<pad>", BOS: "<s>", EOS: "</s>", 5: "<unk>", family.placeholders[0]: "<image>"}
+    fast = word_tokenizer(names, ["<image>"], 100 if family.is_qwen else 120)
     fast.chat_template = CHAT_TEMPLATE
     return ViewsProcessor(fast, family=family)
 

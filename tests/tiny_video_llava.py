@@ -14,7 +14,6 @@ from modeling_prunesid import (
 VIDEO = 101
 FRAMES, FED = 3, NUM_PATCHES + 1  # of a frame, upstream feeds CLS and patches
 BUDGET = 6
-GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
 
 def build_config(budget=BUDGET, vision=None, **settings):
@@ -55,11 +54,3 @@ def rows(of_image, of_clip, which=ROWS):
 def full_batch(side="left"):
     pixels = {VIDEO_LLAVA_PIXELS: images(), "pixel_values_videos": clips()}
     return {**batch(rows(NUM_PATCHES, FRAMES * FED), side), **pixels}
-
-
-def new_tokens(model, inputs, **kwargs):
-    output = model.generate(**inputs, **{**GREEDY, **kwargs})
-    length = inputs["input_ids"].shape[1]
-    times = len(output) // len(inputs["input_ids"])
-    assert torch.equal(output[:, :length], inputs["input_ids"].repeat_interleave(times, 0))
-    return output[:, length:]
