@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, __version__
 from transformers.models.auto import modeling_auto
 
 from .checks import PACKAGE, check_transformers, from_package
-from .methods import DEFAULT_METHOD, check_method, needs_of, options_of
-from .parts import CARRIED, OF_CLS, missing_part
+from .methods import DEFAULT_METHOD, check_method
+from .parts import CARRIED, missing_part
 
 
 check_transformers()
@@ -330,8 +330,6 @@ class NestsPruneSIDConfig:
     _settings_class = PruneSIDConfig
     # Further model types of checkpoints that the stock class of this family loads.
     _also_loads: tuple[str, ...] = ()
-    # Why settings that need a CLS token are refused; None where there is one.
-    _has_no_cls: str | None = None
 
     def __init_subclass__(cls, **kwargs):
         if not issubclass(cls, PretrainedConfig):  # a mixin of several families
@@ -373,34 +371,10 @@ class NestsPruneSIDConfig:
 
     def check_settings(self) -> None:
         """Raise a `ValueError` for settings that this family cannot follow. Runs before each use as well."""
-        if self._has_no_cls is not None:
-            refuse_cls(self.prunesid_config, self._has_no_cls)
 
     def _with_defaults(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings, with the family's where the caller gives none."""
         return settings
-
-
-class BehindConnectorConfig(NestsPruneSIDConfig):
-    """For families whose tokens are compared as they enter the language model, where `layer` has no meaning."""
-
-    _has_no_cls = "its tokens are compared as they enter the language model, among which is no CLS token"
-
-
-def refuse_cls(settings: PretrainedConfig, reason: str) -> None:
-    """Raise a `ValueError` for settings that need a CLS token, of a model that has none to give."""
-    missing = OF_CLS & needs_of(settings)
-    if missing:
-        raise ValueError(
-            f"prunesid_config.method={settings.method!r} needs {' and '.join(sorted(missing))} of a vision tower with "
-            f"a CLS token, which this model has not: {reason}. Set method_settings={{'score': 'component'}} (or "
-            "'attention', that of all tokens) if the method has them, or method='paper'."
-        )
-    if options_of(settings).get("keep_cls"):
-        raise ValueError(
-            f"prunesid_config.method_settings has keep_cls=True, but this model has no CLS token to keep: {reason}. "
-            "Set it to False."
-        )
 
 
 __all__ = ["PruneSIDConfig"]

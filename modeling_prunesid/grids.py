@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .configuration_prunesid import NestsPruneSIDConfig
 from .connector import BehindConnectorModelMixin
+from .no_cls import BehindConnectorConfig
 from .patches import from_windows, pool_blocks, tower_of
 from .processing import PrunedProcessorMixin
 
 
-class GridConfigMixin(NestsPruneSIDConfig):
+class GridConfigMixin(BehindConnectorConfig):
     """
     For images of any number of tokens: the budget is a share by default, a third of the tokens and at least 16 (the
     authors' release for Qwen2-VL), of each image and of each temporal slice of a video, or with `budget_scope="image"`

@@ -4,8 +4,8 @@ import math
 
 from transformers import AriaConfig, AriaForConditionalGeneration, AriaModel, AriaProcessor, GenerationMixin
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .tiles import TiledModelMixin, TiledProcessorMixin
 
 

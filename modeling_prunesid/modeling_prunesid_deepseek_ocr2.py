@@ -12,10 +12,10 @@ from transformers import (
     GenerationMixin,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .connector import BehindConnectorModelMixin
 from .family import PrunedGenerationMixin, register_family
 from .local_crops import LocalCropsModelMixin, LocalCropsProcessorMixin
+from .no_cls import BehindConnectorConfig
 
 
 class PruneSIDDeepseekOcr2Config(BehindConnectorConfig, DeepseekOcr2Config):

@@ -2,8 +2,8 @@
 
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Model, Gemma3Processor, GenerationMixin
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .patches import square_grids
 from .tiles import TiledModelMixin, TiledProcessorMixin
 

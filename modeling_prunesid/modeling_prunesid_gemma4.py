@@ -3,9 +3,9 @@
 import torch
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4Model, Gemma4Processor, GenerationMixin
 
-from .configuration_prunesid import BehindConnectorConfig
 from .connector import BehindConnectorModelMixin
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .processing import PrunedProcessorMixin
 
 

@@ -8,9 +8,9 @@ from transformers import (
     GotOcr2Processor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .got_ocr import GotOcrModelMixin
+from .no_cls import BehindConnectorConfig
 from .tiles import TiledProcessorMixin
 
 

@@ -11,9 +11,9 @@ from transformers import (
 )
 
 from .anyres import PackedModelMixin, PackedProcessorMixin
-from .configuration_prunesid import BehindConnectorConfig
 from .connector import BehindConnectorModelMixin
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 
 
 class PruneSIDGranite4VisionConfig(BehindConnectorConfig, Granite4VisionConfig):

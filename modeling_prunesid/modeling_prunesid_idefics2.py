@@ -8,8 +8,8 @@ from transformers import (
     Idefics2Processor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .own_call import SameTextProcessorMixin
 from .tiles import TiledModelMixin
 

@@ -11,8 +11,8 @@ from transformers import (
     Kimi_K25Processor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .tiles import TiledModelMixin, TiledProcessorMixin
 
 

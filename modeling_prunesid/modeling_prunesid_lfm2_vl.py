@@ -3,8 +3,8 @@
 import torch
 from transformers import GenerationMixin, Lfm2VlConfig, Lfm2VlForConditionalGeneration, Lfm2VlModel, Lfm2VlProcessor
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .tiles import TiledModelMixin, TiledProcessorMixin
 
 

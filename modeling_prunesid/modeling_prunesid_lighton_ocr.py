@@ -9,9 +9,9 @@ from transformers import (
     LightOnOcrProcessor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .connector import BehindConnectorModelMixin
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .patches import grids_of_image_sizes
 from .processing import PrunedProcessorMixin
 

@@ -3,9 +3,9 @@
 import torch
 from transformers import GenerationMixin, Llama4Config, Llama4ForConditionalGeneration, Llama4Processor
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import register_family
 from .image_outputs import add_image_outputs
+from .no_cls import BehindConnectorConfig
 from .patches import square_grids
 from .tiles import TiledModelMixin, TiledProcessorMixin
 from .whole import PrunedWholeMixin

@@ -9,8 +9,8 @@ from transformers import (
 )
 
 from .anyres import PackedModelMixin, PackedProcessorMixin
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .patches import square_grids
 
 

@@ -3,15 +3,15 @@
 from transformers import GenerationMixin
 
 from .configuration_mini_gemini import MiniGeminiConfig
-from .configuration_prunesid import NestsPruneSIDConfig
 from .encoding import TowerModelMixin
 from .family import PrunedGenerationMixin, register_family
 from .modeling_mini_gemini import MiniGeminiForConditionalGeneration, MiniGeminiModel
+from .no_cls import BehindConnectorConfig
 from .processing import PrunedProcessorMixin
 from .processing_mini_gemini import MiniGeminiProcessor
 
 
-class PruneSIDMiniGeminiConfig(NestsPruneSIDConfig, MiniGeminiConfig):
+class PruneSIDMiniGeminiConfig(BehindConnectorConfig, MiniGeminiConfig):
     """
     [`MiniGeminiConfig`] with a nested [`PruneSIDConfig`], whose budget is that of each image, with all of its tiles in
     Mini-Gemini-HD. `layer` has no meaning here: the final image tokens are compared.

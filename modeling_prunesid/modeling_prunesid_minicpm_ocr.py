@@ -8,8 +8,8 @@ from transformers import (
     MiniCPMOcrProcessor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .slices import SlicedModelMixin
 from .tiles import TiledProcessorMixin
 

@@ -8,9 +8,9 @@ from transformers import (
     MiniCPMV4_7Processor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .mrope import MRoPEModelMixin
+from .no_cls import BehindConnectorConfig
 from .slices import SlicedModelMixin
 from .tiles import TiledProcessorMixin
 

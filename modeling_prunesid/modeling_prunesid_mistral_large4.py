@@ -9,8 +9,8 @@ from transformers import (
 )
 
 from .broken_rows import BrokenRowsModelMixin
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .patches import grids_of_image_sizes
 from .processing import PrunedProcessorMixin
 

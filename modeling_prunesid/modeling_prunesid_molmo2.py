@@ -6,8 +6,8 @@ import torch
 from transformers import GenerationMixin, Molmo2Config, Molmo2ForConditionalGeneration, Molmo2Model, Molmo2Processor
 
 from .broken_rows import BrokenRowsModelMixin
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .processing import PrunedProcessorMixin
 
 

@@ -8,9 +8,9 @@ from transformers import (
     NemotronH_Omni_Reasoning_V3Processor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import register_family
 from .frames import FramesModelMixin
+from .no_cls import BehindConnectorConfig
 from .own_call import OwnCallProcessorMixin
 from .shared_id import SharedIdModelMixin, SharedIdProcessorMixin
 from .whole import PrunedWholeMixin

@@ -2,8 +2,8 @@
 
 from transformers import GenerationMixin, Ovis2Config, Ovis2ForConditionalGeneration, Ovis2Model, Ovis2Processor
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .patches import square_grids
 from .tiles import TiledModelMixin, TiledProcessorMixin
 

@@ -8,10 +8,10 @@ from transformers import (
     PerceptionLMProcessor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .connector import BehindConnectorModelMixin
 from .family import PrunedGenerationMixin, register_family
 from .frames import FramesProcessorMixin
+from .no_cls import BehindConnectorConfig
 
 
 class PruneSIDPerceptionLMConfig(BehindConnectorConfig, PerceptionLMConfig):

@@ -10,9 +10,9 @@ from transformers import (
     PPChart2TableProcessor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .got_ocr import GotOcrModelMixin
+from .no_cls import BehindConnectorConfig
 from .tiles import TiledProcessorMixin
 
 

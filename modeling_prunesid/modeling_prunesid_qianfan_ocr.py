@@ -8,8 +8,8 @@ from transformers import (
     QianfanOCRProcessor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .patches import square_grids
 from .tiles import TiledModelMixin, TiledProcessorMixin
 

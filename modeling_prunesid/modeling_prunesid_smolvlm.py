@@ -9,8 +9,8 @@ from transformers import (
     SmolVLMProcessor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .patches import square_grids
 from .tiles import TiledModelMixin, TiledProcessorMixin
 

@@ -11,9 +11,9 @@ from transformers import (
     Step3p7Processor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .local_crops import LocalCropsModelMixin
+from .no_cls import BehindConnectorConfig
 from .processing import PrunedProcessorMixin
 
 

@@ -8,9 +8,9 @@ from transformers import (
     UnlimitedOcrProcessor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .local_crops import LocalCropsProcessorMixin, NewlineCropsModelMixin
+from .no_cls import BehindConnectorConfig
 
 
 class PruneSIDUnlimitedOcrConfig(BehindConnectorConfig, UnlimitedOcrConfig):

@@ -9,9 +9,9 @@ from transformers import (
     VideoLlama3Processor,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .family import PrunedGenerationMixin, register_family
 from .masked_clips import MaskedClipsModelMixin
+from .no_cls import BehindConnectorConfig
 from .processing import PrunedProcessorMixin
 
 

@@ -8,9 +8,9 @@ from transformers import (
     VipLlavaModel,
 )
 
-from .configuration_prunesid import BehindConnectorConfig
 from .connector import BehindConnectorModelMixin
 from .family import PrunedGenerationMixin, register_family
+from .no_cls import BehindConnectorConfig
 from .processing import PrunedProcessorMixin
 
 

@@ -132,7 +132,10 @@ class AppModel:
         fields: dict[str, Any] = {"budget": choice.budget, "method": choice.method}
         if choice.method == self.own_method:
             pass
-        elif self.model.config._has_no_cls and {"score", "keep_cls"} <= module_of(choice.method).DEFAULTS.keys():
+        elif (
+            hasattr(self.model.config, "_has_no_cls")
+            and {"score", "keep_cls"} <= module_of(choice.method).DEFAULTS.keys()
+        ):
             fields["method_settings"] = {"score": "component", "keep_cls": False}
         elif self.own_method_settings:
             fields["method_settings"] = None
