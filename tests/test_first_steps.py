@@ -185,13 +185,13 @@ class TestTheRightClass:
 class TestVersions:
     @pytest.mark.parametrize("version", ["4.57.1", "5.17.0", "5.17.3"])
     def test_an_older_transformers_is_refused_with_its_version(self, monkeypatch, version):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(checks.transformers, "__version__", version)
         with pytest.raises(ImportError, match=f"needs transformers 5.18 or newer, found {version}. Upgrade it: pip"):
             checks.check_transformers()
 
     @pytest.mark.parametrize("version", ["5.18.0", "5.18.0.dev0", "5.24.0", "6.0.0"])
     def test_others_are_not(self, monkeypatch, version):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(checks.transformers, "__version__", version)
         checks.check_transformers()
 
     def test_it_is_said_before_anything_else_fails(self, tmp_path):
