@@ -302,8 +302,7 @@ from transformers import VideoLlavaImageProcessor, VideoLlavaVideoProcessor
 from modeling_prunesid import PruneSIDVideoLlavaProcessor
 
 words = {0: "<pad>", 1: "<s>", 2: "</s>", 3: "<unk>", 4: "what", 5: "is", 6: "this", 100: "<image>", 101: "<video>"}
-tokenizer = word_tokenizer(words, ["<image>", "<video>"])
-tokenizer.padding_side = "left"
+tokenizer = word_tokenizer(words, ["<image>", "<video>"], padding_side="left")
 sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
 
 def build_processor(**settings):
