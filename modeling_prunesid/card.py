@@ -42,7 +42,8 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 
 `trust_remote_code=True` runs the Python files of this repo{base_code}; pass `revision="<commit>"` to pin what you have
-read. With the package installed, `prunesid doctor {repo}` compares them with its own.{engines} For another budget, load the model with `{settings_name}={{"budget": 32}}`{and_processor}.
+read. With the package prunesid-transformers, `prunesid doctor {repo}` compares them with its own.{engines}
+For another budget, load the model with `{settings_name}={{"budget": 32}}`{and_processor}.
 
 ## Settings
 
