@@ -16,10 +16,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import (
-    logging,
-    resolve_revision,
-)
+from transformers.utils import logging, resolve_revision
 
 from .base_weights import check_weights
 from .card import write_card
