@@ -10,6 +10,7 @@ import torch
 import transformers
 from clean_process import run_clean
 from families import ROWS
+from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import modeling_prunesid
@@ -30,7 +31,8 @@ def path_of(family):
 
 def in_a_new_process(code, home, *arguments):
     """Of a process that has nothing but our package."""
-    paths = [str(ROOT), *(path for path in sys.path if path and path != str(ROOT))]
+    # The code of repos that this process has loaded is not among what the other one has.
+    paths = [str(ROOT), *(path for path in sys.path if path not in ("", str(ROOT), HF_MODULES_CACHE))]
     return run_clean(f"import sys\nsys.path[:0] = {paths}\n{code}", home, *arguments)
 
 
