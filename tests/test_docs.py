@@ -85,7 +85,7 @@ def test_the_method_of_the_page_is_divprune(tmp_path, monkeypatch):
 @pytest.mark.contract
 def test_the_page_on_families_declares_one(tmp_path):
     """In a copy of the repository that has no SmolVLM, all that the page says is done, and the contract holds."""
-    for folder in ("modeling_prunesid", "tests"):
+    for folder in ("modeling_prunesid", "prunesid_cli", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.cfg"):
         shutil.copy(ROOT / name, tmp_path)
