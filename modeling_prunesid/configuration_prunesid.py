@@ -371,6 +371,7 @@ class NestsPruneSIDConfig:
 
     def check_settings(self) -> None:
         """Raise a `ValueError` for settings that this family cannot follow. Runs before each use as well."""
+        self.prunesid_config.check()
 
     def _with_defaults(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings, with the family's where the caller gives none."""

@@ -69,6 +69,7 @@ class PrunedModelMixin(CompressedModelMixin, HubModelMixin):
     @property
     def reads_question(self) -> bool:
         """Whether the tokens that are kept depend on the question of the prompt."""
+        self.config.check_settings()  # a later turn has no views, whose budgets would be checked
         return reads_question(self.config.prunesid_config)
 
     def is_off(self, num_visual_tokens: NumVisualTokens) -> bool:

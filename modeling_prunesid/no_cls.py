@@ -12,6 +12,7 @@ class BehindConnectorConfig(NestsPruneSIDConfig):
     _has_no_cls = "its tokens are compared as they enter the language model, among which is no CLS token"
 
     def check_settings(self) -> None:
+        super().check_settings()
         settings, reason = self.prunesid_config, self._has_no_cls
         missing = OF_CLS & needs_of(settings)
         if missing:

@@ -1,8 +1,10 @@
 """A repo carries the code of its own model: which parts travel, what loads without them, and what the others say."""
 
+import copy
 import json
 from pathlib import Path
 
+import oracle_family
 import pytest
 import tiny_qwen
 import torch
@@ -134,6 +136,47 @@ def test_a_repo_carries_the_parts_that_its_settings_need_and_names_what_it_lacks
     else:
         with pytest.raises(ValueError, match="dynamic=True needs code that this model was saved without"):
             own.check()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "llava_next", "internvl", "paligemma"])
+@torch.no_grad()
+def test_settings_changed_after_loading_are_refused_wherever_they_are_read(family, tmp_path):
+    ours, _, row = oracle_family.build(family)
+    own = {"score": "component", "keep_cls": False}
+    model = copy.deepcopy(ours)
+    model.config.prunesid_config = {"budget": row.budget, **row.settings, "method": "spread", "method_settings": own}
+    model.save_pretrained(tmp_path)
+    loaded = of_repo(tmp_path, f"{type(ours).__module__.rpartition('.')[2]}.{type(ours).__name__}")
+    loaded = loaded.from_pretrained(tmp_path).double()
+    inputs = oracle_family.prompt(row)
+    first = loaded.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    settings = loaded.config.prunesid_config
+
+    def second_turn():
+        ids = torch.nn.functional.pad(first.sequences, (0, 2), value=7)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+        loaded.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=1)
+
+    encode = loaded.get_image_features
+    images = row.inputs(oracle_family.rows_of(row))
+    entrances = [
+        lambda: encode(**images),
+        lambda: encode(**images, num_visual_tokens=list(row.kept)),
+        lambda: loaded(**inputs),
+        lambda: loaded.generate(**inputs, max_new_tokens=1),
+    ]
+    towers = {"vision_tower", "visual"}
+    tower = next(module for name, module in loaded.named_modules() if name.rpartition(".")[2] in towers)
+    tower.register_forward_pre_hook(lambda *_: pytest.fail("the tower runs"))
+    for changed in ({"question": True}, {"question": "keep"}, {"score": "attention"}):
+        settings.method_settings = {**own, **changed}
+        for enter in [*entrances, *([second_turn] if "question" in changed else [])]:
+            with pytest.raises(ValueError, match="method_settings=.* needs code that this model was saved without"):
+                enter()
+    settings.method_settings, settings.dynamic, settings.reference_information = own, True, 0.9
+    for enter in entrances:
+        with pytest.raises(ValueError, match="dynamic=True needs code that this model was saved without"):
+            enter()
 
 
 @pytest.mark.parametrize("method", ["release", "spread"])
