@@ -3,6 +3,7 @@
 import ast
 import difflib
 import io
+import re
 import shutil
 import tempfile
 import tokenize
@@ -16,7 +17,14 @@ import modeling_prunesid
 from modeling_prunesid import methods
 from modeling_prunesid.configuration_prunesid import PruneSIDConfig
 from modeling_prunesid.modeling_vitcop_llava import ViTCoPConfig
-from modeling_prunesid.repo_code import SOURCES, carry_code, files_imported_by, state_release
+from modeling_prunesid.repo_code import (
+    SOURCES,
+    carried_parts,
+    carried_source,
+    carry_code,
+    files_imported_by,
+    state_release,
+)
 from modeling_prunesid.repo_files import read_fields
 
 
@@ -35,22 +43,29 @@ def check_repo(name: str, revision: str | None = None) -> tuple[list[dict[str, s
         A row for each Python file, and one for all of them; and what should be read before it runs, a sentence each.
 
     Raises:
-        `ValueError`: for a repo without a PruneSID or ViTCoP configuration.
+        `ValueError`: for a repo without a PruneSID or ViTCoP configuration, or a file.
         `OSError`: if there is no such repo, or it cannot be reached.
     """
     folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{name} is a file. Name the folder that it is in, or a repo on the Hub.")
     if not folder.is_dir():
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=["**.py", "*.json"]))
-    files = {path.relative_to(folder).as_posix(): _read(path) for path in sorted(folder.rglob("*.py"))}
+    paths = [path for path in sorted(folder.rglob("*.py")) if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): _read(path) for path in paths}
     fields = read_fields(folder, CONFIG_NAME, {}) or {}
-    expected = _expected(name, fields)
-    elsewhere = [str(place) for place in (fields.get("auto_map") or {}).values() if "--" in str(place)]
+    expected = _expected(name, fields, files)
+    # Processors and tokenizers name their code in files of their own.
+    every = [fields, *(read_fields(folder, path.name, {}) or {} for path in sorted(folder.glob("*_config.json")))]
+    elsewhere = dict.fromkeys(place for own in every for place in _named_code(own) if "--" in place)
     problems = [f"Code of another repo runs: {place}. Read it as well." for place in elsewhere]
     rows = []
     for file, source in files.items():
         lines, own = source.splitlines(), expected.get(file)
         found = "as the package writes it"
-        if own is None:
+        if own != source and (SOURCES / file).is_file() and _read(SOURCES / file) == source:
+            found = "as in the package"  # whole, as the embedded folder has it
+        elif own is None:
             found = "not of the package"
             problems.append(f"{file} is not of the package. Read it before you pass trust_remote_code=True.")
         elif own != source:
@@ -75,11 +90,12 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _expected(name: str, fields: dict[str, Any]) -> dict[str, str]:
-    """The sources by file that the package writes for the settings in a `config.json`."""
+def _expected(name: str, fields: dict[str, Any], files: dict[str, str]) -> dict[str, str | None]:
+    """
+    The sources by file that the package writes for the settings in a `config.json`; None is a file of somebody else's.
+    """
     given = fields.get("prunesid_config") or fields.get("vitcop_config")
-    classes = [*(fields.get("auto_map") or {}).values()]
-    modules = {str(own).rpartition("--")[2].partition(".")[0] for own in classes}
+    modules = {place.rpartition("--")[2].partition(".")[0] for place in _places_in(fields.get("auto_map"))}
     own = next((module for module in sorted(modules) if module.startswith("modeling_")), None)
     if not isinstance(given, dict) or own is None or not (SOURCES / f"{own}.py").exists():
         raise ValueError(
@@ -87,8 +103,9 @@ def _expected(name: str, fields: dict[str, Any]) -> dict[str, str]:
             f"family that version {modeling_prunesid.__version__} has. Name a variant, or upgrade the package."
         )
     method = given.get("method")
-    if method is not None and method not in methods.MODULES:  # registered by whoever saved it, in a file of its own
-        given = {**given, "method": "paper", "method_settings": None}
+    is_registered = isinstance(method, str) and method.isidentifier() and method not in methods.MODULES
+    if is_registered:  # by whoever saved it, in a file of its own
+        given = {**given, "method": methods.DEFAULT_METHOD, "method_settings": None}
     settings_class = ViTCoPConfig if given.get("model_type") == "vitcop" else PruneSIDConfig
     settings = settings_class.from_dict(given)
     with tempfile.TemporaryDirectory() as copied:
@@ -97,7 +114,32 @@ def _expected(name: str, fields: dict[str, Any]) -> dict[str, str]:
                 shutil.copy(SOURCES / file, copied)
         carry_code(copied, own, settings, methods, thin=settings.base_model_name_or_path is not None)
         state_release(copied, own)
-        return {path.name: path.read_text(encoding="utf-8") for path in Path(copied).glob("*.py")}
+        if not is_registered:
+            return {path.name: _read(path) for path in Path(copied).glob("*.py")}
+        # What it needs, its own code knows alone: any of the package's parts. It is read, and does not run.
+        needed = re.findall(r"^from \..* as ([A-Z]+)$", files.get("parts.py", ""), re.MULTILINE)
+        parts, carried = (_read(Path(copied, file)) for file in ("parts.py", "methods.py"))
+        written = {"parts.py": carried_parts(needed, parts), "methods.py": carried_source(method, carried)}
+        written[f"method_{method}.py"] = files.get(f"method_{method}.py", "")
+        for file, source in written.items():
+            Path(copied, file).write_text(source, encoding="utf-8")
+        found = files_imported_by(f"{own}.py", Path(copied), or_package=True)
+        places = {file: Path(copied, file) if Path(copied, file).exists() else SOURCES / file for file in found}
+        return {**{file: _read(place) for file, place in places.items()}, f"method_{method}.py": None}
+
+
+def _named_code(fields: Any) -> list[str]:
+    """Where a JSON file says that code is, of any of its parts: `"file.Class"`, `"org/name--file.Class"`."""
+    if not isinstance(fields, dict):
+        return []
+    nested = [place for value in fields.values() for place in _named_code(value)]
+    return [*_places_in(fields.get("auto_map")), *nested]
+
+
+def _places_in(auto_map: Any) -> list[str]:
+    values = auto_map.values() if isinstance(auto_map, dict) else []
+    places = [place for value in values for place in (value if isinstance(value, list) else [value])]
+    return [place for place in places if isinstance(place, str)]  # a slow and a fast tokenizer, or one of them
 
 
 def count_code(source: str) -> int:

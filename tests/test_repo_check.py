@@ -1,12 +1,15 @@
 """`prunesid doctor REPO`: what of a repo's code is not as the package writes it."""
 
+import importlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from tiny_checkpoint import save_checkpoint
 
-from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
+import prunesid_cli
+from modeling_prunesid import PruneSIDLlavaForConditionalGeneration, method_spread, methods
 from prunesid_cli.command import main
 from prunesid_cli.repo_check import check_repo, count_code
 
@@ -54,6 +57,74 @@ def test_code_of_another_repo_is_named(repo):
     (repo / "config.json").write_text(json.dumps(fields))
     (problem,) = check_repo(str(repo))[1]
     assert problem.startswith("Code of another repo runs: somebody/else--modeling_prunesid_llava")
+
+
+@pytest.mark.parametrize(
+    "file, fields",
+    [
+        ("processor_config.json", {"auto_map": {"AutoProcessor": "somebody/else--x.Y"}}),
+        ("processor_config.json", {"image_processor": {"auto_map": {"AutoImageProcessor": "somebody/else--x.Y"}}}),
+        ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "somebody/else--x.Y"}}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "somebody/else--x.Y"]}}),
+    ],
+)
+def test_code_of_another_repo_is_named_wherever_it_is(repo, file, fields):
+    path = repo / file
+    given = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**given, **fields}))
+    assert check_repo(str(repo))[1] == ["Code of another repo runs: somebody/else--x.Y. Read it as well."]
+
+
+def test_a_registered_method_is_the_one_file_to_read(repo, tmp_path, monkeypatch):
+    source = Path(method_spread.__file__).read_text().replace("from .", "from modeling_prunesid.")
+    (tmp_path / "own_method.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(methods.METHODS, "own", importlib.import_module("own_method").select)
+    monkeypatch.setitem(methods.MODULES, "own", "own_method")
+    settings = {"budget": 8, "method": "own", "method_settings": {"score": "attention"}}
+    model = PruneSIDLlavaForConditionalGeneration.from_pretrained(repo, prunesid_config=settings)
+    model.save_pretrained(tmp_path / "own", thin=True)
+    monkeypatch.delitem(methods.MODULES, "own")
+    (problem,) = check_repo(str(tmp_path / "own"))[1]
+    assert problem.startswith("method_own.py is not of the package.")
+    (tmp_path / "own" / "attention.py").unlink()
+    (tmp_path / "own" / "method_own.py").unlink()
+    assert [problem.split(" is ")[0] for problem in check_repo(str(tmp_path / "own"))[1]] == [
+        "attention.py", "method_own.py",
+    ]  # fmt: skip
+
+
+def test_the_embedded_folder_has_the_files_of_the_package(capsys):
+    main(["doctor", str(Path(prunesid_cli.__file__).parents[1] / "embedded")])
+    said = capsys.readouterr().out
+    assert "Problems: none" in said and "as in the package" in said
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"auto_map": ["modeling_prunesid_llava.A"]}, "is no repo of this package"),
+        ({"auto_map": "modeling_prunesid_llava.A"}, "is no repo of this package"),
+        ({"auto_map": {"AutoModel": None, "AutoConfig": 3}}, "is no repo of this package"),
+        ({"prunesid_config": []}, "is no repo of this package"),
+        ({"prunesid_config": {"method": ["paper"]}}, "prunesid_config.method must be"),
+        ({"prunesid_config": {"method": {}}}, "prunesid_config.method must be"),
+        ({"prunesid_config": {"method": "../other"}}, "prunesid_config.method must be one of"),
+        ({"prunesid_config": {"budget": "many"}}, "prunesid_config.budget must be"),
+    ],
+)
+def test_fields_of_another_type_are_a_sentence(repo, change, said, capsys):
+    fields = json.loads((repo / "config.json").read_text())
+    (repo / "config.json").write_text(json.dumps({**fields, **change}))
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", str(repo)])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_file_is_no_repo(repo, capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", str(repo / "config.json")])
+    assert "is a file. Name the folder that it is in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fields", [{}, {"prunesid_config": {"budget": 8}}, {"auto_map": {"AutoModel": "a.B"}}])
