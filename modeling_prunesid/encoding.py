@@ -46,6 +46,11 @@ class TowerEncoding:
         self.num_prefix = self.num_fed = 0  # tokens before the patches: in the tower, and fed to the language model
         if self.tower is not None:
             self._find_layers(model, modality)
+        elif "attention" in self.needs:
+            raise ValueError(
+                f"score='attention' is not declared for {type(model).__name__}, whose tokens are compared as they "
+                "enter the projector. Use score='component'."
+            )
         self.has_own_cls = self.keeps_cls and self.num_fed < self.num_prefix
         self.num_fixed = self.num_fed if self.keeps_fed else 0
         self.num_extra = self.num_fixed + self.has_own_cls

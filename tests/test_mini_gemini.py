@@ -522,3 +522,12 @@ class TestFolders:
         assert found["AutoModel"]["from_config"] == "PruneSIDMiniGeminiModel"
         assert found["one chat"].split()
         assert found["two chats"] == [found["one chat"]] * 2
+
+
+def test_attention_of_a_tower_that_tokens_are_not_compared_in_is_refused_before_it_runs():
+    model = build(method="spread", method_settings={"score": "attention", "keep_cls": False})
+    model.model.vision_tower.register_forward_pre_hook(lambda *_: pytest.fail("the tower runs"))
+    inputs = {**batch([prompt([NUM_PATCHES], [5])]), **pixels(1)}
+    for call in (lambda: model.get_image_features(**pixels(1)), lambda: model.generate(**inputs, max_new_tokens=1)):
+        with pytest.raises(ValueError, match="score='attention' is not declared for PruneSIDMiniGemini"):
+            call()
