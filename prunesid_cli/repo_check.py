@@ -43,12 +43,14 @@ def check_repo(name: str, revision: str | None = None) -> tuple[list[dict[str, s
         A row for each Python file, and one for all of them; and what should be read before it runs, a sentence each.
 
     Raises:
-        `ValueError`: for a repo without a PruneSID or ViTCoP configuration, or a file.
+        `ValueError`: for a repo without a PruneSID or ViTCoP configuration, or a file; for a folder with a revision.
         `OSError`: if there is no such repo, or it cannot be reached.
     """
     folder = Path(name)
     if folder.is_file():
         raise ValueError(f"{name} is a file. Name the folder that it is in, or a repo on the Hub.")
+    if folder.is_dir() and revision is not None:
+        raise ValueError(f"--revision={revision} is of a repo on the Hub, and {name} is a folder. Leave it out.")
     if not folder.is_dir():
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=["**.py", "*.json"]))
     paths = [path for path in sorted(folder.rglob("*.py")) if path.is_file()]
@@ -102,7 +104,7 @@ def _expected(name: str, fields: dict[str, Any], files: dict[str, str]) -> dict[
             f"{name} is no repo of this package: its {CONFIG_NAME} names no settings of PruneSID, or no code of a "
             f"family that version {modeling_prunesid.__version__} has. Name a variant, or upgrade the package."
         )
-    method = given.get("method")
+    method: Any = given.get("method")
     is_registered = isinstance(method, str) and method.isidentifier() and method not in methods.MODULES
     if is_registered:  # by whoever saved it, in a file of its own
         given = {**given, "method": methods.DEFAULT_METHOD, "method_settings": None}

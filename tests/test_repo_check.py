@@ -121,6 +121,12 @@ def test_fields_of_another_type_are_a_sentence(repo, change, said, capsys):
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_a_folder_has_no_revision(repo, capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", str(repo), "--revision", "main"])
+    assert "--revision=main is of a repo on the Hub" in capsys.readouterr().err
+
+
 def test_a_file_is_no_repo(repo, capsys):
     with pytest.raises(SystemExit):
         main(["doctor", str(repo / "config.json")])
