@@ -11,9 +11,7 @@ from tiny import build, stock_twin
 
 
 torch.set_num_threads(1)
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # of xdist's processes: threads that wait leave the cores to others
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # xdist's processes: threads that wait leave the cores to others
 huggingface_hub.constants.HF_HUB_OFFLINE = True  # where the network is missing, each try at it takes half a minute
 TORCHVISION = "torchvision==0.28.0"
 OTHER_TIERS = {"slow", "engines", "app"}
