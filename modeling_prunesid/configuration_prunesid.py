@@ -14,6 +14,7 @@ from transformers.models.auto import modeling_auto
 from .checks import PACKAGE, check_transformers, from_package
 from .methods import DEFAULT_METHOD, check_method
 from .parts import CARRIED, missing_part
+from .upstream import CACHE_NAMES
 
 
 check_transformers()
@@ -287,7 +288,7 @@ def as_own(fields: dict[str, Any], config_class: type, checkpoint: Any) -> dict[
 def ignored_at_inference(config_class: type) -> list[str]:
     """The fields of outputs that `Trainer` leaves out of predictions, for it takes tensors alone."""
     stock = getattr(config_class, "keys_to_ignore_at_inference", [])  # empty for all classes in Transformers 5.18
-    ours = ["past_key_values", "cache", "keep_mask", "layer_visual_tokens", "image_outputs", "video_outputs"]
+    ours = [*CACHE_NAMES, "keep_mask", "layer_visual_tokens", "image_outputs", "video_outputs"]
     return list(dict.fromkeys([*stock, *ours]))
 
 

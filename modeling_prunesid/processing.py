@@ -56,8 +56,7 @@ class VariantProcessorMixin:
         check_request(kwargs.get("num_visual_tokens"))
         names = cls._budget_arguments()
         kwargs = {name: value for name, value in kwargs.items() if name not in names or value is not None}
-        name, load = pretrained_model_name_or_path, super().from_pretrained
-        trust = base_trust_remote_code
+        name, load, trust = pretrained_model_name_or_path, super().from_pretrained, base_trust_remote_code
         processor = load(name, **kwargs) if THIN is None else THIN.load_processor(load, name, names, trust, kwargs)
         # Upstream hands a processor's arguments to its tokenizer too, whose copy would outrank what is set later.
         for name in names:
@@ -266,11 +265,9 @@ class PrunedProcessorMixin(VariantProcessorMixin):
         output = super().__call__(*args, **kwargs)
         of_images, of_videos = output.get("num_visual_tokens"), output.pop(OF_VIDEOS, None)
         if of_videos is not None and of_images is not None:
-            both = [torch.as_tensor(of_images), torch.as_tensor(of_videos)]
-            output["num_visual_tokens"] = (
-                torch.cat(both) if isinstance(of_videos, torch.Tensor) else [*of_images, *of_videos]
-            )
-        elif of_videos is not None:
+            is_tensor = isinstance(of_videos, torch.Tensor)
+            of_videos = torch.cat([torch.as_tensor(of_images), of_videos]) if is_tensor else [*of_images, *of_videos]
+        if of_videos is not None:
             output["num_visual_tokens"] = of_videos
         # vLLM, which asks where each input's text is, gives an input its rows of pixels of a tensor, and of a list its
         # entry. Chats whose answers are marked ask for it too, with the offsets of their tokens.

@@ -7,6 +7,7 @@ method does not read the question does not have this file.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -382,10 +383,7 @@ def _where_they_differ(ids: list[int], others: list[int]) -> tuple[int, int]:
 
 
 def _common_end(ids: list[int], others: list[int]) -> list[int]:
-    count = 0
-    while count < min(len(ids), len(others)) and ids[-1 - count] == others[-1 - count]:
-        count += 1
-    return ids[len(ids) - count :]
+    return list(os.path.commonprefix([ids[::-1], others[::-1]]))[::-1]
 
 
 def _find_first(ids: list[int], part: list[int], start: int) -> int | None:

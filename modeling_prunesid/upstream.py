@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 _OLD_CACHE_NAME = "past_key_values"
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else _OLD_CACHE_NAME
+CACHE_NAMES = (_OLD_CACHE_NAME, "cache")  # whichever a saved configuration will meet
 # The pixels that each modality is encoded from, by the names that Transformers uses.
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 # What callers ask for by these names, of encoders as of language models.

@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from tiny import build, stock_twin
+from tiny_checkpoint import load_variant
 
 
 torch.set_num_threads(1)
@@ -57,6 +58,20 @@ def ours():
 def stock(ours):
     """The stock class with the weights of `ours`."""
     return stock_twin(ours)
+
+
+@pytest.fixture(scope="module")
+def saved_thin(base, tmp_path_factory):
+    """A thin variant of a file's `base`, which nobody changes."""
+    folder = tmp_path_factory.mktemp("variants") / "thin"
+    load_variant(base).save_pretrained(folder, thin=True)
+    return folder
+
+
+@pytest.fixture
+def thin(saved_thin, tmp_path):
+    """A thin variant."""
+    return shutil.copytree(saved_thin, tmp_path / "thin")
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,13 @@ from modeling_prunesid import (
     PruneSIDMiniGeminiModel,
     PruneSIDMiniGeminiProcessor,
 )
+from modeling_prunesid.context import SELECTIONS
 from modeling_prunesid.dynamic import information_budgets, redundancy
 from modeling_prunesid.modeling_mini_gemini import MiniGeminiPatchInfoMining
 from modeling_prunesid.select_tokens import select_tokens
 from modeling_prunesid.upstream import CACHE_NAME, cache_of
+from prunesid_cli import calibrate
+from prunesid_cli.command import main
 
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -468,6 +471,27 @@ def variant(base, tmp_path_factory):
 
 
 class TestFolders:
+    def test_calibrate_judges_the_lambda_that_the_model_uses(self, base, tmp_path, monkeypatch):
+        """N/32, though there is no tower in which its tokens are compared."""
+        survival, asked = calibrate.survival, []
+
+        def watched(view, budget, of_share):
+            asked.append(of_share)
+            return survival(view, budget, of_share)
+
+        monkeypatch.setattr(calibrate, "survival", watched)
+        (tmp_path / "pictures").mkdir()
+        for seed in range(2):
+            picture(seed).save(tmp_path / "pictures" / f"{seed}.png")
+        main(
+            ["calibrate", str(base), str(tmp_path / "pictures"), "--budget", "5", "--output", str(tmp_path / "x.json")]
+        )
+        with torch.no_grad():
+            token = SELECTIONS.set(used := [])
+            load(base, prunesid_config={"budget": 5}).get_image_features(**pixels(1))
+            SELECTIONS.reset(token)
+        assert set(asked) == {context.lambda_of_share for _, _, context, *_ in used} == {False}
+
     def test_a_base_loads_with_every_weight_and_off_answers_as_itself(self, base):
         model, stock = load(base, prunesid_config={"budget": None}), load(base, MiniGeminiForConditionalGeneration)
         inputs = {"input_ids": torch.tensor([prompt([NUM_PATCHES], [7])]), **pixels(1)}

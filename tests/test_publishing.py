@@ -5,10 +5,9 @@ import shutil
 
 import pytest
 import torch
-from copies import remembered
 from huggingface_hub import ModelCard
 from tiny import batch, build, pixels, prompt, stock_twin
-from tiny_checkpoint import CHAT_TEMPLATE, picture, save_checkpoint
+from tiny_checkpoint import CHAT_TEMPLATE, load_variant, picture, save_checkpoint
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -29,27 +28,9 @@ def base(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "base")
 
 
-@remembered
-def load_once(base):
-    return PruneSIDLlavaForConditionalGeneration.from_pretrained(base, prunesid_config={"budget": 8})
-
-
 @pytest.fixture
 def model(base):
-    return load_once(base)
-
-
-@pytest.fixture(scope="module")
-def saved_thin(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("variants") / "thin"
-    load_once(base).save_pretrained(folder, thin=True)
-    return folder
-
-
-@pytest.fixture
-def thin(saved_thin, tmp_path):
-    """A thin variant."""
-    return shutil.copytree(saved_thin, tmp_path / "thin")
+    return load_variant(base)
 
 
 def load(folder, **kwargs):

@@ -9,12 +9,11 @@ import pytest
 import tiny_qwen
 import torch
 from clean_process import run_clean
-from copies import remembered
 from hub_server import TOKEN, Hub
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from tiny import build, stock_twin
-from tiny_checkpoint import picture, save_checkpoint
+from tiny_checkpoint import load_variant, picture, save_checkpoint
 from tiny_vitcop import build_vitcop
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
@@ -45,27 +44,9 @@ def load(folder, **kwargs):
     return PruneSIDLlavaForConditionalGeneration.from_pretrained(folder, **kwargs)
 
 
-@remembered
-def load_once(base):
-    return load(base, prunesid_config={"budget": 8})
-
-
 @pytest.fixture
 def model(base):
-    return load_once(base)
-
-
-@pytest.fixture(scope="module")
-def saved_thin(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("variants") / "thin"
-    load_once(base).save_pretrained(folder, thin=True)
-    return folder
-
-
-@pytest.fixture
-def thin(saved_thin, tmp_path):
-    """A thin variant."""
-    return shutil.copytree(saved_thin, tmp_path / "thin")
+    return load_variant(base)
 
 
 def edit(path, change):

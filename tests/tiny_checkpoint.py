@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+from copies import remembered
 from PIL import Image
 from tiny import BOS, EOS, IMAGE, IMAGE_SIZE, PAD, PATCH_SIZE, build, stock_twin
 from tiny_words import word_tokenizer
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil, LlavaProcessor
 from transformers.utils import is_torchvision_available
+
+from modeling_prunesid import PruneSIDLlavaForConditionalGeneration
 
 
 CHAT_TEMPLATE = (
@@ -41,6 +44,12 @@ def save_checkpoint(folder: Path, **kwargs) -> Path:
     build_processor().save_pretrained(folder)
     Path(folder, "README.md").write_text(CARD)
     return folder
+
+
+@remembered
+def load_variant(base) -> PruneSIDLlavaForConditionalGeneration:
+    """The model of a checkpoint, which keeps 8 tokens."""
+    return PruneSIDLlavaForConditionalGeneration.from_pretrained(base, prunesid_config={"budget": 8})
 
 
 def picture(seed: int = 0) -> Image.Image:
